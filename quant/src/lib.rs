@@ -1,0 +1,1 @@
+//! attar-quant

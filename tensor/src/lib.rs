@@ -1,0 +1,29 @@
+//! Values: numbers with a shape. No model, no file, no policy.
+//!
+//! Everything that crosses a crate boundary in Attar is one of these: a [`Tensor`] of raw bytes as it
+//! lies in a file, a [`Mat`] in working precision, a [`QuantizedLinear`] (layout-neutral codes, scales
+//! and zero points), or a [`PackedLinear`] (the bytes a kernel eats).
+
+pub mod compare;
+pub mod dtype;
+pub mod linalg;
+pub mod packed;
+pub mod quantized;
+pub mod rng;
+pub mod scheme;
+pub mod store;
+#[allow(
+    clippy::module_inception,
+    reason = "the crate and its central value share the field's name"
+)]
+pub mod tensor;
+
+pub use dtype::DType;
+pub use packed::{LayoutId, LinearSpec, PackedLinear, PartHeader};
+pub use quantized::QuantizedLinear;
+pub use scheme::{Granularity, QuantScheme, ScaleGrid};
+pub use store::{SourceError, TensorHeader, TensorSink, TensorSource};
+pub use tensor::{Tensor, TensorView};
+
+/// A row-major matrix in working precision, f32.
+pub type Mat = ndarray::Array2<f32>;
