@@ -1,1 +1,26 @@
-//! attar-ir
+//! Intent: what the model is, what will be done to it, and the proof that it makes sense.
+//!
+//! A [`ModelGraph`] says which linears a checkpoint has, which of them read the same activations, and
+//! which neighbours a scale can be folded into. A [`recipe::Recipe`] says what the user wants. A
+//! [`plan::PassGraph`] brings both together and [`plan::PassGraph::check`] either proves that every
+//! pass will find the forms and statistics it needs and that every layout can carry the result, or
+//! lists everything that is wrong. Nothing here reads a weight.
+
+pub mod form;
+pub mod graph;
+pub mod pass;
+pub mod plan;
+pub mod recipe;
+pub mod state;
+pub mod stats;
+
+pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
+pub use graph::{
+    AttentionShape, Block, ChannelMap, Fold, InputGroup, ModelGraph, Norm, Producer, Role, Site,
+};
+pub use pass::{
+    Contract, Cost, Event, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target,
+    Touches, Upstream,
+};
+pub use state::{BlockState, LinearState, Weight};
+pub use stats::{BlockStats, InputStats, Needs};

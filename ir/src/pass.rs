@@ -1,0 +1,188 @@
+//! Passes: what they promise before any tensor is read, and what they do to one block.
+
+use std::fmt::Debug;
+
+use attar_tensor::QuantScheme;
+use serde::{Deserialize, Serialize};
+
+use crate::{Block, BlockState, BlockStats, FormChange, FormSet, Needs, recipe::RecipeError};
+
+/// Which activations the statistics come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Upstream {
+    /// What the original model computes.
+    Original,
+    /// What the already compressed blocks (and sites of this block) put out.
+    Compressed,
+}
+
+/// What a pass reads and changes beside the weights of its own sites.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Touches {
+    /// One site at a time: may run stage by stage, each stage reading what the compressed former stage
+    /// puts out.
+    Sites,
+    /// Producers along folds too: needs the statistics of the whole block before any site of it is
+    /// quantized.
+    Folds,
+}
+
+/// What a pass promises, declared before any tensor is read.
+#[derive(Debug, Clone, Copy)]
+pub struct Contract {
+    /// Forms it can take; anything else is a plan error naming the site and the step that made it so.
+    pub accepts: FormSet,
+    /// The axes it writes.
+    pub produces: FormChange,
+    /// Statistics of each site's input that it reads.
+    pub needs: Needs,
+    /// Where these come from.
+    pub upstream: Upstream,
+    /// Sites alone, or neighbours too.
+    pub touches: Touches,
+    /// True when the pass must know the scheme of the next quantizing step on its sites (awq).
+    pub looks_ahead: bool,
+}
+
+/// What a pass costs on one block: what `attar plan` prints.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Cost {
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Peak bytes beyond the block's weights and statistics.
+    pub peak_bytes: usize,
+}
+
+/// A site to work on, with the scheme that applies to it: its own when the pass quantizes, the next
+/// quantizing step's when the pass looks ahead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// Index into [`Block::sites`].
+    pub site: usize,
+    /// `None` when the pass neither quantizes nor looks ahead.
+    pub scheme: Option<QuantScheme>,
+}
+
+/// What a pass gets beside the block: no clock, no files.
+#[derive(Debug, Clone, Copy)]
+pub struct PassContext<'a> {
+    /// The block's description.
+    pub block: &'a Block,
+    /// Seed of the run.
+    pub seed: u64,
+}
+
+/// Something worth telling that is not an error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The Hessian was not positive definite at the asked dampening, which was raised.
+    DampeningRaised {
+        /// Final dampening as a fraction of the mean diagonal.
+        percdamp: f64,
+        /// Number of attempts that failed.
+        failures: u32,
+    },
+    /// Input channels that were zero on all calibration tokens.
+    DeadColumns {
+        /// How many.
+        count: usize,
+    },
+    /// A chosen hyperparameter, e.g. the scale exponent of awq.
+    Chosen {
+        /// Its name.
+        name: String,
+        /// Its value.
+        value: f64,
+    },
+}
+
+/// What was done to one site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteReport {
+    /// Site name.
+    pub site: String,
+    /// Pass name.
+    pub pass: String,
+    /// `‖W − Ŵ‖² / ‖W‖²`, relative to the weight the pass was given.
+    pub weight_error: f64,
+    /// `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`: relative squared output error on the calibration inputs; `None`
+    /// without a Hessian.
+    pub output_error: Option<f64>,
+    /// Events.
+    pub events: Vec<Event>,
+}
+
+/// What a pass did to a block.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PassReport {
+    /// One entry per site worked on.
+    pub sites: Vec<SiteReport>,
+}
+
+/// Why a pass failed. A mismatch of forms or missing statistics is a bug of the plan and panics instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PassError {
+    /// Numerics failed.
+    #[error("site {site}: {reason}")]
+    Numeric {
+        /// Where.
+        site: String,
+        /// What failed, with the index, and what can be done.
+        reason: String,
+    },
+}
+
+/// A transformation of one block.
+pub trait Pass: Debug + Send + Sync {
+    /// The name as written in recipes.
+    fn name(&self) -> &'static str;
+
+    /// What it promises.
+    fn contract(&self) -> Contract;
+
+    /// What it costs on `targets` of a block, statistics excluded.
+    fn cost(&self, block: &Block, targets: &[Target]) -> Cost;
+
+    /// Transforms the targets. `stats` holds what the contract asked for, for the inputs of all targets.
+    /// A pass that touches folds updates `stats` analytically ([`crate::InputStats::fold`]) so that
+    /// passes of the same round stay true.
+    ///
+    /// # Errors
+    /// [`PassError::Numeric`] when numbers cannot be worked with.
+    fn apply(
+        &self,
+        context: &PassContext<'_>,
+        targets: &[Target],
+        state: &mut BlockState,
+        stats: &mut BlockStats,
+    ) -> Result<PassReport, PassError>;
+}
+
+/// An entry of a crate's list of passes.
+pub struct PassDef {
+    /// The name as written in recipes.
+    pub name: &'static str,
+    /// One line for `attar passes` and RECIPES.md.
+    pub summary: &'static str,
+    /// Source of the algorithm.
+    pub paper: &'static str,
+    /// True when the step must or may carry a `scheme`.
+    pub takes_scheme: bool,
+    /// Whether presets and recipes without `symmetric` get a symmetric scheme.
+    pub symmetric_by_default: bool,
+    /// Builds the pass from the step's own options (keys that [`crate::recipe::Step`] does not know);
+    /// refuses unknown keys.
+    pub build: fn(&toml::Table) -> Result<Box<dyn Pass>, RecipeError>,
+    /// JSON Schema of the step's own options.
+    pub schema: fn() -> schemars::Schema,
+}
+
+impl Debug for PassDef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PassDef").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,1 @@
+//! The typed pass graph and its proof.
