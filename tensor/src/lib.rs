@@ -19,7 +19,7 @@ pub mod store;
 pub mod tensor;
 
 pub use dtype::DType;
-pub use packed::{LayoutId, LinearSpec, PackedLinear, PartHeader};
+pub use packed::{LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, PartHeader};
 pub use quantized::QuantizedLinear;
 pub use scheme::{Granularity, QuantScheme, ScaleGrid};
 pub use store::{SourceError, TensorHeader, TensorSink, TensorSource};
