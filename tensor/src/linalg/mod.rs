@@ -1,1 +1,13 @@
-//! Dense linear algebra.
+//! Dense linear algebra: one place for GEMM, the symmetric rank-k update, Cholesky and the vectorised
+//! element-wise functions. Every call is single-threaded and gives the same bits each time; callers
+//! parallelise over a partition that does not depend on the number of threads.
+
+pub mod cholesky;
+pub mod gemm;
+pub mod simd;
+pub mod syrk;
+
+pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper};
+pub use gemm::{gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nt};
+pub use simd::{abs_max, dot, exp_in_place, rms_norm_row, silu_mul, softmax_row_in_place};
+pub use syrk::GramAccumulator;

@@ -1,0 +1,37 @@
+//! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate`.
+#![allow(clippy::print_stdout, reason = "an example prints its result")]
+use attar_tensor::linalg::{GramAccumulator, gemm_nt};
+use std::time::Instant;
+
+fn main() {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("first pool");
+    for (m, n, k) in [
+        (512, 1024, 1024),
+        (512, 256, 1024),
+        (512, 2816, 1024),
+        (512, 1024, 2816),
+        (2048, 2816, 1024),
+        (2048, 2048, 2048),
+    ] {
+        let (a, b) = (vec![0.5f32; m * k], vec![0.25f32; n * k]);
+        let mut out = vec![0.0f32; m * n];
+        let mut best = f64::INFINITY;
+        for _ in 0..6 {
+            let start = Instant::now();
+            gemm_nt((m, n, k), 1.0, (&a, k), (&b, k), false, (&mut out, n));
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        println!("nt {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
+    }
+    for n in [1024, 2816] {
+        let x = vec![0.5f32; 1024 * n];
+        let mut gram = GramAccumulator::new(n);
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            let start = Instant::now();
+            gram.add(&x);
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        println!("gram {n}: {:.1} GFLOP/s (n² per row)", (1024 * n * n) as f64 / best / 1e9);
+    }
+}

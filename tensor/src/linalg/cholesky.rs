@@ -1,0 +1,133 @@
+//! Cholesky factors in f64 on faer: `A = L Lᵀ`, and GPTQ's factor `U`, upper triangular with
+//! `A⁻¹ = Uᵀ U`, from ONE factorization: with J the reversal, `J A J = L Lᵀ` gives `A = V Vᵀ` with
+//! `V = J L J` upper, so `A⁻¹ = V⁻ᵀ V⁻¹ = Uᵀ U` with `U = V⁻¹`. Cost n³/3 + n³/3.
+
+use faer::{
+    MatMut, MatRef, Par, Spec,
+    dyn_stack::{MemBuffer, MemStack},
+    linalg::{
+        cholesky::llt::factor::{LltParams, cholesky_in_place, cholesky_in_place_scratch},
+        triangular_inverse::invert_lower_triangular,
+    },
+};
+
+/// Numerics that cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinalgError {
+    /// The matrix is not positive definite.
+    #[error("matrix is not positive definite at pivot {index}")]
+    NotPositiveDefinite {
+        /// Pivot at which the factorization stopped.
+        index: usize,
+    },
+}
+
+/// Replaces the lower triangle of a row-major symmetric `a [n, n]` by `L` with `A = L Lᵀ`; the strict
+/// upper triangle becomes zero.
+///
+/// # Errors
+/// [`LinalgError::NotPositiveDefinite`] with the pivot's index; `a` is then spoiled.
+pub fn cholesky_lower(a: &mut [f64], n: usize) -> Result<(), LinalgError> {
+    let params = Spec::<LltParams, f64>::default();
+    let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, params));
+    let stack = MemStack::new(&mut memory);
+    // A symmetric matrix is its own transpose: the column-major view lets faer work on contiguous
+    // columns, and its lower triangle is our upper one.
+    let view = MatMut::from_column_major_slice_mut(a, n, n);
+    cholesky_in_place(view, Default::default(), Par::Seq, stack, params).map_err(|error| {
+        let faer::linalg::cholesky::llt::factor::LltError::NonPositivePivot { index } = error;
+        LinalgError::NotPositiveDefinite { index }
+    })?;
+    for i in 0..n {
+        if !a[i * n + i].is_finite() || a[i * n + i] <= 0.0 {
+            return Err(LinalgError::NotPositiveDefinite { index: i });
+        }
+    }
+    for i in 0..n {
+        for j in 0..i {
+            a[i * n + j] = a[j * n + i];
+            a[j * n + i] = 0.0;
+        }
+    }
+    // a[j*n+i] (column-major lower) has been moved to the row-major lower triangle.
+    for i in 0..n {
+        for j in i + 1..n {
+            a[i * n + j] = 0.0;
+        }
+    }
+    Ok(())
+}
+
+/// `U [n, n]`, row-major upper triangular with `A⁻¹ = Uᵀ U`, for a row-major symmetric positive
+/// definite `a`, which is consumed.
+///
+/// # Errors
+/// [`LinalgError::NotPositiveDefinite`] with the pivot's index counted from the last row.
+pub fn inverse_cholesky_upper(mut a: Vec<f64>, n: usize) -> Result<Vec<f64>, LinalgError> {
+    // Reversing a row-major n x n buffer as a whole is J A J.
+    a.reverse();
+    cholesky_lower(&mut a, n)?;
+    let mut inverse = vec![0.0f64; n * n];
+    invert_lower_triangular(
+        MatMut::from_row_major_slice_mut(&mut inverse, n, n),
+        MatRef::from_row_major_slice(&a, n, n),
+        Par::Seq,
+    );
+    inverse.reverse();
+    Ok(inverse)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    fn spd(n: usize) -> Vec<f64> {
+        let x: Vec<f64> =
+            Rng::new(n as u64).normals(2 * n * n).into_iter().map(f64::from).collect();
+        let mut a = vec![0.0; n * n];
+        for row in x.chunks(n) {
+            for i in 0..n {
+                for j in 0..n {
+                    a[i * n + j] += row[i] * row[j];
+                }
+            }
+        }
+        a
+    }
+
+    #[test]
+    fn factors_multiply_back() {
+        for n in [1, 2, 7, 40, 130] {
+            let a = spd(n);
+            let mut l = a.clone();
+            cholesky_lower(&mut l, n).unwrap();
+            let u = inverse_cholesky_upper(a.clone(), n).unwrap();
+            for i in 0..n {
+                for j in 0..n {
+                    let back: f64 = (0..n).map(|k| l[i * n + k] * l[j * n + k]).sum();
+                    assert!((back - a[i * n + j]).abs() < 1e-8 * (n * n + 1) as f64);
+                    // (Uᵀ U) A = I
+                    let identity: f64 = (0..n)
+                        .map(|k| {
+                            let inv: f64 = (0..n).map(|m| u[m * n + i] * u[m * n + k]).sum();
+                            inv * a[k * n + j]
+                        })
+                        .sum();
+                    let want = if i == j { 1.0 } else { 0.0 };
+                    assert!((identity - want).abs() < 1e-5, "{n} {i} {j} {identity}");
+                    if j < i {
+                        assert!(u[i * n + j].abs() < f64::MIN_POSITIVE, "U is upper triangular");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn indefinite_matrices_are_refused() {
+        let mut a = vec![1.0, 2.0, 2.0, 1.0];
+        assert!(matches!(cholesky_lower(&mut a, 2), Err(LinalgError::NotPositiveDefinite { .. })));
+    }
+}

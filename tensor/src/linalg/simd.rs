@@ -1,0 +1,167 @@
+//! Element-wise functions, vectorised for the CPU found at run time through `pulp`'s safe dispatch.
+//! The order of every reduction is fixed, so the bits do not depend on threads.
+
+use pulp::Arch;
+
+const LANES: usize = 16;
+
+#[inline(always)]
+fn reduce(x: &[f32], init: f32, f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    let mut lanes = [init; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = f(*lane, v);
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(tail) {
+        *lane = f(*lane, v);
+    }
+    lanes
+}
+
+/// `e^x` with a relative error under 1e-6; 0 below -87.3, saturates above 88.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Cody-Waite reduction x = k ln 2 + r, then the Taylor polynomial of degree 6 on |r| <= 0.347.
+    const HI: f32 = 0.693_359_4;
+    const LO: f32 = -2.121_944_4e-4;
+    let clamped = x.clamp(-87.0, 88.0);
+    let k = (clamped * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    let r = (clamped - k * HI) - k * LO;
+    let p = 1.0 / 720.0;
+    let p = p * r + 1.0 / 120.0;
+    let p = p * r + 1.0 / 24.0;
+    let p = p * r + 1.0 / 6.0;
+    let p = p * r + 0.5;
+    let p = p * r + 1.0;
+    let p = p * r + 1.0;
+    let power = f32::from_bits((((k as i32) + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { p * power }
+}
+
+/// Replaces every element by its exponential (relative error under 1e-6).
+pub fn exp_in_place(x: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for v in x.iter_mut() {
+                *v = exp(*v);
+            }
+        },
+    );
+}
+
+/// Dot product, f32 in 16 lanes.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f32; LANES];
+            let (ca, cb) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+            let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(a, b)| a * b).sum();
+            for (a, b) in ca.zip(cb) {
+                for i in 0..LANES {
+                    lanes[i] += a[i] * b[i];
+                }
+            }
+            lanes.iter().sum::<f32>() + tail
+        },
+    )
+}
+
+/// Largest absolute value; 0 for an empty slice.
+pub fn abs_max(x: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || reduce(x, 0.0, |a, b| a.max(b.abs())).into_iter().fold(0.0, f32::max),
+    )
+}
+
+/// Softmax of one row in place; rows of `-inf` only are not allowed.
+pub fn softmax_row_in_place(x: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let max = reduce(x, f32::NEG_INFINITY, f32::max)
+                .into_iter()
+                .fold(f32::NEG_INFINITY, f32::max);
+            for v in x.iter_mut() {
+                *v = exp(*v - max);
+            }
+            let sum: f32 = reduce(x, 0.0, |a, b| a + b).iter().sum();
+            let inverse = 1.0 / sum;
+            for v in x.iter_mut() {
+                *v *= inverse;
+            }
+        },
+    );
+}
+
+/// `gate = silu(gate) * up`, `silu(v) = v / (1 + e^-v)`.
+pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (g, &u) in gate.iter_mut().zip(up) {
+                *g = *g / (1.0 + exp(-*g)) * u;
+            }
+        },
+    );
+}
+
+/// `out = x / sqrt(mean(x²) + eps) * weight`, one row.
+pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let square: f32 = reduce(x, 0.0, |a, b| a + b * b).iter().sum();
+            let scale = 1.0 / (square / x.len() as f32 + eps).sqrt();
+            for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * w;
+            }
+        },
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    #[test]
+    fn exp_is_accurate() {
+        let mut worst = 0.0f64;
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01;
+            let want = f64::from(x).exp();
+            let mut got = [x];
+            exp_in_place(&mut got);
+            worst = worst.max((f64::from(got[0]) - want).abs() / want);
+        }
+        assert!(worst < 1e-6, "{worst}");
+    }
+
+    #[test]
+    fn rows_follow_their_formulas() {
+        let x = Rng::new(1).normals(37);
+        let mut p = x.clone();
+        softmax_row_in_place(&mut p);
+        let total: f64 = x.iter().map(|&v| f64::from(v).exp()).sum();
+        for (p, x) in p.iter().zip(&x) {
+            assert!((f64::from(*p) - f64::from(*x).exp() / total).abs() < 1e-6);
+        }
+        let mut g = x.clone();
+        silu_mul(&mut g, &x);
+        for (g, x) in g.iter().zip(&x) {
+            assert!((g - x / (1.0 + (-x).exp()) * x).abs() < 1e-5);
+        }
+        let mut n = vec![0.0; 37];
+        rms_norm_row(&x, &[2.0; 37], 1e-6, &mut n);
+        let mean: f32 = n.iter().map(|v| v * v).sum::<f32>() / 37.0;
+        assert!((mean - 4.0).abs() < 1e-3);
+        assert!((abs_max(&x) - x.iter().fold(0.0f32, |a, b| a.max(b.abs()))).abs() < f32::EPSILON);
+        assert!((dot(&x, &x) - x.iter().map(|v| v * v).sum::<f32>()).abs() < 1e-3);
+    }
+}
