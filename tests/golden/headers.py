@@ -16,6 +16,8 @@ def write_case(path, directory, **extra):
     """One golden header: what made it, quantization_config, the dense tensors' names, and every tensor."""
     cfg = json.loads((Path(directory) / "config.json").read_text())
     files = sorted(p.name for p in Path(directory).iterdir() if p.is_file())
+    if "meta" in cfg["quantization_config"]:  # free text about the run; no reader looks at it
+        cfg["quantization_config"]["meta"] = {"quantizer": cfg["quantization_config"]["meta"]["quantizer"]}
     j = dict(extra, files=files, quantization_config=cfg["quantization_config"], tie_word_embeddings=cfg["tie_word_embeddings"],
              dtype=cfg.get("dtype", cfg.get("torch_dtype")))
     text = json.dumps(j, indent=1, sort_keys=True)[:-2]

@@ -45,7 +45,7 @@ for name, (bits, group, sym, o, i, dtype) in CASES.items():
     out |= {f"{name}.{k}": v.contiguous() for k, v in packed.items()}
     out[f"{name}.codes"] = (codes + half).to(torch.uint8); out[f"{name}.zeros"] = (zeros + half).to(torch.uint8); out[f"{name}.weight"] = back.float()
     meta[name] = dict(bits=bits, group_size=group or -1, symmetric=sym, out_features=o, in_features=i, scale_dtype=str(dtype).removeprefix("torch."))
-# weight_g_idx: compressed-tensors 0.19 no longer writes or applies it (actorder "group" became an alias); older releases stored
+# weight_g_idx: compressed-tensors 0.19 no longer writes or applies it (actorder "group" was removed); older releases stored
 # int32 [in_features], group of each column. This case follows that convention and is dequantized by the plain formula.
 bits, g, o, i = 4, 32, 8, 64; half = 8
 codes = torch.randint(0, 16, (o, i), generator=gen); scale = torch.rand(o, i // g, generator=gen) * 0.02 + 0.003

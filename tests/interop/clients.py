@@ -1,0 +1,44 @@
+"""Loading an artifact for the checks of this folder, and the windows they run on."""
+import json, os, sys, tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "8")  # GPTQModel refuses to start, or hangs, with the two workers of a two-core machine
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def load(directory, dtype="float32", native=False):
+    """The artifact as a torch model: through the runtime that transformers picks, or dense through dequantize.py."""
+    if not native:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), device_map="cpu").eval()
+    from dequantize import dense_state
+    config, state, _ = dense_state(directory)
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d) / "config.json").write_text(json.dumps(config))
+        c = AutoConfig.from_pretrained(d)
+    model = AutoModelForCausalLM.from_config(c, dtype=torch.float32)
+    tied = getattr(c, "tie_word_embeddings", False)
+    if tied and "model.embed_tokens.weight" not in state:
+        state["model.embed_tokens.weight"] = state["lm_head.weight"]
+    left = model.load_state_dict(state, strict=False)
+    missing = [k for k in left.missing_keys if not (tied and k == "lm_head.weight")]
+    if missing or left.unexpected_keys:
+        sys.exit(f"{directory}: missing {missing[:5]}, unexpected {left.unexpected_keys[:5]}")
+    model.tie_weights()
+    return model.eval()
+
+
+def token_ids(directory, text=None, ids=None):
+    """All token ids: of a text through the artifact's own tokenizer.json (no special token), or of a file of {"input_ids": [...]}."""
+    if ids:
+        return [i for line in open(ids) if line.strip() for i in json.loads(line)["input_ids"]]
+    tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    return tokenizer.encode(Path(text).read_text(encoding="utf-8"), add_special_tokens=False).ids
+
+
+@torch.no_grad()
+def logits(model, window):
+    return model(torch.tensor([window])).logits[0].float()
