@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""peer_llmc.py MODEL IDS.jsonl OUT --algorithm rtn|gptq|awq [--samples N] [--context N] [--threads N]
+
+llm-compressor on a CPU, for comparisons in one run: W4 group 128, symmetric (AWQ asymmetric, 20 grid points, duo scaling), loaded as
+f32, head and embeddings untouched. Runs in llm-compressor's own environment; prints one JSON line with its phases in seconds.
+"""
+import argparse, json, os, sys, time
+start = time.time()
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("model"); p.add_argument("ids"); p.add_argument("out"); p.add_argument("--algorithm", required=True, choices=["rtn", "gptq", "awq"])
+p.add_argument("--samples", type=int, default=64); p.add_argument("--context", type=int, default=512); p.add_argument("--threads", type=int, default=1)
+a = p.parse_args()
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(a.threads), MKL_NUM_THREADS=str(a.threads))
+import torch
+torch.set_num_threads(a.threads)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+if not torch.cuda.is_available():  # AWQModifier of 0.14 calls pin_memory() unconditionally, which needs a driver
+    torch.Tensor.pin_memory = lambda self, *_, **__: self
+phases = {"import": time.time() - start}; mark = time.time()
+def done(name):
+    global mark
+    phases[name] = time.time() - mark; mark = time.time()
+
+model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32); done("load")
+weights = QuantizationArgs(num_bits=4, type="int", symmetric=a.algorithm != "awq", strategy="group", group_size=128)
+common = dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
+if a.algorithm == "gptq": recipe = [GPTQModifier(**common)]
+elif a.algorithm == "rtn": recipe = [QuantizationModifier(**common)]
+else:
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    recipe = [AWQModifier(duo_scaling=True), QuantizationModifier(**common)]
+data = {}
+if a.algorithm != "rtn":
+    rows = [json.loads(line)["input_ids"][: a.context] for line in open(a.ids) if line.strip()][: a.samples]
+    data = dict(dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]}), max_seq_length=a.context, num_calibration_samples=len(rows))
+oneshot(model=model, recipe=recipe, **data); done("oneshot")
+model.save_pretrained(a.out, save_compressed=True); done("save")
+print("PHASES " + json.dumps({k: round(v, 2) for k, v in phases.items()}), flush=True)
