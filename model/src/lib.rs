@@ -1,1 +1,44 @@
-//! attar-model
+//! Forward passes of decoder models, one block at a time, and what calibration observes there.
+//!
+//! One generic decoder is described by data ([`DecoderSpec`]); families differ only in how their
+//! config.json is read ([`spec::ARCHS`]). Nothing here knows files: tensors come from a
+//! [`attar_tensor::TensorSource`], spilled activations go to a file the caller opens.
+
+mod attention;
+mod block;
+mod decoder;
+mod evaluate;
+mod generate;
+mod rope;
+pub mod spec;
+mod stream;
+
+pub use block::{BlockRun, Timing, observe_block};
+pub use decoder::Decoder;
+pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
+pub use generate::{Generator, Sampling};
+pub use spec::{DecoderSpec, RopeKind, RopeSpec};
+pub use stream::{Spill, Stream};
+
+/// Why a model could not be read or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// config.json lacks a fact or states one that is not supported.
+    #[error("config.json: {0}")]
+    Config(String),
+    /// A tensor that the config promises is missing or has another shape.
+    #[error("tensor {name}: {reason}")]
+    Tensor {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A tensor could not be read.
+    #[error(transparent)]
+    Source(#[from] attar_tensor::SourceError),
+    /// Spilled activations could not be written or read.
+    #[error("scratch file: {0}; free space there or raise the memory limit")]
+    Spill(#[from] std::io::Error),
+}

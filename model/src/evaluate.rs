@@ -1,0 +1,277 @@
+//! Running blocks on activations: the pieces that calibration, evaluation and generation share.
+
+use attar_ir::{BlockState, Site, Weight};
+use attar_tensor::{Mat, TensorSource, linalg::gemm_nt, linalg::rms_norm_row, linalg::silu_mul};
+use rayon::prelude::*;
+
+use crate::{
+    Decoder, ModelError, Stream,
+    attention::{QkNorm, attend, place_heads},
+    decoder::read_finite,
+    rope::RopeTable,
+};
+
+/// A linear that multiplies: `out [m, out_features] = x [m, in_features] · Wᵀ`.
+pub trait LinearOp: Send + Sync {
+    /// Multiplies `m` rows.
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]);
+}
+
+impl LinearOp for Mat {
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let (n, k) = self.dim();
+        let w = self.as_slice().expect("weights are in standard layout");
+        gemm_nt((m, n, k), 1.0, (x, k), (w, k), false, (out, n));
+    }
+}
+
+impl LinearOp for &Mat {
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        (**self).matmul(x, m, out);
+    }
+}
+
+/// Where the linears of a model come from: dense tensors, or packed bytes behind a kernel.
+pub trait WeightSource: Send + Sync {
+    /// Norms, biases and the embedding.
+    fn tensors(&self) -> &dyn TensorSource;
+
+    /// One linear, ready to multiply.
+    ///
+    /// # Errors
+    /// When its tensors cannot be read.
+    fn linear(&self, decoder: &Decoder, site: &Site) -> Result<Box<dyn LinearOp>, ModelError>;
+}
+
+/// Dense weights straight from a checkpoint.
+impl<T: TensorSource> WeightSource for T {
+    fn tensors(&self) -> &dyn TensorSource {
+        self
+    }
+
+    fn linear(&self, decoder: &Decoder, site: &Site) -> Result<Box<dyn LinearOp>, ModelError> {
+        let weight = read_finite(self, &decoder.weight_tensor(site))?;
+        let weight = Mat::from_shape_vec((site.out_features, site.in_features), weight)
+            .expect("shapes were checked when the graph was read");
+        Ok(Box::new(weight))
+    }
+}
+
+/// Linears of a block by site index; absent where a stage does not need them.
+pub type Linears<'a> = Vec<Option<Box<dyn LinearOp + 'a>>>;
+
+/// A block ready to run.
+pub struct BlockOps<'a> {
+    /// By site index.
+    pub linears: Linears<'a>,
+    /// By site index.
+    pub biases: Vec<Option<Vec<f32>>>,
+    /// By norm index.
+    pub norms: Vec<Vec<f32>>,
+    pub(crate) qk_norm: QkNorm,
+}
+
+impl std::fmt::Debug for BlockOps<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockOps").field("linears", &self.linears.len()).finish_non_exhaustive()
+    }
+}
+
+impl BlockOps<'static> {
+    /// Loads a block's linears from `source`.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn load(
+        decoder: &Decoder,
+        index: usize,
+        source: &dyn WeightSource,
+    ) -> Result<Self, ModelError> {
+        let block = decoder.block(index);
+        let mut ops = Self {
+            linears: Vec::new(),
+            biases: Vec::new(),
+            norms: decoder.load_norms(index, source.tensors())?,
+            qk_norm: decoder.load_qk_norm(index, source.tensors())?,
+        };
+        for site in &block.sites {
+            ops.linears.push(Some(source.linear(decoder, site)?));
+            ops.biases.push(decoder.load_bias(site, source.tensors())?);
+        }
+        Ok(ops)
+    }
+}
+
+impl<'a> BlockOps<'a> {
+    /// The sites `wanted` of a block in flight; quantized weights are dequantized once.
+    pub(crate) fn from_state(state: &'a BlockState, wanted: &[usize], qk_norm: &QkNorm) -> Self {
+        let linears = state
+            .linears
+            .iter()
+            .enumerate()
+            .map(|(site, linear)| {
+                wanted.contains(&site).then(|| match &linear.weight {
+                    Weight::Dense(weight) => Box::new(weight) as Box<dyn LinearOp + 'a>,
+                    Weight::Quantized(weight) => Box::new(weight.dequantize()),
+                })
+            })
+            .collect();
+        Self {
+            linears,
+            biases: state.linears.iter().map(|linear| linear.bias.clone()).collect(),
+            norms: state.norms.clone(),
+            qk_norm: qk_norm.clone(),
+        }
+    }
+
+    pub(crate) fn apply(&self, site: usize, out_features: usize, x: &[f32], m: usize) -> Vec<f32> {
+        let mut out = vec![0.0; m * out_features];
+        self.linears[site]
+            .as_ref()
+            .expect("a stage names the sites it runs")
+            .matmul(x, m, &mut out);
+        if let Some(bias) = &self.biases[site] {
+            for row in out.chunks_mut(out_features) {
+                for (value, bias) in row.iter_mut().zip(bias) {
+                    *value += bias;
+                }
+            }
+        }
+        out
+    }
+}
+
+/// What runs one window through one block, step by step.
+pub(crate) struct Walk<'a> {
+    pub(crate) decoder: &'a Decoder,
+    pub(crate) index: usize,
+    pub(crate) rope: &'a RopeTable,
+}
+
+/// Sites that the transition out of stage `s` multiplies with.
+pub(crate) const SITES_OF: [&[usize]; 4] = [&[0, 1, 2], &[3], &[4, 5], &[6]];
+
+impl Walk<'_> {
+    pub(crate) fn norm(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
+        let hidden = self.decoder.spec.hidden;
+        let mut out = vec![0.0; x.len()];
+        for (x, out) in x.chunks(hidden).zip(out.chunks_mut(hidden)) {
+            rms_norm_row(x, weight, self.decoder.spec.rms_eps, out);
+        }
+        out
+    }
+
+    /// From stage `stage` to the next: `x` is the residual stream, `mid` what lies beside it at stages
+    /// 1 (attention output) and 3 (MLP activation).
+    pub(crate) fn step(&self, stage: usize, ops: &BlockOps<'_>, x: &mut [f32], mid: &mut Vec<f32>) {
+        let spec = &self.decoder.spec;
+        let m = x.len() / spec.hidden;
+        let out = |site: usize| self.decoder.block(self.index).sites[site].out_features;
+        let add = |x: &mut [f32], y: &[f32]| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x += y;
+            }
+        };
+        match stage {
+            0 => {
+                let h = self.norm(&ops.norms[0], x);
+                let mut q = ops.apply(0, out(0), &h, m);
+                let mut k = ops.apply(1, out(1), &h, m);
+                let v = ops.apply(2, out(2), &h, m);
+                let (qn, kn) = match &ops.qk_norm {
+                    Some((q, k)) => (Some(q.as_slice()), Some(k.as_slice())),
+                    None => (None, None),
+                };
+                place_heads(spec, self.rope, qn, 0, out(0), &mut q);
+                place_heads(spec, self.rope, kn, 0, out(1), &mut k);
+                *mid = vec![0.0; q.len()];
+                attend(spec, spec.window[self.index], 0, (&q, &k, &v), mid);
+            }
+            1 => {
+                let y = ops.apply(3, out(3), mid, m);
+                add(x, &y);
+                mid.clear();
+            }
+            2 => {
+                let h = self.norm(&ops.norms[1], x);
+                let mut gate = ops.apply(4, out(4), &h, m);
+                let up = ops.apply(5, out(5), &h, m);
+                silu_mul(&mut gate, &up);
+                *mid = gate;
+            }
+            _ => {
+                let y = ops.apply(6, out(6), mid, m);
+                add(x, &y);
+                mid.clear();
+            }
+        }
+    }
+}
+
+/// Embeds tokens: `[tokens, hidden]`.
+///
+/// # Errors
+/// When the embedding cannot be read.
+///
+/// # Panics
+/// When a token is not below the vocabulary's size; corpora are checked before.
+pub fn embed(
+    decoder: &Decoder,
+    source: &dyn TensorSource,
+    tokens: &[u32],
+) -> Result<Vec<f32>, ModelError> {
+    let hidden = decoder.spec.hidden;
+    let table = source.read(&decoder.graph.embedding)?;
+    let mut out = vec![0.0; tokens.len() * hidden];
+    for (&token, row) in tokens.iter().zip(out.chunks_mut(hidden)) {
+        table.copy_to_f32(token as usize * hidden, row).map_err(|error| ModelError::Tensor {
+            name: decoder.graph.embedding.clone(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(out)
+}
+
+/// Runs all windows through one block, in place.
+///
+/// # Errors
+/// When spilled activations cannot be read or written.
+pub fn run_block(
+    decoder: &Decoder,
+    index: usize,
+    ops: &BlockOps<'_>,
+    stream: &mut Stream,
+) -> Result<(), ModelError> {
+    let positions = stream.lengths().into_iter().max().unwrap_or(0);
+    let rope = RopeTable::new(decoder.spec.rope, decoder.spec.head_dim, positions);
+    let walk = Walk { decoder, index, rope: &rope };
+    let batch = rayon::current_num_threads();
+    for first in (0..stream.windows()).step_by(batch) {
+        let last = (first + batch).min(stream.windows());
+        let shared = &*stream;
+        let done: Vec<Vec<f32>> = (first..last)
+            .into_par_iter()
+            .map(|window| {
+                let (mut x, mut mid) = (shared.read(window)?, Vec::new());
+                for stage in 0..4 {
+                    walk.step(stage, ops, &mut x, &mut mid);
+                }
+                Ok(x)
+            })
+            .collect::<Result<_, std::io::Error>>()?;
+        for (window, x) in (first..last).zip(done) {
+            stream.write(window, &x)?;
+        }
+    }
+    Ok(())
+}
+
+/// Final norm and output head of `x [tokens, hidden]`: logits `[tokens, vocab]`.
+pub fn final_logits(decoder: &Decoder, head: &BlockOps<'_>, x: &[f32]) -> Mat {
+    let m = x.len() / decoder.spec.hidden;
+    let rope = RopeTable::new(decoder.spec.rope, decoder.spec.head_dim, 0);
+    let walk = Walk { decoder, index: decoder.spec.layers, rope: &rope };
+    let h = walk.norm(&head.norms[0], x);
+    let logits = head.apply(0, decoder.spec.vocab, &h, m);
+    Mat::from_shape_vec((m, decoder.spec.vocab), logits).expect("one logit per token and entry")
+}

@@ -1,0 +1,338 @@
+//! The decoder as data, read from config.json: one entry of [`ARCHS`] per family.
+
+use serde_json::Value;
+
+use crate::ModelError;
+
+/// How rotary frequencies are scaled beyond the trained context.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeKind {
+    /// `theta^(-2i/d)`.
+    Default,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// Context extension.
+        factor: f64,
+    },
+    /// Llama 3.1: low frequencies divided, high ones kept, a smooth band between.
+    Llama3 {
+        /// Context extension.
+        factor: f64,
+        /// Wavelengths above `original / low` are divided.
+        low: f64,
+        /// Wavelengths below `original / high` are kept.
+        high: f64,
+        /// Context before the extension.
+        original: f64,
+    },
+    /// YaRN (Peng et al. 2023, arXiv:2309.00071).
+    Yarn {
+        /// Context extension.
+        factor: f64,
+        /// Rotations at which interpolation begins to fade out.
+        beta_fast: f64,
+        /// Rotations below which frequencies are fully interpolated.
+        beta_slow: f64,
+        /// Context before the extension.
+        original: f64,
+        /// Multiplies cosines and sines.
+        attention_factor: f64,
+        /// Band edges rounded to whole dimensions.
+        truncate: bool,
+    },
+}
+
+/// Rotary position embedding.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RopeSpec {
+    /// Base of the geometric series of wavelengths.
+    pub theta: f64,
+    /// Scaling.
+    pub kind: RopeKind,
+}
+
+/// A decoder-only transformer with RMS norms, rotary attention and a gated SiLU MLP.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderSpec {
+    /// `model_type` of config.json.
+    pub family: String,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Trained context.
+    pub context: usize,
+    /// Added to the mean square in norms.
+    pub rms_eps: f32,
+    /// Position embedding.
+    pub rope: RopeSpec,
+    /// q, k, v have biases.
+    pub qkv_bias: bool,
+    /// o has a bias.
+    pub o_bias: bool,
+    /// gate, up, down have biases.
+    pub mlp_bias: bool,
+    /// Queries and keys are normalised per head.
+    pub qk_norm: bool,
+    /// Per layer: how many positions (itself included) a token attends to; `None` is all.
+    pub window: Vec<Option<usize>>,
+    /// Output head and embedding share one weight.
+    pub tied: bool,
+}
+
+/// How one family's config.json is read.
+#[derive(Debug)]
+pub struct ArchDef {
+    /// `model_type`.
+    pub model_type: &'static str,
+    /// q, k, v biases when the config does not say.
+    qkv_bias: bool,
+    /// `attention_bias` is read and covers o too.
+    reads_attention_bias: bool,
+    /// Norms on queries and keys.
+    qk_norm: bool,
+    /// Default head_dim; 0 is hidden / heads.
+    head_dim: usize,
+    /// How sliding windows are said.
+    window: WindowRule,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum WindowRule {
+    Never,
+    Always,
+    FromLayer,
+}
+
+/// The families that can be read.
+pub const ARCHS: &[ArchDef] = &[
+    ArchDef {
+        model_type: "llama",
+        qkv_bias: false,
+        reads_attention_bias: true,
+        qk_norm: false,
+        head_dim: 0,
+        window: WindowRule::Never,
+    },
+    ArchDef {
+        model_type: "mistral",
+        qkv_bias: false,
+        reads_attention_bias: false,
+        qk_norm: false,
+        head_dim: 0,
+        window: WindowRule::Always,
+    },
+    ArchDef {
+        model_type: "qwen2",
+        qkv_bias: true,
+        reads_attention_bias: false,
+        qk_norm: false,
+        head_dim: 0,
+        window: WindowRule::FromLayer,
+    },
+    ArchDef {
+        model_type: "qwen3",
+        qkv_bias: false,
+        reads_attention_bias: true,
+        qk_norm: true,
+        head_dim: 128,
+        window: WindowRule::FromLayer,
+    },
+];
+
+fn number(config: &Value, key: &str) -> Option<f64> {
+    config.get(key).and_then(Value::as_f64)
+}
+
+fn size(config: &Value, key: &str) -> Option<usize> {
+    config.get(key).and_then(Value::as_u64).map(|v| v as usize)
+}
+
+fn flag(config: &Value, key: &str) -> Option<bool> {
+    config.get(key).and_then(Value::as_bool)
+}
+
+impl DecoderSpec {
+    /// Reads config.json.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] naming the missing or unsupported fact.
+    pub fn read(config: &Value) -> Result<Self, ModelError> {
+        let fail = |message: String| Err(ModelError::Config(message));
+        let supported: Vec<_> = ARCHS.iter().map(|arch| arch.model_type).collect();
+        let Some(family) = config.get("model_type").and_then(Value::as_str) else {
+            return fail(format!(
+                "`model_type` is missing, so the architecture is unknown; supported: {}",
+                supported.join(", ")
+            ));
+        };
+        let Some(arch) = ARCHS.iter().find(|arch| arch.model_type == family) else {
+            return fail(format!(
+                "unknown architecture: no description of model_type `{family}` (block structure and \
+                 tensor names); supported: {}",
+                supported.join(", ")
+            ));
+        };
+        let need = |key: &str| match size(config, key) {
+            Some(0) | None => {
+                Err(ModelError::Config(format!("`{key}` is missing or not a positive integer")))
+            }
+            Some(value) => Ok(value),
+        };
+        if let Some(act) = config.get("hidden_act").and_then(Value::as_str)
+            && act != "silu"
+            && act != "swish"
+        {
+            return fail(format!("hidden_act `{act}` is not supported, only silu"));
+        }
+        let (hidden, heads) = (need("hidden_size")?, need("num_attention_heads")?);
+        let kv_heads = size(config, "num_key_value_heads").unwrap_or(heads);
+        let default_dim = if arch.head_dim > 0 { arch.head_dim } else { hidden / heads };
+        let head_dim = size(config, "head_dim").unwrap_or(default_dim);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return fail(format!("{heads} heads cannot share {kv_heads} key/value heads"));
+        }
+        if !head_dim.is_multiple_of(2) || head_dim == 0 {
+            return fail(format!("head_dim {head_dim} is not an even number"));
+        }
+        let layers = need("num_hidden_layers")?;
+        let context = size(config, "max_position_embeddings").unwrap_or(2048);
+        let bias = arch.reads_attention_bias && flag(config, "attention_bias").unwrap_or(false);
+        Ok(Self {
+            family: family.to_owned(),
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            intermediate: need("intermediate_size")?,
+            layers,
+            vocab: need("vocab_size")?,
+            context,
+            rms_eps: number(config, "rms_norm_eps").unwrap_or(1e-6) as f32,
+            rope: rope(config, context)?,
+            qkv_bias: arch.qkv_bias || bias,
+            o_bias: bias,
+            mlp_bias: flag(config, "mlp_bias").unwrap_or(false),
+            qk_norm: arch.qk_norm,
+            window: windows(config, arch.window, layers)?,
+            tied: flag(config, "tie_word_embeddings").unwrap_or(false),
+        })
+    }
+}
+
+fn windows(
+    config: &Value,
+    rule: WindowRule,
+    layers: usize,
+) -> Result<Vec<Option<usize>>, ModelError> {
+    let window = size(config, "sliding_window");
+    if let Some(types) = config.get("layer_types").and_then(Value::as_array) {
+        if types.len() != layers {
+            return Err(ModelError::Config(format!(
+                "layer_types has {} entries for {layers} layers",
+                types.len()
+            )));
+        }
+        return types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(None),
+                Some("sliding_attention") => window.map(Some).ok_or_else(|| {
+                    ModelError::Config("sliding_attention without `sliding_window`".into())
+                }),
+                _ => Err(ModelError::Config(format!("layer type {kind} is not supported"))),
+            })
+            .collect();
+    }
+    let first = match rule {
+        WindowRule::Never => layers,
+        WindowRule::Always => 0,
+        WindowRule::FromLayer if flag(config, "use_sliding_window").unwrap_or(false) => {
+            size(config, "max_window_layers").unwrap_or(28)
+        }
+        WindowRule::FromLayer => layers,
+    };
+    Ok((0..layers).map(|layer| if layer >= first { window } else { None }).collect())
+}
+
+fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
+    let null = Value::Null;
+    let scaling = config
+        .get("rope_parameters")
+        .or_else(|| config.get("rope_scaling"))
+        .filter(|v| !v.is_null())
+        .unwrap_or(&null);
+    let theta =
+        number(scaling, "rope_theta").or_else(|| number(config, "rope_theta")).unwrap_or(10_000.0);
+    for holder in [scaling, config] {
+        if let Some(partial) = number(holder, "partial_rotary_factor")
+            && (partial - 1.0).abs() > 1e-9
+        {
+            return Err(ModelError::Config(format!(
+                "partial_rotary_factor {partial} is not supported"
+            )));
+        }
+    }
+    let name = scaling
+        .get("rope_type")
+        .or_else(|| scaling.get("type"))
+        .and_then(Value::as_str)
+        .unwrap_or("default");
+    let need = |key: &str| {
+        number(scaling, key)
+            .ok_or_else(|| ModelError::Config(format!("rope type {name} without `{key}`")))
+    };
+    let original = number(scaling, "original_max_position_embeddings")
+        .or_else(|| number(config, "original_max_position_embeddings"));
+    let kind = match name {
+        "default" => RopeKind::Default,
+        "linear" => RopeKind::Linear { factor: need("factor")? },
+        "llama3" => RopeKind::Llama3 {
+            factor: need("factor")?,
+            low: need("low_freq_factor")?,
+            high: need("high_freq_factor")?,
+            original: original.unwrap_or(context as f64),
+        },
+        "yarn" => {
+            let factor = match number(scaling, "factor") {
+                Some(factor) => factor,
+                None => context as f64 / original.unwrap_or(context as f64),
+            };
+            let mscale = |scale: f64, m: f64| {
+                if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
+            };
+            let attention_factor = number(scaling, "attention_factor").unwrap_or_else(|| {
+                match (number(scaling, "mscale"), number(scaling, "mscale_all_dim")) {
+                    (Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                        mscale(factor, m) / mscale(factor, all)
+                    }
+                    _ => mscale(factor, 1.0),
+                }
+            });
+            RopeKind::Yarn {
+                factor,
+                beta_fast: number(scaling, "beta_fast").unwrap_or(32.0),
+                beta_slow: number(scaling, "beta_slow").unwrap_or(1.0),
+                original: original.unwrap_or(context as f64),
+                attention_factor,
+                truncate: flag(scaling, "truncate").unwrap_or(true),
+            }
+        }
+        other => {
+            return Err(ModelError::Config(format!(
+                "rope type `{other}` is not supported; supported: default, linear, llama3, yarn"
+            )));
+        }
+    };
+    Ok(RopeSpec { theta, kind })
+}

@@ -1,0 +1,128 @@
+//! Activations between blocks: per window `[tokens, width]` f32, in memory up to a limit, else in a
+//! scratch file with positioned reads and writes.
+
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+
+/// Where activations go when they do not fit.
+#[derive(Clone)]
+pub struct Spill {
+    /// Largest stream kept in memory, bytes.
+    pub limit: usize,
+    /// Opens an anonymous scratch file.
+    pub open: Arc<dyn Fn() -> io::Result<File> + Send + Sync>,
+}
+
+impl std::fmt::Debug for Spill {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spill").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+enum Store {
+    Memory(Vec<f32>),
+    File(File),
+}
+
+/// Activations of all windows at one place of the model.
+#[derive(Debug)]
+pub struct Stream {
+    width: usize,
+    /// First token of each window, and the end.
+    starts: Vec<usize>,
+    store: Store,
+}
+
+impl Stream {
+    /// A stream of zeros for windows of the given lengths in tokens.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be opened or sized.
+    pub fn new(lengths: &[usize], width: usize, spill: Option<&Spill>) -> io::Result<Self> {
+        let mut starts = vec![0];
+        for &length in lengths {
+            starts.push(starts[starts.len() - 1] + length);
+        }
+        let elements = starts[starts.len() - 1] * width;
+        let store = match spill {
+            Some(spill) if elements * 4 > spill.limit => {
+                let file = (spill.open)()?;
+                file.set_len(elements as u64 * 4)?;
+                Store::File(file)
+            }
+            _ => Store::Memory(vec![0.0; elements]),
+        };
+        Ok(Self { width, starts, store })
+    }
+
+    /// A stream with the same windows and another width.
+    ///
+    /// # Errors
+    /// As [`Stream::new`].
+    pub fn like(&self, width: usize, spill: Option<&Spill>) -> io::Result<Self> {
+        Self::new(&self.lengths(), width, spill)
+    }
+
+    /// Tokens of each window.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.starts.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
+    /// Number of windows.
+    pub fn windows(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Tokens in all windows.
+    pub fn tokens(&self) -> usize {
+        self.starts[self.starts.len() - 1]
+    }
+
+    /// Channels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Bytes held in memory.
+    pub fn resident_bytes(&self) -> usize {
+        match &self.store {
+            Store::Memory(values) => values.len() * 4,
+            Store::File(_) => 0,
+        }
+    }
+
+    /// Copies out one window `[tokens, width]`.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be read.
+    pub fn read(&self, window: usize) -> io::Result<Vec<f32>> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        match &self.store {
+            Store::Memory(values) => Ok(values[start..end].to_vec()),
+            Store::File(file) => {
+                let mut out = vec![0.0f32; end - start];
+                file.read_exact_at(bytemuck::cast_slice_mut(&mut out), start as u64 * 4)?;
+                Ok(out)
+            }
+        }
+    }
+
+    /// Stores one window.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be written (disk full).
+    ///
+    /// # Panics
+    /// When `values` is not the window's size.
+    pub fn write(&mut self, window: usize, values: &[f32]) -> io::Result<()> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        assert_eq!(values.len(), end - start, "a window is written whole");
+        match &mut self.store {
+            Store::Memory(all) => {
+                all[start..end].copy_from_slice(values);
+                Ok(())
+            }
+            Store::File(file) => file.write_all_at(bytemuck::cast_slice(values), start as u64 * 4),
+        }
+    }
+}
