@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """peer_llmc.py MODEL IDS.jsonl OUT --algorithm rtn|gptq|awq [--samples N] [--context N] [--threads N]
+             [--bits 4] [--group 128]
 
-llm-compressor on a CPU, for comparisons in one run: W4 group 128, symmetric (AWQ asymmetric, 20 grid points, duo scaling), loaded as
+llm-compressor on a CPU, for comparisons in one run: by default W4 group 128, symmetric (AWQ asymmetric, 20 grid points, duo scaling), loaded as
 f32, head and embeddings untouched. Runs in llm-compressor's own environment; prints one JSON line with its phases in seconds.
 """
 import argparse, json, os, sys, time
@@ -9,6 +10,7 @@ start = time.time()
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("model"); p.add_argument("ids"); p.add_argument("out"); p.add_argument("--algorithm", required=True, choices=["rtn", "gptq", "awq"])
 p.add_argument("--samples", type=int, default=64); p.add_argument("--context", type=int, default=512); p.add_argument("--threads", type=int, default=1)
+p.add_argument("--bits", type=int, default=4); p.add_argument("--group", type=int, default=128)
 a = p.parse_args()
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(a.threads), MKL_NUM_THREADS=str(a.threads))
 import torch
@@ -27,7 +29,7 @@ def done(name):
     phases[name] = time.time() - mark; mark = time.time()
 
 model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32); done("load")
-weights = QuantizationArgs(num_bits=4, type="int", symmetric=a.algorithm != "awq", strategy="group", group_size=128)
+weights = QuantizationArgs(num_bits=a.bits, type="int", symmetric=a.algorithm != "awq", strategy="group", group_size=a.group)
 common = dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
 if a.algorithm == "gptq": recipe = [GPTQModifier(**common)]
 elif a.algorithm == "rtn": recipe = [QuantizationModifier(**common)]
