@@ -1,4 +1,24 @@
-//! The file the user writes: TOML, unknown keys refused.
+//! The file the user writes: TOML, unknown keys refused, every default visible in [`Recipe::to_toml`].
+
+mod pattern;
+mod preset;
+mod read;
+mod schema;
+
+use attar_tensor::Granularity;
+use serde::{Deserialize, Serialize};
+
+pub use pattern::{matches, nearest, selects};
+pub use preset::PRESETS;
+pub use schema::json_schema;
+
+use crate::{Pass, PassDef};
+
+/// Keys of a `[[step]]` that are read here; all others are options of the pass.
+pub const STEP_KEYS: &[&str] = &["pass", "id", "after", "sites", "keep", "scheme"];
+
+/// Sites that a step leaves alone unless it says otherwise.
+pub const DEFAULT_KEEP: &[&str] = &["lm_head", "embed_tokens"];
 
 /// Why a recipe could not be read.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -22,4 +42,217 @@ pub enum RecipeError {
         /// The nearest known key.
         suggestion: Option<String>,
     },
+}
+
+impl RecipeError {
+    /// A value that cannot be used.
+    pub fn invalid(path: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Invalid { path: path.into(), reason: reason.into() }
+    }
+
+    /// A key that is none of `known`, with the nearest of them suggested.
+    pub fn unknown_key(path: impl Into<String>, key: &str, known: &[&str]) -> Self {
+        Self::UnknownKey {
+            path: path.into(),
+            key: key.to_owned(),
+            suggestion: nearest(key, known.iter().copied()).map(str::to_owned),
+        }
+    }
+}
+
+/// Where calibration tokens come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Calibration {
+    /// Text files, concatenated in order.
+    pub text: Vec<String>,
+    /// A file of token ids, one `{"input_ids": [...]}` a line; instead of text.
+    pub ids: Option<String>,
+    /// Number of windows.
+    pub samples: usize,
+    /// Tokens per window.
+    pub context: usize,
+    /// Seed of everything random in the run.
+    pub seed: u64,
+}
+
+impl Default for Calibration {
+    fn default() -> Self {
+        Self { text: Vec::new(), ids: None, samples: 128, context: 2048, seed: 0 }
+    }
+}
+
+/// The numbers of a quantization as written; the plan adds what the layouts demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SchemeSpec {
+    /// Bits per code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// `group_size`; -1 in the file is one scale per row.
+    pub granularity: Granularity,
+    /// `None` until [`Recipe::resolve`] fills in what the pass prefers.
+    pub symmetric: Option<bool>,
+}
+
+/// One `[[step]]`: a pass on some sites.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// Name of the pass.
+    pub pass: String,
+    /// Name of this step, for `after` and `of`.
+    pub id: Option<String>,
+    /// The step that this one follows; the one before it when absent.
+    pub after: Option<String>,
+    /// Patterns of the sites to work on, see [`selects`].
+    pub sites: Vec<String>,
+    /// Patterns of sites to leave alone.
+    pub keep: Vec<String>,
+    /// Quantization numbers, for steps that quantize.
+    pub scheme: Option<SchemeSpec>,
+    /// The pass's own options, read by [`PassDef::build`].
+    pub options: toml::Table,
+}
+
+impl Step {
+    /// A step of `pass` on every site but the kept ones.
+    pub fn new(pass: &str) -> Self {
+        Self {
+            pass: pass.to_owned(),
+            id: None,
+            after: None,
+            sites: vec!["*".to_owned()],
+            keep: DEFAULT_KEEP.iter().map(|&k| k.to_owned()).collect(),
+            scheme: None,
+            options: toml::Table::new(),
+        }
+    }
+
+    /// `step[i] (pass)`, as errors write it.
+    pub(crate) fn label(&self, index: usize) -> String {
+        match &self.id {
+            Some(id) => format!("step[{index}] ({}, id {id})", self.pass),
+            None => format!("step[{index}] ({})", self.pass),
+        }
+    }
+}
+
+/// One `[[emit]]`: an artifact to write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Emit {
+    /// Name of the layout.
+    pub layout: String,
+    /// Kind of file, `safetensors`.
+    pub container: String,
+    /// Subdirectory of the output; the plan chooses when absent.
+    pub dir: Option<String>,
+    /// The step whose result is written; the last one when absent.
+    pub of: Option<String>,
+}
+
+impl Emit {
+    /// An artifact in this layout with everything else left to defaults.
+    pub fn new(layout: &str) -> Self {
+        Self { layout: layout.to_owned(), container: "safetensors".to_owned(), dir: None, of: None }
+    }
+}
+
+/// `[gate]`: limits that a report must keep. A limit that is absent is not checked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GateSpec {
+    /// Largest perplexity relative to the baseline's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_perplexity_ratio: Option<f64>,
+    /// Largest mean KL divergence, nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl_mean: Option<f64>,
+    /// Smallest fraction of positions with the same most likely token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_top1_agreement: Option<f64>,
+    /// Largest size relative to the baseline's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes_ratio: Option<f64>,
+}
+
+/// What the user wants: calibration data, steps in order, artifacts to write, limits to keep.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Recipe {
+    /// Calibration data.
+    pub calibration: Calibration,
+    /// Steps in order.
+    pub steps: Vec<Step>,
+    /// Artifacts to write.
+    pub emits: Vec<Emit>,
+    /// Limits.
+    pub gate: Option<GateSpec>,
+}
+
+impl Recipe {
+    /// Reads a recipe. Names of passes and their own options are checked by [`Recipe::resolve`].
+    ///
+    /// # Errors
+    /// [`RecipeError::Invalid`] for malformed TOML, wrong types and values out of range,
+    /// [`RecipeError::UnknownKey`] for keys that nobody reads.
+    pub fn parse(text: &str) -> Result<Self, RecipeError> {
+        read::recipe(text)
+    }
+
+    /// Builds the pass of each step and fills in the defaults that depend on the pass.
+    ///
+    /// # Errors
+    /// [`RecipeError::Invalid`] for an unknown pass, whatever [`PassDef::build`] refuses otherwise; the
+    /// path names the step.
+    pub fn resolve(&mut self, defs: &[&PassDef]) -> Result<Vec<Box<dyn Pass>>, RecipeError> {
+        let mut passes = Vec::with_capacity(self.steps.len());
+        for (index, step) in self.steps.iter_mut().enumerate() {
+            let path = format!("step[{index}]");
+            let Some(def) = defs.iter().find(|def| def.name == step.pass) else {
+                let names: Vec<_> = defs.iter().map(|def| def.name).collect();
+                let hint = nearest(&step.pass, names.iter().copied()).map_or_else(
+                    || format!("known passes: {}", names.join(", ")),
+                    |name| format!("did you mean `{name}`?"),
+                );
+                let reason = format!("unknown pass `{}`; {hint}", step.pass);
+                return Err(RecipeError::invalid(format!("{path}.pass"), reason));
+            };
+            if let Some(scheme) = &mut step.scheme {
+                scheme.symmetric.get_or_insert(def.symmetric_by_default);
+            }
+            passes.push((def.build)(&step.options).map_err(|error| place(error, &path))?);
+        }
+        Ok(passes)
+    }
+
+    /// The recipe with every default written out and keys in a fixed order: what manifests keep and
+    /// hashes are taken of. [`Recipe::parse`] reads it back to the same recipe.
+    pub fn to_toml(&self) -> String {
+        read::write(self)
+    }
+
+    /// A recipe by name, see [`PRESETS`]; `group_size` is columns per scale, -1 for one per row. It has
+    /// no emits.
+    ///
+    /// # Errors
+    /// [`RecipeError::Invalid`] for an unknown name or group size.
+    pub fn preset(name: &str, group_size: i64) -> Result<Self, RecipeError> {
+        preset::recipe(name, group_size)
+    }
+}
+
+/// Puts the step's path in front of an error of a pass, and lets an unknown option also be a misspelt
+/// key of the step itself.
+fn place(error: RecipeError, step: &str) -> RecipeError {
+    let join = |path: String| {
+        if path.is_empty() { step.to_owned() } else { format!("{step}.{path}") }
+    };
+    match error {
+        RecipeError::Invalid { path, reason } => RecipeError::Invalid { path: join(path), reason },
+        RecipeError::UnknownKey { path, key, suggestion } => {
+            let suggestion = if path.is_empty() {
+                let known = STEP_KEYS.iter().copied().chain(suggestion.as_deref());
+                nearest(&key, known).map(str::to_owned)
+            } else {
+                suggestion
+            };
+            RecipeError::UnknownKey { path: join(path), key, suggestion }
+        }
+    }
 }

@@ -1,0 +1,60 @@
+//! Recipes by name.
+
+use super::{Recipe, RecipeError, SchemeSpec, Step, nearest, read};
+
+/// Names and meanings of the built-in recipes.
+pub const PRESETS: &[(&str, &str)] = &[
+    ("rtn-w4", "round to nearest, 4 bits, symmetric; no calibration"),
+    ("rtn-w3", "round to nearest, 3 bits, symmetric; no calibration"),
+    ("rtn-w8", "round to nearest, 8 bits, symmetric; no calibration"),
+    ("gptq-w4", "GPTQ, 4 bits, symmetric"),
+    ("gptq-w3", "GPTQ, 3 bits, symmetric"),
+    ("gptq-w2", "GPTQ, 2 bits, symmetric"),
+    ("gptq-w8", "GPTQ, 8 bits, symmetric"),
+    ("awq-w4", "AWQ scales and clipping, then round to nearest, 4 bits, asymmetric"),
+    ("awq-w3", "AWQ scales and clipping, then round to nearest, 3 bits, asymmetric"),
+];
+
+/// Builds a preset.
+pub(super) fn recipe(name: &str, group_size: i64) -> Result<Recipe, RecipeError> {
+    let granularity = read::granularity(group_size, "group")?;
+    let known = || PRESETS.iter().map(|(name, _)| *name);
+    let parsed = known().find(|known| *known == name).and_then(|name| name.rsplit_once("-w"));
+    let Some((method, bits)) = parsed else {
+        let hint = nearest(name, known()).map_or_else(
+            || format!("known presets: {}", known().collect::<Vec<_>>().join(", ")),
+            |name| format!("did you mean `{name}`?"),
+        );
+        return Err(RecipeError::invalid("preset", format!("unknown preset `{name}`; {hint}")));
+    };
+    let bits = bits.parse().expect("every preset ends with its number of bits");
+    let scheme = |symmetric| SchemeSpec { bits, granularity, symmetric: Some(symmetric) };
+    let quantize =
+        |pass: &str, symmetric| Step { scheme: Some(scheme(symmetric)), ..Step::new(pass) };
+    let steps = match method {
+        "awq" => vec![Step::new("awq"), quantize("rtn", false)],
+        method => vec![quantize(method, true)],
+    };
+    Ok(Recipe { steps, ..Recipe::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_survives_its_own_toml() {
+        for (name, _) in PRESETS {
+            let recipe = Recipe::preset(name, 128).unwrap();
+            assert_eq!(Recipe::parse(&recipe.to_toml()).unwrap(), recipe, "{name}");
+        }
+        assert_eq!(Recipe::preset("awq-w4", -1).unwrap().steps.len(), 2);
+    }
+
+    #[test]
+    fn an_unknown_preset_suggests_the_nearest() {
+        let error = Recipe::preset("gtpq-w4", 128).unwrap_err().to_string();
+        assert!(error.contains("did you mean `gptq-w4`"), "{error}");
+        assert!(Recipe::preset("gptq-w4", 0).is_err());
+    }
+}
