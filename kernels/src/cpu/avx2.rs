@@ -1,0 +1,155 @@
+//! AVX2 and FMA: `M` tokens at a time, eight codes per register.
+//!
+//! Per group `sum (code - zero) * x = sum code * x - zero * sum x`; the sums of `x` are made once per
+//! call, so that a weight costs one conversion and one FMA per token.
+
+use std::arch::x86_64::{
+    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadl_epi64, _mm_movehdup_ps,
+    _mm_movehl_ps, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm256_sub_ps,
+};
+
+use super::rows::{Activations, BLOCK, Rows};
+
+const HALF: usize = BLOCK / 2;
+
+/// `W[row] · x[token + i]` for `i` in `0..M`.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn dot<const M: usize>(
+    rows: &Rows,
+    row: usize,
+    input: &Activations,
+    token: usize,
+) -> [f32; M] {
+    let places = rows.places();
+    let groups = rows.groups();
+    let x: [&[f32]; M] =
+        std::array::from_fn(|i| &input.x[(token + i) * places..(token + i + 1) * places]);
+    let codes = rows.row_codes(row);
+    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
+    let mut totals = [_mm256_setzero_ps(); M];
+    let mut shifts = [0.0f32; M];
+    for group in 0..groups {
+        let first = rows.group_blocks[group] as usize;
+        let end = rows.group_blocks[group + 1] as usize;
+        let mut sums = [[_mm256_setzero_ps(); 4]; M];
+        if rows.nibbles {
+            let codes = codes[first * HALF..end * HALF].chunks_exact(HALF);
+            for (block, codes) in (first..end).zip(codes) {
+                let weights = nibble_block(codes.try_into().expect("blocks are sixteen bytes"));
+                multiply_block(&weights, &x, block, &mut sums);
+            }
+        } else {
+            let codes = codes[first * BLOCK..end * BLOCK].chunks_exact(BLOCK);
+            for (block, codes) in (first..end).zip(codes) {
+                let weights = byte_block(codes.try_into().expect("blocks are 32 bytes"));
+                multiply_block(&weights, &x, block, &mut sums);
+            }
+        }
+        let scale = _mm256_set1_ps(scales[group]);
+        let shift = scales[group] * zeros[group];
+        for i in 0..M {
+            let [a, b, c, d] = sums[i];
+            let sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+            totals[i] = _mm256_fmadd_ps(sum, scale, totals[i]);
+            shifts[i] = shift.mul_add(input.sums[(token + i) * groups + group], shifts[i]);
+        }
+    }
+    std::array::from_fn(|i| horizontal_sum(totals[i]) - shifts[i])
+}
+
+/// Adds the products of a block with `M` tokens, one accumulator per eight columns.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_block<const M: usize>(
+    weights: &[__m256; 4],
+    x: &[&[f32]; M],
+    block: usize,
+    sums: &mut [[__m256; 4]; M],
+) {
+    for i in 0..M {
+        let x: &[f32; BLOCK] =
+            x[i][block * BLOCK..].first_chunk().expect("every block has its activations");
+        for quarter in 0..4 {
+            let x = x[quarter * 8..].first_chunk().expect("a block has four quarters");
+            sums[i][quarter] = _mm256_fmadd_ps(weights[quarter], load(x), sums[i][quarter]);
+        }
+    }
+}
+
+/// The 32 codes of a block of 16 bytes as floats, in the order of columns.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn nibble_block(codes: &[u8; HALF]) -> [__m256; 4] {
+    let mask = _mm256_set1_epi32(15);
+    let first = widen(codes.first_chunk().expect("a block has sixteen bytes"));
+    let second = widen(codes.last_chunk().expect("a block has sixteen bytes"));
+    [
+        _mm256_cvtepi32_ps(_mm256_and_si256(first, mask)),
+        _mm256_cvtepi32_ps(_mm256_and_si256(second, mask)),
+        _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(first)),
+        _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(second)),
+    ]
+}
+
+/// The 32 codes of a block of 32 bytes as floats.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn byte_block(codes: &[u8; BLOCK]) -> [__m256; 4] {
+    let mut out = [_mm256_setzero_ps(); 4];
+    for (out, codes) in out.iter_mut().zip(codes.as_chunks::<8>().0) {
+        *out = _mm256_cvtepi32_ps(widen(codes));
+    }
+    out
+}
+
+/// Eight bytes to eight 32-bit integers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(bytes: &[u8; 8]) -> __m256i {
+    // SAFETY: the load reads eight bytes, which the array has, and needs no alignment.
+    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(values: &[f32; 8]) -> __m256 {
+    // SAFETY: the load reads eight floats, which the array has, and needs no alignment.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn horizontal_sum(v: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// Writes the weights of one row, in the order of places; the same bits as the scalar version.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
+    let codes = rows.row_codes(row);
+    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
+    let bytes = rows.block_bytes();
+    for group in 0..rows.groups() {
+        let (scale, zero) = (_mm256_set1_ps(scales[group]), _mm256_set1_ps(zeros[group]));
+        let (first, end) =
+            (rows.group_blocks[group] as usize, rows.group_blocks[group + 1] as usize);
+        let out = out[first * BLOCK..end * BLOCK].as_chunks_mut::<BLOCK>().0;
+        for (codes, out) in codes[first * bytes..end * bytes].chunks_exact(bytes).zip(out) {
+            let weights = if rows.nibbles {
+                nibble_block(codes.try_into().expect("blocks are sixteen bytes"))
+            } else {
+                byte_block(codes.try_into().expect("blocks are 32 bytes"))
+            };
+            for (weight, out) in weights.into_iter().zip(out.as_chunks_mut::<8>().0) {
+                let weight = _mm256_mul_ps(_mm256_sub_ps(weight, zero), scale);
+                // SAFETY: the store writes eight floats, which the array has.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), weight) };
+            }
+        }
+    }
+}

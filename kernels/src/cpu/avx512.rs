@@ -1,0 +1,150 @@
+//! AVX-512 F: sixteen codes per register; a 4-bit code is an index into a table of the sixteen weights
+//! of its group, so that decoding is one permutation and products are those of the exact weights.
+
+use std::arch::x86_64::{
+    __m512, __m512i, _mm_loadu_si128, _mm512_add_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_reduce_add_ps,
+    _mm512_set1_ps, _mm512_setr_ps, _mm512_setzero_ps, _mm512_srli_epi32, _mm512_storeu_ps,
+    _mm512_sub_ps,
+};
+
+use super::rows::{Activations, BLOCK, Rows};
+
+const HALF: usize = BLOCK / 2;
+
+/// `W[row] · x[token + i]` for `i` in `0..M`.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn dot<const M: usize>(
+    rows: &Rows,
+    row: usize,
+    input: &Activations,
+    token: usize,
+) -> [f32; M] {
+    let places = rows.places();
+    let x: [&[f32]; M] =
+        std::array::from_fn(|i| &input.x[(token + i) * places..(token + i + 1) * places]);
+    let codes = rows.row_codes(row);
+    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
+    let bytes = rows.block_bytes();
+    let mut sums = [[_mm512_setzero_ps(); 2]; M];
+    for group in 0..rows.groups() {
+        let first = rows.group_blocks[group] as usize;
+        let end = rows.group_blocks[group + 1] as usize;
+        let codes = codes[first * bytes..end * bytes].chunks_exact(bytes);
+        let weights = Weights::new(scales[group], zeros[group]);
+        if rows.nibbles {
+            for (block, codes) in (first..end).zip(codes) {
+                let codes = codes.try_into().expect("blocks are sixteen bytes");
+                multiply_block(&weights.nibbles(codes), &x, block, &mut sums);
+            }
+        } else {
+            for (block, codes) in (first..end).zip(codes) {
+                let codes = codes.try_into().expect("blocks are 32 bytes");
+                multiply_block(&weights.bytes(codes), &x, block, &mut sums);
+            }
+        }
+    }
+    std::array::from_fn(|i| _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1])))
+}
+
+/// Adds the products of a block with `M` tokens, one accumulator per sixteen columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn multiply_block<const M: usize>(
+    weights: &[__m512; 2],
+    x: &[&[f32]; M],
+    block: usize,
+    sums: &mut [[__m512; 2]; M],
+) {
+    for i in 0..M {
+        let x: &[f32; BLOCK] =
+            x[i][block * BLOCK..].first_chunk().expect("every block has its activations");
+        let (low, high) = (
+            x.first_chunk().expect("a block has two halves"),
+            x.last_chunk().expect("a block has two halves"),
+        );
+        sums[i][0] = _mm512_fmadd_ps(weights[0], load(low), sums[i][0]);
+        sums[i][1] = _mm512_fmadd_ps(weights[1], load(high), sums[i][1]);
+    }
+}
+
+/// The map from codes to weights of one group.
+struct Weights {
+    table: __m512,
+    scale: __m512,
+    zero: __m512,
+}
+
+impl Weights {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(scale: f32, zero: f32) -> Self {
+        let (scale, zero) = (_mm512_set1_ps(scale), _mm512_set1_ps(zero));
+        let codes = _mm512_setr_ps(
+            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+        );
+        Self { table: _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale), scale, zero }
+    }
+
+    /// The permutation reads only the low four bits of an index, so that no mask is needed.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn nibbles(&self, codes: &[u8; HALF]) -> [__m512; 2] {
+        let codes = widen(codes);
+        [
+            _mm512_permutexvar_ps(codes, self.table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), self.table),
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn bytes(&self, codes: &[u8; BLOCK]) -> [__m512; 2] {
+        let mut out = [_mm512_setzero_ps(); 2];
+        for (out, codes) in out.iter_mut().zip(codes.as_chunks::<HALF>().0) {
+            let code = _mm512_cvtepi32_ps(widen(codes));
+            *out = _mm512_mul_ps(_mm512_sub_ps(code, self.zero), self.scale);
+        }
+        out
+    }
+}
+
+/// Sixteen bytes to sixteen 32-bit integers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen(bytes: &[u8; HALF]) -> __m512i {
+    // SAFETY: the load reads sixteen bytes, which the array has, and needs no alignment.
+    _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(values: &[f32; HALF]) -> __m512 {
+    // SAFETY: the load reads sixteen floats, which the array has, and needs no alignment.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+/// Writes the weights of one row, in the order of places; the same bits as the scalar version.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
+    let codes = rows.row_codes(row);
+    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
+    let bytes = rows.block_bytes();
+    for group in 0..rows.groups() {
+        let weights = Weights::new(scales[group], zeros[group]);
+        let (first, end) =
+            (rows.group_blocks[group] as usize, rows.group_blocks[group + 1] as usize);
+        let out = out[first * BLOCK..end * BLOCK].as_chunks_mut::<BLOCK>().0;
+        for (codes, out) in codes[first * bytes..end * bytes].chunks_exact(bytes).zip(out) {
+            let halves = if rows.nibbles {
+                weights.nibbles(codes.try_into().expect("blocks are sixteen bytes"))
+            } else {
+                weights.bytes(codes.try_into().expect("blocks are 32 bytes"))
+            };
+            for (half, out) in halves.into_iter().zip(out.as_chunks_mut::<HALF>().0) {
+                // SAFETY: the store writes sixteen floats, which the array has.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), half) };
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Every kernel against the reference, on random activations.
+
+use attar_tensor::compare::{Tolerance, distance};
+use attar_tensor::rng::Rng;
+use attar_tensor::{LayoutError, PackedLinear};
+use serde::Serialize;
+
+use crate::layout::Layout;
+use crate::reference::Reference;
+use crate::spec::Prepared;
+
+/// How one kernel compares with the reference.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct KernelReport {
+    /// Name of the kernel.
+    pub kernel: &'static str,
+    /// Largest normalised mean squared error over the numbers of tokens.
+    pub nmse: f64,
+    /// Largest absolute difference.
+    pub max_abs: f64,
+    /// True when within the tolerance for every number of tokens.
+    pub ok: bool,
+    /// The layout's tolerance.
+    pub tolerance: Tolerance,
+}
+
+/// Numbers of tokens: one, the few that are multiplied directly, and a panel with a tail.
+pub const TOKENS: [usize; 4] = [1, 2, 7, 33];
+
+/// Runs every kernel of the layout that this machine supports.
+///
+/// # Errors
+/// Whatever the layout finds wrong with the bytes.
+pub fn verify(
+    layout: &dyn Layout,
+    packed: &PackedLinear,
+    seed: u64,
+) -> Result<Vec<KernelReport>, LayoutError> {
+    let reference = Reference::new(packed)?;
+    let tolerance = layout.tolerance();
+    let (rows, columns) = (packed.out_features, packed.in_features);
+    let most = TOKENS[TOKENS.len() - 1];
+    let x = Rng::new(seed).normals(most * columns);
+    let mut expected = vec![0.0f32; most * rows];
+    reference.matmul(&x, most, &mut expected);
+    let mut reports = Vec::new();
+    for kernel in layout.kernels().iter().filter(|kernel| kernel.supported()) {
+        let prepared = kernel.prepare(packed)?;
+        let mut report =
+            KernelReport { kernel: kernel.name(), nmse: 0.0, max_abs: 0.0, ok: true, tolerance };
+        for m in TOKENS {
+            let mut got = vec![f32::NAN; m * rows];
+            prepared.matmul(&x[..m * columns], m, &mut got);
+            let found = distance(&got, &expected[..m * rows]);
+            report.nmse = report.nmse.max(found.nmse);
+            report.max_abs = report.max_abs.max(found.max_abs);
+            report.ok &= found.within(tolerance);
+        }
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+#[cfg(test)]
+mod tests {
+    use attar_tensor::DType;
+    use attar_tensor::rng::Rng;
+    use proptest::prelude::{ProptestConfig, any, prop, prop_assert, proptest};
+
+    use super::*;
+    use crate::layout::{CtPacked, Gptq, LAYOUTS};
+    use crate::testing::{quantized, scheme, shuffle_groups};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn every_kernel_agrees_with_the_reference(
+            bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+            out in 1usize..80,
+            (group, groups) in prop::sample::select(vec![
+                (0usize, 1usize), (8, 5), (24, 3), (32, 4), (64, 3), (128, 2)
+            ]),
+            symmetric in any::<bool>(),
+            act_order in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let columns = if group == 0 { 77 } else { group * groups };
+            let mut weight = quantized(scheme(bits, group, symmetric), out, columns, seed);
+            if act_order {
+                shuffle_groups(&mut weight, seed);
+            }
+            let packed = CtPacked.pack(&weight, DType::F32).unwrap();
+            for report in verify(&CtPacked, &packed, seed).unwrap() {
+                prop_assert!(report.ok, "{:?}", report);
+            }
+        }
+    }
+
+    #[test]
+    fn each_layout_runs_and_says_which_kernels() {
+        let weight = quantized(scheme(4, 32, false), 64, 128, 4);
+        for layout in LAYOUTS {
+            let packed = layout.pack(&weight, DType::F16).unwrap();
+            let reports = verify(*layout, &packed, 1).unwrap();
+            assert_eq!(reports[0].kernel, "cpu-scalar");
+            assert!(reports.iter().all(|report| report.ok), "{reports:?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_on_other_bytes_is_found_out() {
+        let weight = quantized(scheme(4, 32, true), 32, 64, 4);
+        let packed = Gptq::V1.pack(&weight, DType::F16).unwrap();
+        let mut other = weight.clone();
+        other.codes[0] ^= 1;
+        let other = Gptq::V1.pack(&other, DType::F16).unwrap();
+        let x = Rng::new(1).normals(64);
+        let (mut a, mut b) = (vec![0.0; 32], vec![0.0; 32]);
+        Reference::new(&packed).unwrap().matmul(&x, 1, &mut a);
+        crate::select(&other).unwrap().matmul(&x, 1, &mut b);
+        assert!(!distance(&b, &a).within(Gptq::V1.tolerance()));
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let mut weight = quantized(scheme(4, 64, false), 300, 1024, 4);
+        shuffle_groups(&mut weight, 8);
+        let packed = CtPacked.pack(&weight, DType::F32).unwrap();
+        let x = Rng::new(1).normals(100 * 1024);
+        for kernel in CtPacked.kernels().iter().filter(|kernel| kernel.supported()) {
+            let run = |threads: usize, m: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let mut out = vec![0.0f32; m * 300];
+                    kernel.prepare(&packed).unwrap().matmul(&x[..m * 1024], m, &mut out);
+                    out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                })
+            };
+            for m in [1, 5, 100] {
+                assert_eq!(run(1, m), run(3, m), "{} m {m}", kernel.name());
+            }
+        }
+    }
+}
