@@ -1,1 +1,12 @@
-//! attar-quant
+//! Quantization passes. Each maps one block's float weights to codes, scales and zero points (or, for
+//! awq, prepares them by scaling and clipping); [`PASSES`] is the list that recipes may name.
+
+mod awq;
+mod common;
+mod gptq;
+mod rtn;
+
+use attar_ir::PassDef;
+
+/// Every pass of this crate.
+pub const PASSES: &[PassDef] = &[rtn::DEF, gptq::DEF, awq::DEF];

@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod dtype;
+pub mod grid;
 pub mod linalg;
 pub mod packed;
 pub mod quantized;
