@@ -111,6 +111,12 @@ pub trait LayoutSpec: std::fmt::Debug + Send + Sync {
     fn zero_min(&self) -> u8 {
         0
     }
+
+    /// True when runtimes of this layout fuse linears that read the same input (q/k/v, gate/up), so that
+    /// these must share one scheme.
+    fn fuses_siblings(&self) -> bool {
+        true
+    }
 }
 
 /// Why a layout cannot carry a linear, or why bytes are not what the layout says. The caller, who
