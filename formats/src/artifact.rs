@@ -1,0 +1,250 @@
+//! Artifacts: directories that appear whole or not at all. Everything is written under
+//! `<out>.partial`; [`ArtifactRoot::seal`] renames it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use attar_tensor::{SourceError, TensorHeader, TensorView};
+use serde_json::{Map, Value, json};
+
+use crate::{FormatError, hash_file, safetensors::SafetensorsWriter};
+
+/// Manifest of an artifact: hashes of sources, recipe, calibration set and outputs.
+pub const MANIFEST: &str = "attar_manifest.json";
+/// Report of the compression.
+pub const REPORT: &str = "report.json";
+/// Data of one shard at most, bytes.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// The output directory of a run while it is being written. Dropped without [`ArtifactRoot::seal`], it
+/// removes what it wrote.
+#[derive(Debug)]
+pub struct ArtifactRoot {
+    target: PathBuf,
+    partial: PathBuf,
+    sealed: bool,
+}
+
+impl ArtifactRoot {
+    /// Creates `<target>.partial`.
+    ///
+    /// # Errors
+    /// When the target exists and is not empty, or the place cannot be written.
+    pub fn create(target: &Path) -> Result<Self, FormatError> {
+        if fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_some()) {
+            return Err(FormatError::invalid(
+                target,
+                "exists and is not empty; choose another --out or remove it",
+            ));
+        }
+        if target.is_file() {
+            return Err(FormatError::invalid(target, "is a file; choose another --out"));
+        }
+        let mut name = target.file_name().unwrap_or_default().to_os_string();
+        name.push(".partial");
+        let partial = target.with_file_name(name);
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(FormatError::io(&partial))?;
+        }
+        fs::create_dir_all(&partial).map_err(FormatError::io(&partial))?;
+        Ok(Self { target: target.to_path_buf(), partial, sealed: false })
+    }
+
+    /// Where files are written for now.
+    pub fn partial(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Renames the directory: from now on it exists.
+    ///
+    /// # Errors
+    /// When the rename fails.
+    pub fn seal(mut self) -> Result<(), FormatError> {
+        if self.target.exists() {
+            fs::remove_dir(&self.target).map_err(FormatError::io(&self.target))?;
+        }
+        fs::rename(&self.partial, &self.target).map_err(FormatError::io(&self.target))?;
+        self.sealed = true;
+        if let Some(parent) = self.target.parent().filter(|p| !p.as_os_str().is_empty())
+            && let Ok(folder) = fs::File::open(parent)
+        {
+            // The rename is durable once the parent is; a filesystem without that promise says no.
+            let _ = folder.sync_all();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ArtifactRoot {
+    fn drop(&mut self) {
+        if !self.sealed {
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+/// Writes one artifact into a folder below an [`ArtifactRoot`].
+#[derive(Debug)]
+pub struct ArtifactWriter {
+    folder: PathBuf,
+    tensors: SafetensorsWriter,
+}
+
+impl ArtifactWriter {
+    /// Creates the folder and declares every tensor.
+    ///
+    /// # Errors
+    /// When the folder or the files cannot be created.
+    pub fn create(folder: &Path, headers: Vec<TensorHeader>) -> Result<Self, FormatError> {
+        fs::create_dir_all(folder).map_err(FormatError::io(folder))?;
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            tensors: SafetensorsWriter::create(folder, headers, SHARD_BYTES)?,
+        })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Writes one declared tensor.
+    ///
+    /// # Errors
+    /// As [`attar_tensor::TensorSink::write`].
+    pub fn put(&mut self, name: &str, tensor: &TensorView<'_>) -> Result<(), SourceError> {
+        self.tensors.write_view(name, tensor)
+    }
+
+    /// Copies a file beside the weights.
+    ///
+    /// # Errors
+    /// When it cannot be read or written.
+    pub fn copy_file(&self, from: &Path) -> Result<(), FormatError> {
+        let to = self.folder.join(from.file_name().unwrap_or_default());
+        fs::copy(from, &to).map_err(FormatError::io(&to))?;
+        Ok(())
+    }
+
+    /// Writes JSON beside the weights.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_json(&self, name: &str, value: &Value) -> Result<(), FormatError> {
+        put_json(&self.folder.join(name), value)
+    }
+
+    /// Finishes the weights and returns the folder.
+    ///
+    /// # Errors
+    /// When a declared tensor was never written.
+    pub fn finish(self) -> Result<PathBuf, FormatError> {
+        self.tensors.finish()?;
+        Ok(self.folder)
+    }
+}
+
+/// Writes a JSON file, pretty.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn put_json(path: &Path, value: &Value) -> Result<(), FormatError> {
+    let mut text = serde_json::to_vec_pretty(value)
+        .map_err(|error| FormatError::invalid(path, error.to_string()))?;
+    text.push(b'\n');
+    fs::write(path, text).map_err(FormatError::io(path))
+}
+
+/// Writes the manifest: `facts` plus size and blake3 of every file of the folder except the manifest and
+/// the report (whose timings differ from run to run).
+///
+/// # Errors
+/// When a file cannot be read or the manifest not written.
+pub fn write_manifest(folder: &Path, facts: Map<String, Value>) -> Result<(), FormatError> {
+    let mut manifest = facts;
+    manifest.insert("files".into(), Value::Object(file_table(folder)?));
+    put_json(&folder.join(MANIFEST), &Value::Object(manifest))
+}
+
+fn file_table(folder: &Path) -> Result<Map<String, Value>, FormatError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(FormatError::io(folder))? {
+        let entry = entry.map_err(FormatError::io(folder))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.path().is_file() && name != MANIFEST && name != REPORT {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let mut table = Map::new();
+    for name in names {
+        let path = folder.join(&name);
+        let bytes = fs::metadata(&path).map_err(FormatError::io(&path))?.len();
+        table.insert(name, json!({"bytes": bytes, "blake3": hash_file(&path)?}));
+    }
+    Ok(table)
+}
+
+/// Compares the files of an artifact with its manifest; returns what differs, empty when nothing does.
+///
+/// # Errors
+/// When the manifest is missing or unreadable.
+pub fn check_manifest(folder: &Path) -> Result<Vec<String>, FormatError> {
+    let path = folder.join(MANIFEST);
+    let manifest = crate::read_json(&path)?;
+    let files = manifest
+        .get("files")
+        .and_then(Value::as_object)
+        .ok_or_else(|| FormatError::invalid(&path, "has no `files` table"))?;
+    let found = file_table(folder)?;
+    let mut wrong = Vec::new();
+    for (name, want) in files {
+        match found.get(name) {
+            None => wrong.push(format!("{name}: missing")),
+            Some(have) if have != want => {
+                wrong.push(format!("{name}: hash or size differs from the manifest"))
+            }
+            Some(_) => {}
+        }
+    }
+    for name in found.keys().filter(|name| !files.contains_key(*name)) {
+        wrong.push(format!("{name}: not in the manifest"));
+    }
+    Ok(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attar_tensor::{DType, Tensor};
+
+    #[test]
+    fn artifacts_appear_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let header = TensorHeader { name: "a".into(), dtype: DType::F32, shape: vec![1] };
+        {
+            let root = ArtifactRoot::create(&out).unwrap();
+            ArtifactWriter::create(root.partial(), vec![header.clone()]).unwrap();
+        }
+        assert!(!out.exists() && !dir.path().join("out.partial").exists());
+        let root = ArtifactRoot::create(&out).unwrap();
+        let mut writer = ArtifactWriter::create(root.partial(), vec![header]).unwrap();
+        writer.put("a", &Tensor::from_f32(DType::F32, vec![1], &[2.0]).unwrap().view()).unwrap();
+        let folder = writer.finish().unwrap();
+        write_manifest(&folder, Map::new()).unwrap();
+        root.seal().unwrap();
+        assert!(check_manifest(&out).unwrap().is_empty());
+        assert!(ArtifactRoot::create(&out).unwrap_err().to_string().contains("not empty"));
+        let weights = out.join("model.safetensors");
+        let mut bytes = fs::read(&weights).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&weights, bytes).unwrap();
+        assert_eq!(check_manifest(&out).unwrap().len(), 1);
+        // A path below a file cannot be created, whoever asks.
+        assert!(ArtifactRoot::create(&weights.join("below")).is_err());
+    }
+}

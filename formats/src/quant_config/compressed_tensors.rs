@@ -1,0 +1,130 @@
+//! The compressed-tensors dialect, format `pack-quantized`.
+
+use attar_tensor::{Granularity, QuantScheme, ScaleGrid};
+use serde_json::{Map, Value, json};
+
+use super::{Entry, Parsed};
+
+fn weights(scheme: QuantScheme) -> Value {
+    let (strategy, group) = match scheme.granularity {
+        Granularity::Channel => ("channel", Value::Null),
+        Granularity::Group(size) => ("group", json!(size)),
+    };
+    json!({
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "group_size": group,
+        "strategy": strategy,
+        "block_structure": null,
+        "dynamic": false,
+        "actorder": null,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {},
+        "scale_dtype": null,
+        "zp_dtype": if scheme.symmetric { Value::Null } else { json!("torch.int8") },
+    })
+}
+
+pub(super) fn write(linears: &[Entry], dense: &[String]) -> Result<Value, String> {
+    if linears.is_empty() {
+        return Err("layout compressed-tensors: nothing is quantized".into());
+    }
+    let mut schemes: Vec<QuantScheme> = Vec::new();
+    for (_, scheme) in linears {
+        if !schemes.contains(scheme) {
+            schemes.push(*scheme);
+        }
+    }
+    let mut groups = Map::new();
+    for (at, scheme) in schemes.iter().enumerate() {
+        let targets: Vec<String> = if schemes.len() == 1 {
+            vec!["Linear".into()]
+        } else {
+            linears.iter().filter(|(_, s)| s == scheme).map(|(name, _)| name.clone()).collect()
+        };
+        groups.insert(
+            format!("group_{at}"),
+            json!({
+                "targets": targets,
+                "weights": weights(*scheme),
+                "input_activations": null,
+                "output_activations": null,
+                "format": "pack-quantized",
+            }),
+        );
+    }
+    Ok(json!({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": null,
+        "kv_cache_scheme": null,
+        "sparsity_config": {},
+        "transform_config": {},
+        "config_groups": groups,
+        "ignore": dense,
+        "version": "0.19.0",
+    }))
+}
+
+pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
+    let format = quant.get("format").and_then(Value::as_str).unwrap_or("");
+    if format != "pack-quantized" {
+        return Err(format!(
+            "compressed-tensors format `{format}` cannot be read, only pack-quantized"
+        ));
+    }
+    let groups = quant
+        .get("config_groups")
+        .and_then(Value::as_object)
+        .ok_or("compressed-tensors config has no config_groups")?;
+    let mut schemes = Vec::new();
+    for (name, group) in groups {
+        let weights = group
+            .get("weights")
+            .filter(|w| !w.is_null())
+            .ok_or(format!("{name} has no weights scheme"))?;
+        if !group.get("input_activations").is_none_or(Value::is_null) {
+            return Err(format!("{name} quantizes activations, which cannot be read yet"));
+        }
+        if weights.get("type").and_then(Value::as_str) != Some("int") {
+            return Err(format!("{name} holds a type of weights that cannot be read, only int"));
+        }
+        let bits = weights
+            .get("num_bits")
+            .and_then(Value::as_u64)
+            .ok_or(format!("{name}: no num_bits"))?;
+        let granularity = match (
+            weights.get("strategy").and_then(Value::as_str),
+            weights.get("group_size").and_then(Value::as_i64),
+        ) {
+            (Some("channel"), _) | (_, Some(-1)) => Granularity::Channel,
+            (_, Some(size)) if size > 0 => Granularity::Group(size as usize),
+            (strategy, _) => return Err(format!("{name}: strategy {strategy:?} cannot be read")),
+        };
+        let targets = group
+            .get("targets")
+            .and_then(Value::as_array)
+            .map(|list| {
+                list.iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>()
+            })
+            .unwrap_or_default();
+        // A regular expression stands for whatever linears carry packed parts.
+        let targets = targets
+            .into_iter()
+            .map(|t| if t.starts_with("re:") { "Linear".to_owned() } else { t })
+            .collect();
+        schemes.push((
+            targets,
+            QuantScheme {
+                bits: bits as u8,
+                granularity,
+                symmetric: weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true),
+                scale_grid: ScaleGrid::F32,
+                zero_min: 0,
+            },
+        ));
+    }
+    Ok(Parsed { layout: "compressed-tensors", schemes })
+}

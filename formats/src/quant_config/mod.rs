@@ -1,0 +1,136 @@
+//! `quantization_config` of config.json, in the dialect of each layout.
+
+mod awq;
+mod compressed_tensors;
+mod gptq;
+
+use attar_tensor::QuantScheme;
+use serde_json::Value;
+
+/// What a config says of one quantized linear.
+pub type Entry = (String, QuantScheme);
+
+/// Writes the config of a layout. `linears` are the quantized ones, `dense` the linears left alone.
+///
+/// # Errors
+/// When the dialect cannot say it.
+pub fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value, String> {
+    match layout {
+        "compressed-tensors" => compressed_tensors::write(linears, dense),
+        "gptq" | "gptq_v2" => gptq::write(layout, linears, dense),
+        "awq" => awq::write(linears, dense),
+        other => Err(format!("no quantization_config dialect for layout {other}")),
+    }
+}
+
+/// A parsed config: the layout's name, and the scheme of a linear found in it.
+#[derive(Debug, Clone)]
+pub struct Parsed {
+    /// `compressed-tensors`, `gptq`, `gptq_v2` or `awq`.
+    pub layout: &'static str,
+    /// Schemes with the targets they hold for; the first match counts.
+    schemes: Vec<(Vec<String>, QuantScheme)>,
+}
+
+impl Parsed {
+    /// The scheme of a linear whose packed parts are present.
+    pub fn scheme_of(&self, linear: &str) -> Option<QuantScheme> {
+        let named = |targets: &[String]| targets.iter().any(|t| t == linear);
+        let generic = |targets: &[String]| targets.iter().any(|t| t == "Linear");
+        self.schemes
+            .iter()
+            .find(|(targets, _)| named(targets))
+            .or_else(|| self.schemes.iter().find(|(targets, _)| generic(targets)))
+            .map(|(_, scheme)| *scheme)
+    }
+
+    /// Suffix of the tensor whose presence marks a linear as quantized.
+    pub fn marker(&self) -> &'static str {
+        if self.layout == "compressed-tensors" { ".weight_packed" } else { ".qweight" }
+    }
+}
+
+/// Parses the quantization config of a model's config.json; `None` when it has none.
+///
+/// # Errors
+/// When it describes something that cannot be read.
+pub fn parse(config: &Value) -> Result<Option<Parsed>, String> {
+    let Some(quant) =
+        config.get("quantization_config").or_else(|| config.get("compression_config"))
+    else {
+        return Ok(None);
+    };
+    let method = quant.get("quant_method").and_then(Value::as_str).unwrap_or("");
+    match method {
+        "compressed-tensors" => compressed_tensors::parse(quant).map(Some),
+        "gptq" => gptq::parse(quant).map(Some),
+        "awq" => awq::parse(quant).map(Some),
+        other => Err(format!(
+            "quantization_config: quant_method `{other}` cannot be read; supported: compressed-tensors, gptq, awq"
+        )),
+    }
+}
+
+/// The one scheme of all linears, for dialects that know only one.
+fn one_scheme(layout: &str, linears: &[Entry]) -> Result<QuantScheme, String> {
+    let Some((_, first)) = linears.first() else {
+        return Err(format!("layout {layout}: nothing is quantized"));
+    };
+    match linears.iter().find(|(_, scheme)| scheme != first) {
+        None => Ok(*first),
+        Some((name, scheme)) => Err(format!(
+            "layout {layout} has one scheme for all linears, but {name} is {} and {} is {}",
+            scheme.label(),
+            linears[0].0,
+            first.label()
+        )),
+    }
+}
+
+fn granularity(group_size: i64) -> Result<attar_tensor::Granularity, String> {
+    match group_size {
+        -1 => Ok(attar_tensor::Granularity::Channel),
+        size if size > 0 => Ok(attar_tensor::Granularity::Group(size as usize)),
+        other => Err(format!("group_size {other} is not a group size")),
+    }
+}
+
+fn integer(value: &Value, key: &str) -> Result<i64, String> {
+    value
+        .get(key)
+        .and_then(Value::as_i64)
+        .ok_or_else(|| format!("quantization_config lacks `{key}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attar_tensor::{Granularity, ScaleGrid};
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for layout in ["compressed-tensors", "gptq", "awq"] {
+            for symmetric in [true, false] {
+                let scheme = QuantScheme {
+                    bits: 4,
+                    granularity: Granularity::Group(128),
+                    symmetric,
+                    scale_grid: ScaleGrid::F16,
+                    zero_min: 0,
+                };
+                let linears = vec![("model.layers.0.mlp.up_proj".to_owned(), scheme)];
+                let config = write(layout, &linears, &["lm_head".into()]).unwrap();
+                let parsed =
+                    parse(&serde_json::json!({"quantization_config": config})).unwrap().unwrap();
+                let back = parsed.scheme_of("model.layers.0.mlp.up_proj").unwrap();
+                assert_eq!(parsed.layout, layout);
+                assert_eq!((back.bits, back.granularity), (4, Granularity::Group(128)));
+                assert_eq!(back.symmetric, symmetric);
+            }
+        }
+        assert!(parse(&serde_json::json!({})).unwrap().is_none());
+        assert!(
+            parse(&serde_json::json!({"quantization_config": {"quant_method": "fp8"}})).is_err()
+        );
+    }
+}
