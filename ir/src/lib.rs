@@ -22,5 +22,6 @@ pub use pass::{
     Contract, Cost, Event, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target,
     Touches, Upstream,
 };
+pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};
 pub use stats::{BlockStats, InputStats, Needs};

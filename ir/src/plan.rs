@@ -1,1 +1,288 @@
 //! The typed pass graph and its proof.
+//!
+//! [`PassGraph::check`] follows the form of every site through the steps and either returns a [`Plan`],
+//! which running can break only by I/O or numerics, or [`PlanErrors`], which lists everything that is
+//! wrong at once. No weight is read.
+
+mod check;
+mod error;
+mod predict;
+mod render;
+
+use attar_tensor::{DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
+use serde::Serialize;
+
+pub use error::{PlanError, PlanErrors};
+pub use predict::{Memory, Work};
+
+use crate::recipe::Recipe;
+use crate::{Contract, Form, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream};
+
+/// Containers that artifacts can be written to.
+pub const CONTAINERS: &[&str] = &["safetensors"];
+
+/// Bytes of activations kept in memory before the stream spills to disk, unless set otherwise.
+pub const STREAM_IN_MEMORY: usize = 256 << 20;
+
+/// A recipe, the model it is for, and everything known before weights are read.
+#[derive(Debug)]
+pub struct PassGraph<'a> {
+    graph: ModelGraph,
+    passes: Vec<Box<dyn Pass>>,
+    recipe: &'a Recipe,
+    layouts: &'a [&'a dyn LayoutSpec],
+    source: &'a [TensorHeader],
+    calibration_tokens: usize,
+    stream_in_memory: usize,
+}
+
+impl<'a> PassGraph<'a> {
+    /// `passes[i]` belongs to `recipe.steps[i]` ([`Recipe::resolve`]); `layouts` are all that could be
+    /// emitted; `source` are all tensors of the checkpoint; `calibration_tokens` is what calibration will
+    /// provide, zero when there is none.
+    ///
+    /// # Panics
+    /// When the number of passes is not the number of steps.
+    pub fn new(
+        graph: ModelGraph,
+        passes: Vec<Box<dyn Pass>>,
+        recipe: &'a Recipe,
+        layouts: &'a [&'a dyn LayoutSpec],
+        source: &'a [TensorHeader],
+        calibration_tokens: usize,
+    ) -> Self {
+        assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
+        let stream_in_memory = STREAM_IN_MEMORY;
+        Self { graph, passes, recipe, layouts, source, calibration_tokens, stream_in_memory }
+    }
+
+    /// Sets how many bytes of activations stay in memory.
+    pub fn with_stream_in_memory(mut self, bytes: usize) -> Self {
+        self.stream_in_memory = bytes;
+        self
+    }
+
+    /// Proves the recipe on this model.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn check(self) -> Result<Plan, PlanErrors> {
+        check::check(self)
+    }
+}
+
+/// One step as it will run.
+#[derive(Debug, Clone, Serialize)]
+pub struct PlanStep {
+    /// `step[i] (pass)`.
+    pub label: String,
+    /// Name of the pass.
+    pub pass: String,
+    /// What the pass promised.
+    #[serde(skip)]
+    pub contract: Contract,
+    /// Targets per block, `targets[block.index]`; the epilogue comes last.
+    #[serde(skip)]
+    pub targets: Vec<Vec<Target>>,
+    /// Number of sites over all blocks.
+    pub sites: usize,
+}
+
+/// Steps of one block that run on the same statistics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Round {
+    /// True: one step that touches folds and needs the statistics of the whole block beforehand. False:
+    /// steps that run stage by stage (input group by input group, in data order), each stage reading
+    /// what the former compressed ones put out.
+    pub whole: bool,
+    /// Indices into [`Plan::steps`], in order.
+    pub steps: Vec<usize>,
+    /// Statistics to collect, one entry per [`crate::Block::inputs`].
+    pub needs: Vec<Needs>,
+    /// Which activations the statistics come from.
+    pub upstream: Upstream,
+}
+
+impl Round {
+    /// True when a forward of the block has to be observed.
+    pub fn observes(&self) -> bool {
+        self.needs.iter().any(|needs| !needs.is_empty())
+    }
+}
+
+/// What becomes of one site.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SitePlan {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// [`crate::Block::index`].
+    pub block: usize,
+    /// The part it plays.
+    pub role: Role,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the weight.
+    pub in_features: usize,
+    /// Form in the checkpoint.
+    pub before: Form,
+    /// Form after the last step.
+    pub after: Form,
+    /// Indices into [`Plan::steps`] of the steps that select it.
+    pub steps: Vec<usize>,
+    /// The scheme it ends in; `None` stays float.
+    pub scheme: Option<QuantScheme>,
+    /// Bytes of the weight in the checkpoint.
+    pub dense_bytes: usize,
+    /// Bytes in each emit, in the order of [`Plan::emits`].
+    pub emitted_bytes: Vec<usize>,
+}
+
+/// Where an output tensor comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// A tensor of the checkpoint under this name, in its dtype (values may have been changed by folds).
+    Source(String),
+    /// A part of a packed linear.
+    Part {
+        /// Name of the site.
+        site: String,
+        /// Suffix of the part.
+        suffix: &'static str,
+    },
+}
+
+/// One tensor of an artifact.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OutputTensor {
+    /// Full name.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+impl OutputTensor {
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+
+    /// Name, dtype and shape.
+    pub fn header(&self) -> TensorHeader {
+        TensorHeader { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+}
+
+/// One artifact to write.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PlannedEmit {
+    /// The layout of its quantized linears.
+    pub layout: LayoutId,
+    /// Kind of file.
+    pub container: String,
+    /// Subdirectory of the output; `None` is the output itself.
+    pub dir: Option<String>,
+    /// Every tensor, sorted by name.
+    pub tensors: Vec<OutputTensor>,
+    /// Bytes of all tensors, headers of files excluded.
+    pub tensor_bytes: usize,
+    /// Bytes of the weights of linears, with scales, zero points and indices.
+    pub linear_bytes: usize,
+    /// `8 · linear_bytes / weights` over the linears of the decoder blocks, and the output head when it
+    /// is quantized.
+    pub bits_per_weight: f64,
+}
+
+/// A recipe proven for a model.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// The model.
+    #[serde(skip)]
+    pub graph: ModelGraph,
+    /// `passes[i]` runs `steps[i]`.
+    #[serde(skip)]
+    pub passes: Vec<Box<dyn Pass>>,
+    /// Steps in order.
+    pub steps: Vec<PlanStep>,
+    /// Every site of the decoder blocks, then the output head.
+    pub sites: Vec<SitePlan>,
+    /// Artifacts to write.
+    pub emits: Vec<PlannedEmit>,
+    /// True when the output head was tied and no longer equals the embedding.
+    pub untied: bool,
+    /// Bytes of all tensors of the checkpoint.
+    pub source_bytes: usize,
+    /// Calibration tokens counted on; zero when no step needs statistics.
+    pub calibration_tokens: usize,
+    /// Tokens per calibration window, capped at what the model was trained for.
+    pub context: usize,
+    /// Predicted memory, bytes.
+    pub memory: Memory,
+    /// Bytes of activations that spill to disk.
+    pub scratch_bytes: usize,
+    /// Predicted work, floating-point operations.
+    pub work: Work,
+    /// What was narrowed so that all emits can carry the result, and why.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// The rounds of one block, in order; steps without a target in the block are left out.
+    pub fn rounds(&self, block: usize) -> Vec<Round> {
+        rounds(&self.graph, &self.steps, block)
+    }
+
+    /// True when any step reads statistics.
+    pub fn calibrates(&self) -> bool {
+        self.calibration_tokens > 0
+    }
+
+    /// What becomes of a site.
+    pub fn site(&self, name: &str) -> Option<&SitePlan> {
+        self.sites.iter().find(|site| site.name == name)
+    }
+
+    /// The tables that `attar plan` prints.
+    pub fn render(&self) -> String {
+        render::render(self)
+    }
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.render())
+    }
+}
+
+/// Splits a block's steps: each that touches folds alone, consecutive others of one upstream together.
+fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
+    let shape = graph.all_blocks().nth(block).expect("a block of this graph");
+    let mut rounds: Vec<Round> = Vec::new();
+    for (index, step) in steps.iter().enumerate() {
+        let targets = &step.targets[block];
+        if targets.is_empty() {
+            continue;
+        }
+        let whole = step.contract.touches == Touches::Folds;
+        let upstream = step.contract.upstream;
+        let joins =
+            rounds.last().is_some_and(|last| !whole && !last.whole && last.upstream == upstream);
+        if !joins {
+            let needs = vec![Needs::empty(); shape.inputs.len()];
+            rounds.push(Round { whole, steps: Vec::new(), needs, upstream });
+        }
+        let round = rounds.last_mut().expect("one was just there or pushed");
+        round.steps.push(index);
+        for target in targets {
+            round.needs[shape.input_of(target.site)] |= step.contract.needs;
+        }
+    }
+    rounds
+}
+
+#[cfg(test)]
+mod tests;

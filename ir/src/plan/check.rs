@@ -1,0 +1,606 @@
+//! The proof: selects sites, follows forms, asks layouts, and collects every refusal.
+
+use std::collections::BTreeMap;
+
+use attar_tensor::{LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
+
+use super::{
+    CONTAINERS, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors, PlanStep,
+    PlannedEmit, SitePlan, predict,
+};
+use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
+use crate::{Block, Form, ModelGraph, Needs, Numeric, Producer, Site, Target, Touches};
+
+/// The emitted name of the embedding.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Position of a site: block and index in it.
+type Place = (usize, usize);
+
+pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
+    let PassGraph { graph, passes, recipe, layouts, source, calibration_tokens, stream_in_memory } =
+        input;
+    let mut errors = Vec::new();
+    let labels: Vec<_> = recipe.steps.iter().enumerate().map(|(i, s)| s.label(i)).collect();
+    check_chain(recipe, &mut errors);
+    let emits = resolve_emits(recipe, layouts, &labels, &mut errors);
+
+    let selected: Vec<Vec<Place>> = recipe
+        .steps
+        .iter()
+        .zip(&labels)
+        .map(|(step, label)| select(&graph, step, label, &mut errors))
+        .collect();
+    let contracts: Vec<_> = passes.iter().map(|pass| pass.contract()).collect();
+    let quantizes: Vec<_> =
+        contracts.iter().map(|c| c.produces.numeric == Some(Numeric::Quantized)).collect();
+
+    // Schemes: what the step says, narrowed to what every emit can store.
+    for ((step, label), &quantizes) in recipe.steps.iter().zip(&labels).zip(&quantizes) {
+        match (&step.scheme, quantizes) {
+            (None, true) => errors.push(PlanError::SchemeMissing { step: label.clone() }),
+            (Some(_), false) => errors.push(PlanError::SchemeUnused { step: label.clone() }),
+            _ => {}
+        }
+    }
+    let scheme_of = |step: usize, site: &Site| -> Option<QuantScheme> {
+        let spec = recipe.steps[step].scheme?;
+        let grids = emits.iter().map(|emit| emit.spec.scale_grid(site.dtype));
+        Some(QuantScheme {
+            bits: spec.bits,
+            granularity: spec.granularity,
+            symmetric: spec.symmetric.unwrap_or(true),
+            scale_grid: grids.fold(ScaleGrid::F32, ScaleGrid::intersect),
+            zero_min: emits.iter().map(|emit| emit.spec.zero_min()).max().unwrap_or(0),
+        })
+    };
+
+    // Forms, step by step.
+    let mut sites: BTreeMap<Place, SiteState> = BTreeMap::new();
+    for block in graph.all_blocks() {
+        for at in 0..block.sites.len() {
+            sites.insert((block.index, at), SiteState::default());
+        }
+    }
+    let mut steps: Vec<PlanStep> = Vec::with_capacity(passes.len());
+    for (index, contract) in contracts.iter().enumerate() {
+        let label = &labels[index];
+        let mut refused: BTreeMap<(String, String), (Form, Vec<String>)> = BTreeMap::new();
+        let mut no_ahead = Vec::new();
+        let mut uneven = Vec::new();
+        let mut folded: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+        let mut targets = vec![Vec::new(); graph.blocks.len() + 1];
+        for &place in &selected[index] {
+            let block = block_at(&graph, place.0);
+            let site = &block.sites[place.1];
+            let scheme = if quantizes[index] {
+                let scheme = scheme_of(index, site);
+                if scheme.is_some_and(|s| s.groups(site.in_features).is_none()) {
+                    uneven.push((site.name.clone(), site.in_features));
+                }
+                scheme
+            } else if contract.looks_ahead {
+                let next = (index + 1..recipe.steps.len())
+                    .find(|&later| quantizes[later] && selected[later].contains(&place));
+                if next.is_none() {
+                    no_ahead.push(site.name.clone());
+                }
+                next.and_then(|later| scheme_of(later, site))
+            } else {
+                None
+            };
+            targets[place.0].push(Target { site: place.1, scheme });
+            if contract.touches == Touches::Folds {
+                for other in fold_neighbours(block, place.1) {
+                    if let Some(by) = sites[&(place.0, other)].quantized_by
+                        && other != place.1
+                    {
+                        let names = folded.entry(by).or_default();
+                        if !names.contains(&block.sites[other].name) {
+                            names.push(block.sites[other].name.clone());
+                        }
+                    }
+                }
+            }
+            let state = sites.get_mut(&place).expect("every site of the graph has a state");
+            if !contract.accepts.accepts(state.form) {
+                let made_by =
+                    state.made_by.map_or("the checkpoint".to_owned(), |by| labels[by].clone());
+                refused
+                    .entry((state.form.to_string(), made_by))
+                    .or_insert_with(|| (state.form, Vec::new()))
+                    .1
+                    .push(site.name.clone());
+                continue;
+            }
+            let after = contract.produces.apply(state.form);
+            if after != state.form {
+                state.made_by = Some(index);
+            }
+            state.form = after;
+            state.steps.push(index);
+            if quantizes[index] {
+                state.quantized_by = Some(index);
+                state.scheme = scheme;
+            }
+        }
+        let step = || label.clone();
+        if !uneven.is_empty() {
+            let granularity = recipe.steps[index].scheme.map(|s| s.granularity.as_config());
+            let group_size = granularity.unwrap_or_default().unsigned_abs() as usize;
+            errors.push(PlanError::GroupSize { step: step(), group_size, sites: uneven });
+        }
+        for ((_, made_by), (form, sites)) in refused {
+            errors.push(PlanError::Form { step: step(), form, made_by, sites });
+        }
+        if !no_ahead.is_empty() {
+            errors.push(PlanError::NothingAhead { step: step(), sites: no_ahead });
+        }
+        for (by, sites) in folded {
+            errors.push(PlanError::FoldQuantized { step: step(), by: labels[by].clone(), sites });
+        }
+        if !contract.needs.is_empty() && calibration_tokens == 0 {
+            let needs = needs_text(contract.needs);
+            errors.push(PlanError::CalibrationMissing { step: step(), needs });
+        }
+        steps.push(PlanStep {
+            label: label.clone(),
+            pass: recipe.steps[index].pass.clone(),
+            contract: *contract,
+            sites: targets.iter().map(Vec::len).sum(),
+            targets,
+        });
+    }
+
+    check_siblings(&graph, &sites, &emits, &mut errors);
+    let parts = ask_layouts(&graph, &sites, &emits, &mut errors);
+    if !errors.is_empty() {
+        return Err(PlanErrors(errors));
+    }
+
+    let table = site_table(&graph, &sites, &parts);
+    let head_quantized = table.last().is_some_and(|head| head.scheme.is_some());
+    let planned: Vec<_> = emits
+        .iter()
+        .enumerate()
+        .map(|(index, emit)| {
+            planned_emit(&graph, source, &table, &parts, index, emit, head_quantized)
+        })
+        .collect();
+    let needs_data = contracts.iter().any(|contract| !contract.needs.is_empty());
+    let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
+    let context = recipe.calibration.context.min(graph.context);
+    let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
+    let notes = notes(&table, &graph, &emits);
+    let (memory, scratch_bytes, work) = predict::predict(&predict::Facts {
+        graph: &graph,
+        steps: &steps,
+        passes: &passes,
+        source,
+        tokens: calibration_tokens,
+        context,
+        stream_in_memory,
+    });
+    Ok(Plan {
+        untied: graph.tied && head_quantized,
+        graph,
+        passes,
+        steps,
+        sites: table,
+        emits: planned,
+        source_bytes,
+        calibration_tokens,
+        context,
+        memory,
+        scratch_bytes,
+        work,
+        notes,
+    })
+}
+
+/// What is known of a site at a point of the walk.
+struct SiteState {
+    form: Form,
+    made_by: Option<usize>,
+    quantized_by: Option<usize>,
+    steps: Vec<usize>,
+    scheme: Option<QuantScheme>,
+}
+
+impl Default for SiteState {
+    fn default() -> Self {
+        let form = Form::DENSE_FLOAT;
+        Self { form, made_by: None, quantized_by: None, steps: Vec::new(), scheme: None }
+    }
+}
+
+/// An emit whose names are resolved.
+struct ResolvedEmit<'a> {
+    /// Index in the recipe.
+    index: usize,
+    spec: &'a dyn LayoutSpec,
+    container: String,
+    dir: Option<String>,
+}
+
+fn block_at(graph: &ModelGraph, index: usize) -> &Block {
+    graph.blocks.get(index).unwrap_or(&graph.epilogue)
+}
+
+/// `id`s are unique, `after` names the step before.
+fn check_chain(recipe: &Recipe, errors: &mut Vec<PlanError>) {
+    if recipe.steps.is_empty() {
+        errors.push(PlanError::NoSteps);
+    }
+    for (index, step) in recipe.steps.iter().enumerate() {
+        let earlier = &recipe.steps[..index];
+        if let Some(id) = &step.id
+            && let Some(first) = earlier.iter().position(|s| s.id.as_ref() == Some(id))
+        {
+            errors.push(PlanError::DuplicateId { index, id: id.clone(), first });
+        }
+        if let Some(after) = &step.after {
+            let path = format!("step[{index}].after");
+            let which = "earlier step";
+            check_reference(earlier, path, which, "step before it", after, errors);
+        }
+    }
+}
+
+/// `id` must be the last of `steps`.
+fn check_reference(
+    steps: &[Step],
+    path: String,
+    which: &'static str,
+    expected: &'static str,
+    id: &str,
+    errors: &mut Vec<PlanError>,
+) {
+    match steps.iter().rposition(|step| step.id.as_deref() == Some(id)) {
+        Some(at) if at + 1 == steps.len() => {}
+        Some(_) => errors.push(PlanError::Branch { path, id: id.to_owned(), expected }),
+        None => {
+            let ids = steps.iter().filter_map(|step| step.id.as_deref());
+            let hint =
+                nearest(id, ids).map_or(String::new(), |id| format!("; did you mean `{id}`?"));
+            errors.push(PlanError::UnknownStep { path, which, id: id.to_owned(), hint });
+        }
+    }
+}
+
+fn resolve_emits<'a>(
+    recipe: &Recipe,
+    layouts: &'a [&'a dyn LayoutSpec],
+    labels: &[String],
+    errors: &mut Vec<PlanError>,
+) -> Vec<ResolvedEmit<'a>> {
+    if recipe.emits.is_empty() && !labels.is_empty() {
+        errors.push(PlanError::NeverEmitted { steps: labels.join(", ") });
+    }
+    let mut resolved: Vec<ResolvedEmit<'a>> = Vec::new();
+    for (index, emit) in recipe.emits.iter().enumerate() {
+        if !CONTAINERS.contains(&emit.container.as_str()) {
+            let container = emit.container.clone();
+            errors.push(PlanError::UnknownContainer { emit: index, container });
+        }
+        if let Some(of) = &emit.of {
+            let path = format!("emit[{index}].of");
+            check_reference(&recipe.steps, path, "step", "last step", of, errors);
+        }
+        let Some(spec) = layouts.iter().find(|layout| layout.id().0 == emit.layout) else {
+            let names = || layouts.iter().map(|layout| layout.id().0);
+            let hint = nearest(&emit.layout, names()).map_or_else(
+                || format!("known: {}", names().collect::<Vec<_>>().join(", ")),
+                |name| format!("did you mean `{name}`?"),
+            );
+            let layout = emit.layout.clone();
+            errors.push(PlanError::UnknownLayout { emit: index, layout, hint });
+            continue;
+        };
+        let dir = match &emit.dir {
+            Some(dir) => Some(dir.clone()),
+            None if recipe.emits.len() > 1 => Some(emit.layout.clone()),
+            None => None,
+        };
+        if let Some(first) = resolved.iter().find(|other| other.dir == dir) {
+            let dir = dir.clone().unwrap_or_else(|| "the output directory".to_owned());
+            errors.push(PlanError::SameDir { first: first.index, second: index, dir });
+        }
+        resolved.push(ResolvedEmit { index, spec: *spec, container: emit.container.clone(), dir });
+    }
+    resolved
+}
+
+/// The sites of a step, in data order.
+fn select(graph: &ModelGraph, step: &Step, label: &str, errors: &mut Vec<PlanError>) -> Vec<Place> {
+    let all = || {
+        graph.all_blocks().flat_map(|block| {
+            block.sites.iter().enumerate().map(|(at, site)| ((block.index, at), &site.name))
+        })
+    };
+    let kept = |name: &str| step.keep.iter().any(|pattern| recipe::matches(pattern, name));
+    for pattern in &step.keep {
+        let usual = DEFAULT_KEEP.contains(&pattern.as_str());
+        if !usual && !all().any(|(_, name)| recipe::matches(pattern, name)) {
+            errors.push(no_match(graph, label, "keep", pattern));
+        }
+    }
+    for pattern in &step.sites {
+        let mut matched = all().filter(|(_, name)| recipe::selects(pattern, name)).peekable();
+        if matched.peek().is_none() {
+            errors.push(no_match(graph, label, "sites", pattern));
+        } else if matched.all(|(_, name)| kept(name)) {
+            let (step, pattern) = (label.to_owned(), pattern.clone());
+            errors.push(PlanError::AllKept { step, pattern });
+        }
+    }
+    all()
+        .filter(|(_, name)| step.sites.iter().any(|p| recipe::selects(p, name)) && !kept(name))
+        .map(|(place, _)| place)
+        .collect()
+}
+
+fn no_match(graph: &ModelGraph, label: &str, key: &'static str, pattern: &str) -> PlanError {
+    let bare = pattern.trim_start_matches("*.").trim_end_matches('*').trim_end_matches('.');
+    let mut scored: Vec<(f64, String)> = Vec::new();
+    for block in graph.blocks.first().into_iter().chain(std::iter::once(&graph.epilogue)) {
+        for site in &block.sites {
+            let relative = site.name.strip_prefix(&block.prefix).unwrap_or(&site.name);
+            let last = relative.rsplit('.').next().unwrap_or(relative);
+            let first = relative.split('.').next().unwrap_or(relative);
+            let score = [site.name.as_str(), relative, last, first]
+                .into_iter()
+                .map(|name| strsim::normalized_damerau_levenshtein(bare, name))
+                .fold(0.0, f64::max);
+            scored.push((score, site.name.clone()));
+        }
+    }
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let nearest = scored.into_iter().take(3).map(|(_, name)| name).collect();
+    PlanError::NoMatch { step: label.to_owned(), key, pattern: pattern.to_owned(), nearest }
+}
+
+/// Sites whose weights change when a scale is folded around the input of `site`: all that read the same
+/// input, and the one whose rows make it.
+fn fold_neighbours(block: &Block, site: usize) -> Vec<usize> {
+    let input = block.input_of(site);
+    let mut others = Vec::new();
+    for fold in block.folds.iter().filter(|fold| fold.input == input) {
+        others.extend(&block.inputs[input].sites);
+        if let Producer::Rows(producer) = fold.producer {
+            others.push(producer);
+        }
+    }
+    others
+}
+
+fn needs_text(needs: Needs) -> String {
+    needs
+        .iter_names()
+        .map(|(name, _)| name.to_lowercase().replace('_', " "))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn check_siblings(
+    graph: &ModelGraph,
+    sites: &BTreeMap<Place, SiteState>,
+    emits: &[ResolvedEmit<'_>],
+    errors: &mut Vec<PlanError>,
+) {
+    let fusing: Vec<_> =
+        emits.iter().filter(|e| e.spec.fuses_siblings()).map(|e| e.spec.id().0).collect();
+    if fusing.is_empty() {
+        return;
+    }
+    for block in graph.all_blocks() {
+        for input in &block.inputs {
+            let scheme = |site: usize| sites[&(block.index, site)].scheme;
+            let Some((&first, rest)) = input.sites.split_first() else { continue };
+            if rest.iter().all(|&site| scheme(site) == scheme(first)) {
+                continue;
+            }
+            let named = |&site: &usize| {
+                let scheme = scheme(site).map_or("float".to_owned(), QuantScheme::label);
+                (block.sites[site].name.clone(), scheme)
+            };
+            errors.push(PlanError::FusedSiblings {
+                layouts: fusing.join(", "),
+                input: input.name.to_owned(),
+                sites: input.sites.iter().map(named).collect(),
+            });
+        }
+    }
+}
+
+/// Parts of every quantized site in every emit.
+type Parts = BTreeMap<Place, Vec<Vec<attar_tensor::PartHeader>>>;
+
+fn ask_layouts(
+    graph: &ModelGraph,
+    sites: &BTreeMap<Place, SiteState>,
+    emits: &[ResolvedEmit<'_>],
+    errors: &mut Vec<PlanError>,
+) -> Parts {
+    let mut parts = Parts::new();
+    for emit in emits {
+        let mut refused: Vec<(attar_tensor::LayoutError, Vec<String>)> = Vec::new();
+        for (&place, state) in sites {
+            let site = &block_at(graph, place.0).sites[place.1];
+            let Some(scheme) = state.scheme else { continue };
+            if scheme.groups(site.in_features).is_none() {
+                continue;
+            }
+            let linear = LinearSpec {
+                name: site.name.clone(),
+                out_features: site.out_features,
+                in_features: site.in_features,
+                scheme,
+                source_dtype: site.dtype,
+            };
+            match emit.spec.parts(&linear) {
+                Ok(headers) => parts.entry(place).or_default().push(headers),
+                Err(error) => match refused.iter_mut().find(|(known, _)| *known == error) {
+                    Some((_, names)) => names.push(site.name.clone()),
+                    None => refused.push((error, vec![site.name.clone()])),
+                },
+            }
+        }
+        for (error, sites) in refused {
+            let layout = emit.spec.id();
+            errors.push(PlanError::Layout { emit: emit.index, layout, error, sites });
+        }
+    }
+    parts
+}
+
+fn site_table(
+    graph: &ModelGraph,
+    sites: &BTreeMap<Place, SiteState>,
+    parts: &Parts,
+) -> Vec<SitePlan> {
+    sites
+        .iter()
+        .map(|(place, state)| {
+            let site = &block_at(graph, place.0).sites[place.1];
+            let bytes = |headers: &Vec<attar_tensor::PartHeader>| {
+                headers.iter().map(attar_tensor::PartHeader::bytes).sum()
+            };
+            SitePlan {
+                name: site.name.clone(),
+                block: place.0,
+                role: site.role,
+                out_features: site.out_features,
+                in_features: site.in_features,
+                before: Form::DENSE_FLOAT,
+                after: state.form,
+                steps: state.steps.clone(),
+                scheme: state.scheme,
+                dense_bytes: site.weights() * site.dtype.size(),
+                emitted_bytes: parts.get(place).into_iter().flatten().map(bytes).collect(),
+            }
+        })
+        .collect()
+}
+
+fn planned_emit(
+    graph: &ModelGraph,
+    source: &[attar_tensor::TensorHeader],
+    table: &[SitePlan],
+    parts: &Parts,
+    index: usize,
+    emit: &ResolvedEmit<'_>,
+    head_quantized: bool,
+) -> PlannedEmit {
+    let quantized: BTreeMap<String, &SitePlan> = table
+        .iter()
+        .filter(|site| site.scheme.is_some())
+        .map(|site| (format!("{}.weight", site.name), site))
+        .collect();
+    let mut tensors: BTreeMap<String, OutputTensor> = BTreeMap::new();
+    for header in source {
+        let embedding = header.name == graph.embedding;
+        if !embedding && quantized.contains_key(&header.name) {
+            continue;
+        }
+        let name = if embedding { EMBEDDING.to_owned() } else { header.name.clone() };
+        tensors.insert(
+            name.clone(),
+            OutputTensor {
+                name,
+                dtype: header.dtype,
+                shape: header.shape.clone(),
+                origin: Origin::Source(header.name.clone()),
+            },
+        );
+    }
+    let (mut linear_bytes, mut weights) = (0, 0);
+    for (site, (place, _)) in table.iter().zip(places(graph)) {
+        let in_blocks = place.0 < graph.blocks.len();
+        if in_blocks || head_quantized {
+            weights += site.out_features * site.in_features;
+            linear_bytes += site.emitted_bytes.get(index).copied().unwrap_or(site.dense_bytes);
+        }
+        let Some(headers) = parts.get(&place).and_then(|emits| emits.get(index)) else { continue };
+        for part in headers {
+            let name = format!("{}.{}", site.name, part.suffix);
+            tensors.insert(
+                name.clone(),
+                OutputTensor {
+                    name,
+                    dtype: part.dtype,
+                    shape: part.shape.clone(),
+                    origin: Origin::Part { site: site.name.clone(), suffix: part.suffix },
+                },
+            );
+        }
+    }
+    let tensors: Vec<_> = tensors.into_values().collect();
+    PlannedEmit {
+        layout: emit.spec.id(),
+        container: emit.container.clone(),
+        dir: emit.dir.clone(),
+        tensor_bytes: tensors.iter().map(OutputTensor::bytes).sum(),
+        tensors,
+        linear_bytes,
+        bits_per_weight: 8.0 * linear_bytes as f64 / weights.max(1) as f64,
+    }
+}
+
+/// Every site in the order of [`Plan::sites`].
+fn places(graph: &ModelGraph) -> impl Iterator<Item = (Place, &Site)> {
+    graph.all_blocks().flat_map(|block| {
+        block.sites.iter().enumerate().map(|(at, site)| ((block.index, at), site))
+    })
+}
+
+/// Names what the layouts of one run take from each other.
+fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> Vec<String> {
+    let grid_name = |grid| match grid {
+        ScaleGrid::F32 => "f32",
+        ScaleGrid::Bf16 => "bf16",
+        ScaleGrid::F16 => "f16",
+        ScaleGrid::F16AndBf16 => "values that are both f16 and bf16",
+    };
+    // What each emit asks for and what all get, with the number of sites concerned.
+    let mut scales: BTreeMap<String, usize> = BTreeMap::new();
+    let mut zeros = 0;
+    for (site, (_, source)) in table.iter().zip(places(graph)) {
+        let Some(scheme) = site.scheme else { continue };
+        let asked: Vec<_> = emits.iter().map(|e| (e, e.spec.scale_grid(source.dtype))).collect();
+        if asked.iter().any(|(_, grid)| *grid != scheme.scale_grid) {
+            let asked: Vec<_> = asked
+                .iter()
+                .map(|(e, g)| format!("{} stores {}", e.spec.id(), grid_name(*g)))
+                .collect();
+            let text = format!(
+                "scales are narrowed to {}, since {}",
+                grid_name(scheme.scale_grid),
+                asked.join(" and ")
+            );
+            *scales.entry(text).or_default() += 1;
+        }
+        if !scheme.symmetric && emits.iter().any(|e| e.spec.zero_min() < scheme.zero_min) {
+            zeros += 1;
+        }
+    }
+    let mut notes: Vec<_> =
+        scales.into_iter().map(|(text, count)| format!("{text} ({count} sites)")).collect();
+    if zeros > 0
+        && let Some(strictest) = emits.iter().max_by_key(|emit| emit.spec.zero_min())
+    {
+        notes.push(format!(
+            "zero points are at least {}, since layout {} stores no smaller one ({zeros} sites)",
+            strictest.spec.zero_min(),
+            strictest.spec.id(),
+        ));
+    }
+    if graph.tied && table.last().is_some_and(|head| head.scheme.is_some()) {
+        notes.push(
+            "the output head is quantized and no longer equals the embedding: both are written and \
+             config.json says that they are not tied"
+                .to_owned(),
+        );
+    }
+    notes
+}

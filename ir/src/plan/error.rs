@@ -1,0 +1,219 @@
+//! Everything a plan can refuse.
+
+use attar_tensor::{LayoutError, LayoutId};
+
+use crate::Form;
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// A pattern is misspelt or meant for another model.
+    #[error("{step}: {key} pattern `{pattern}` matches no site; the nearest are {}", .nearest.join(", "))]
+    NoMatch {
+        /// The step.
+        step: String,
+        /// `sites` or `keep`.
+        key: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// Names of sites spelt most like it.
+        nearest: Vec<String>,
+    },
+    /// Whatever a pattern selects is held by `keep`.
+    #[error(
+        "{step}: all that pattern `{pattern}` selects is held by `keep`; take it out of one of them"
+    )]
+    AllKept {
+        /// The step.
+        step: String,
+        /// The pattern.
+        pattern: String,
+    },
+    /// A quantizing step without numbers.
+    #[error("{step}: quantizes but has no scheme; add `scheme = {{ bits = 4 }}`")]
+    SchemeMissing {
+        /// The step.
+        step: String,
+    },
+    /// Numbers on a step that does not quantize.
+    #[error(
+        "{step}: does not quantize, so its scheme would be ignored; put it on the step that does"
+    )]
+    SchemeUnused {
+        /// The step.
+        step: String,
+    },
+    /// Groups that do not fill the rows.
+    #[error(
+        "{step}: group_size {group_size} does not divide in_features of {}; choose a divisor, \
+         -1 (per row), or `keep` them",
+        .sites.iter().map(|(site, n)| format!("{site} ({n})")).collect::<Vec<_>>().join(", ")
+    )]
+    GroupSize {
+        /// The step.
+        step: String,
+        /// Columns per scale asked for.
+        group_size: usize,
+        /// All such sites with their `in_features`.
+        sites: Vec<(String, usize)>,
+    },
+    /// A pass finds a form that it cannot take.
+    #[error("{step}: cannot take weights that are {form} (made so by {made_by}): {}", shorten(.sites))]
+    Form {
+        /// The step.
+        step: String,
+        /// What the sites are at this point.
+        form: Form,
+        /// The step that made them so, or the checkpoint.
+        made_by: String,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// A pass that prepares for quantization which does not come.
+    #[error("{step}: prepares for a quantizing step, but none follows on {}; add one, e.g. rtn", shorten(.sites))]
+    NothingAhead {
+        /// The step.
+        step: String,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// Scales cannot be folded into codes.
+    #[error("{step}: would fold scales into {}, already quantized by {by}; put it before that step", shorten(.sites))]
+    FoldQuantized {
+        /// The step.
+        step: String,
+        /// The quantizing step.
+        by: String,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// Statistics without data.
+    #[error("{step}: needs calibration data ({needs}); give text or token ids")]
+    CalibrationMissing {
+        /// The step.
+        step: String,
+        /// The statistics, for people.
+        needs: String,
+    },
+    /// Two steps of one name.
+    #[error("step[{index}].id: `{id}` is already the id of step[{first}]")]
+    DuplicateId {
+        /// The later step.
+        index: usize,
+        /// The id.
+        id: String,
+        /// The earlier step.
+        first: usize,
+    },
+    /// A name that no step (or no earlier one) has.
+    #[error("{path}: no {which} has the id `{id}`{hint}")]
+    UnknownStep {
+        /// Key path.
+        path: String,
+        /// `step` or `earlier step`.
+        which: &'static str,
+        /// The id.
+        id: String,
+        /// The nearest id.
+        hint: String,
+    },
+    /// More than a chain.
+    #[error("{path}: `{id}` is not the {expected}; branching graphs come with a later version")]
+    Branch {
+        /// Key path.
+        path: String,
+        /// The id.
+        id: String,
+        /// What a chain would name here.
+        expected: &'static str,
+    },
+    /// Work for nothing.
+    #[error("the result of {steps} is never emitted; add an [[emit]] with a layout")]
+    NeverEmitted {
+        /// The steps.
+        steps: String,
+    },
+    /// Nothing to do.
+    #[error("the recipe has no [[step]]")]
+    NoSteps,
+    /// A layout that does not exist.
+    #[error("emit[{emit}].layout: unknown layout `{layout}`; {hint}")]
+    UnknownLayout {
+        /// Index of the emit.
+        emit: usize,
+        /// The name.
+        layout: String,
+        /// The nearest, or all.
+        hint: String,
+    },
+    /// A container that does not exist.
+    #[error("emit[{emit}].container: unknown container `{container}`; known: {}", super::CONTAINERS.join(", "))]
+    UnknownContainer {
+        /// Index of the emit.
+        emit: usize,
+        /// The name.
+        container: String,
+    },
+    /// Two artifacts in one place.
+    #[error("emit[{first}] and emit[{second}] both write to {dir}; give them different `dir`s")]
+    SameDir {
+        /// The earlier emit.
+        first: usize,
+        /// The later emit.
+        second: usize,
+        /// The directory.
+        dir: String,
+    },
+    /// A layout cannot carry what the steps make.
+    #[error("emit[{emit}]: {error} ({} {}: {})", .sites.len(), if .sites.len() == 1 { "site" } else { "sites" }, shorten(.sites))]
+    Layout {
+        /// Index of the emit.
+        emit: usize,
+        /// Its layout.
+        layout: LayoutId,
+        /// Why.
+        error: LayoutError,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// Siblings that runtimes fuse differ.
+    #[error(
+        "runtimes of {layouts} fuse the sites that read the {input}, so they need one scheme, but {}",
+        .sites.iter().map(|(site, scheme)| format!("{site} is {scheme}")).collect::<Vec<_>>().join(", ")
+    )]
+    FusedSiblings {
+        /// The layouts.
+        layouts: String,
+        /// Name of the input group.
+        input: String,
+        /// The sites and their schemes.
+        sites: Vec<(String, String)>,
+    },
+}
+
+/// A list for people: at most six names, then how many more.
+fn shorten(sites: &[String]) -> String {
+    const SHOWN: usize = 6;
+    let shown = sites.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if sites.len() > SHOWN { format!("{shown} and {} more", sites.len() - SHOWN) } else { shown }
+}
+
+/// Everything that is wrong with a recipe for a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanErrors(pub Vec<PlanError>);
+
+impl std::fmt::Display for PlanErrors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let [only] = self.0.as_slice() {
+            return write!(f, "{only}");
+        }
+        write!(f, "{} problems:", self.0.len())?;
+        for error in &self.0 {
+            write!(f, "\n- {error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for PlanErrors {}

@@ -1,0 +1,185 @@
+//! The plan as text: compact tables, identical blocks told once.
+
+use std::fmt::Write;
+
+use super::{Plan, SitePlan};
+
+/// Everything that `attar plan` prints.
+pub(super) fn render(plan: &Plan) -> String {
+    let mut out = String::new();
+    write_plan(&mut out, plan).expect("writing to a string does not fail");
+    out
+}
+
+fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
+    let graph = &plan.graph;
+    writeln!(
+        out,
+        "model     {}, {} blocks, hidden {}, vocab {}{}, {} weights in the blocks' linears, {}",
+        graph.family,
+        graph.blocks.len(),
+        graph.hidden,
+        graph.vocab,
+        if graph.tied { " (tied)" } else { "" },
+        graph.block_weights(),
+        bytes(plan.source_bytes),
+    )?;
+    if plan.calibration_tokens > 0 {
+        writeln!(
+            out,
+            "data      {} tokens in windows of {}",
+            plan.calibration_tokens, plan.context
+        )?;
+    } else {
+        writeln!(out, "data      none needed")?;
+    }
+    writeln!(out, "\nsteps")?;
+    for step in &plan.steps {
+        let needs: Vec<_> = step
+            .contract
+            .needs
+            .iter_names()
+            .map(|(name, _)| name.to_lowercase().replace('_', " "))
+            .collect();
+        let needs = if needs.is_empty() { "no statistics".to_owned() } else { needs.join(", ") };
+        writeln!(out, "  {}: {} sites, {needs}", step.label, step.sites)?;
+    }
+    writeln!(out)?;
+    write_sites(out, plan)?;
+    writeln!(out, "\nartifacts")?;
+    for emit in &plan.emits {
+        writeln!(
+            out,
+            "  {} ({}){}: {} tensors, {}, {:.3} x the source, {:.3} bits per weight",
+            emit.layout,
+            emit.container,
+            emit.dir.as_ref().map_or(String::new(), |dir| format!(" in {dir}/")),
+            emit.tensors.len(),
+            bytes(emit.tensor_bytes),
+            emit.tensor_bytes as f64 / plan.source_bytes.max(1) as f64,
+            emit.bits_per_weight,
+        )?;
+    }
+    for note in &plan.notes {
+        writeln!(out, "  note: {note}")?;
+    }
+    let memory = &plan.memory;
+    writeln!(out, "\nmemory    {} at the peak:", bytes(memory.peak()))?;
+    let causes = [
+        ("block", memory.block),
+        ("statistics", memory.statistics),
+        ("solver", memory.solver),
+        ("stream", memory.stream),
+        ("activations", memory.activations),
+        ("tensors", memory.tensors),
+        ("base", memory.base),
+    ];
+    let causes: Vec<_> = causes
+        .iter()
+        .filter(|(_, size)| *size > 0)
+        .map(|(name, size)| format!("{name} {}", bytes(*size)))
+        .collect();
+    writeln!(out, "          {}", causes.join(", "))?;
+    if plan.scratch_bytes > 0 {
+        writeln!(out, "scratch   {} on disk", bytes(plan.scratch_bytes))?;
+    }
+    let work = &plan.work;
+    writeln!(
+        out,
+        "work      {}: forward {}, hessian {}, solve {}",
+        flops(work.total()),
+        flops(work.forward),
+        flops(work.hessian),
+        flops(work.solve),
+    )
+}
+
+fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {
+    let header = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    let mut rows = vec![header(&["site", "out x in", "form", "scheme", "source"])];
+    rows[0].extend(plan.emits.iter().map(|emit| emit.layout.to_string()));
+    let relative = |site: &SitePlan| {
+        let prefix = plan.graph.blocks.get(site.block).map_or("", |block| block.prefix.as_str());
+        site.name.strip_prefix(prefix).unwrap_or(&site.name).to_owned()
+    };
+    let table_of = |block: usize| -> Vec<Vec<String>> {
+        plan.sites
+            .iter()
+            .filter(|site| site.block == block)
+            .map(|site| {
+                let form = if site.before == site.after {
+                    site.before.to_string()
+                } else {
+                    format!("{} -> {}", site.before, site.after)
+                };
+                let mut row = vec![
+                    format!("  {}", relative(site)),
+                    format!("{} x {}", site.out_features, site.in_features),
+                    form,
+                    site.scheme.map_or("-".to_owned(), attar_tensor::QuantScheme::label),
+                    bytes(site.dense_bytes),
+                ];
+                row.extend((0..plan.emits.len()).map(|emit| {
+                    bytes(site.emitted_bytes.get(emit).copied().unwrap_or(site.dense_bytes))
+                }));
+                row
+            })
+            .collect()
+    };
+    let count = plan.graph.blocks.len();
+    let mut first = 0;
+    while first <= count {
+        let table = table_of(first);
+        let mut last = first;
+        while first < count && last + 1 < count && table_of(last + 1) == table {
+            last += 1;
+        }
+        let title = match (first == count, first == last) {
+            (true, _) => "head".to_owned(),
+            (_, true) => format!("block {first}"),
+            _ => format!("blocks {first}-{last}"),
+        };
+        rows.push(vec![title]);
+        rows.extend(table);
+        first = last + 1;
+    }
+    let columns = rows[0].len();
+    let width = |column: usize| {
+        rows.iter().filter(|row| row.len() > 1).map(|row| row[column].len()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    for row in &rows {
+        let cells: Vec<_> =
+            row.iter()
+                .zip(&widths)
+                .enumerate()
+                .map(|(column, (cell, width))| {
+                    if column >= 4 { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+                })
+                .collect();
+        writeln!(out, "{}", cells.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// Bytes for people, powers of 1000.
+fn bytes(count: usize) -> String {
+    scaled(count as f64, &["B", "kB", "MB", "GB", "TB"])
+}
+
+fn flops(count: f64) -> String {
+    scaled(count, &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"])
+}
+
+fn scaled(mut value: f64, units: &[&str]) -> String {
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{value:.0} {}", units[0])
+    } else {
+        format!("{value:.2} {}", units[unit])
+    }
+}

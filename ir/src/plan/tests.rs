@@ -1,0 +1,1 @@
+//! Toy graph, fake passes and layouts.
