@@ -1,1 +1,9 @@
-//! attar-eval
+//! What compression cost: perplexity, divergence from the original, reports, and gates over reports.
+
+pub mod gate;
+pub mod metrics;
+pub mod report;
+
+pub use gate::{GateError, Policy, Verdict};
+pub use metrics::{Evaluation, Evaluator, Interval, Score};
+pub use report::Report;

@@ -21,14 +21,14 @@ pub(crate) fn options<T: DeserializeOwned>(
                 .filter(|(score, _)| *score > 0.7)
                 .max_by(|a, b| a.0.total_cmp(&b.0));
             return Err(RecipeError::UnknownKey {
-                path: "step".into(),
+                path: String::new(),
                 key: key.clone(),
                 suggestion: nearest.map(|(_, name)| name.to_owned()),
             });
         }
     }
     table.clone().try_into().map_err(|error| RecipeError::Invalid {
-        path: "step".into(),
+        path: String::new(),
         reason: error.message().to_owned(),
     })
 }

@@ -1,0 +1,223 @@
+//! Gates: a report against a policy. A metric that the policy names but the report lacks is an error,
+//! never a pass.
+
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Limits, from a TOML file; absent limits are not checked.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// A report or evaluation to compare with; without it ratios use the report's own reference.
+    pub baseline: Option<String>,
+    /// Largest perplexity over the baseline's.
+    pub max_perplexity_ratio: Option<f64>,
+    /// Largest mean KL divergence from the original, nats.
+    pub max_kl_mean: Option<f64>,
+    /// Smallest top-1 agreement with the original.
+    pub min_top1_agreement: Option<f64>,
+    /// Largest size of the weight files over the baseline's (or the source's).
+    pub max_bytes_ratio: Option<f64>,
+}
+
+/// Why a gate could not be judged.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum GateError {
+    /// The policy cannot be read.
+    #[error("policy: {0}")]
+    Policy(String),
+    /// A metric is missing.
+    #[error("the policy limits {limit}, but {place} has no `{metric}`; {remedy}")]
+    Missing {
+        /// The policy's key.
+        limit: &'static str,
+        /// The metric that is needed.
+        metric: &'static str,
+        /// Report or baseline.
+        place: &'static str,
+        /// How to get it.
+        remedy: &'static str,
+    },
+    /// Measurements that do not compare.
+    #[error(
+        "the baseline was measured at context {baseline}, the report at {report}; they do not compare"
+    )]
+    Context {
+        /// Tokens per window of the baseline.
+        baseline: u64,
+        /// Tokens per window of the report.
+        report: u64,
+    },
+}
+
+/// One limit.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Check {
+    /// The policy's key.
+    pub name: &'static str,
+    /// Measured.
+    pub value: f64,
+    /// Allowed.
+    pub limit: f64,
+    /// Kept.
+    pub pass: bool,
+}
+
+/// All limits of a policy.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verdict {
+    /// Every limit kept.
+    pub pass: bool,
+    /// One by one.
+    pub checks: Vec<Check>,
+}
+
+impl Policy {
+    /// Reads TOML.
+    ///
+    /// # Errors
+    /// Unknown keys, wrong types, or a policy that limits nothing.
+    pub fn parse(text: &str) -> Result<Self, GateError> {
+        let policy: Self =
+            toml::from_str(text).map_err(|error| GateError::Policy(error.to_string()))?;
+        let limits = [
+            policy.max_perplexity_ratio,
+            policy.max_kl_mean,
+            policy.min_top1_agreement,
+            policy.max_bytes_ratio,
+        ];
+        if limits.iter().all(Option::is_none) {
+            return Err(GateError::Policy("limits nothing, so it cannot pass".into()));
+        }
+        Ok(policy)
+    }
+
+    /// Judges a report (of `attar compress` or `attar eval --json`).
+    ///
+    /// # Errors
+    /// When a named metric is missing or contexts differ.
+    pub fn judge(&self, report: &Value, baseline: Option<&Value>) -> Result<Verdict, GateError> {
+        let number = |value: &Value, key: &str| {
+            value
+                .get("eval")
+                .and_then(|e| e.get(key))
+                .or_else(|| value.get(key))
+                .and_then(Value::as_f64)
+        };
+        let need = |limit, metric: &'static str| {
+            number(report, metric).filter(|v| v.is_finite()).ok_or(GateError::Missing {
+                limit,
+                metric,
+                place: "the report",
+                remedy: "measure it with `attar eval PATH --text FILE --reference CHECKPOINT --json`",
+            })
+        };
+        let of_baseline = |limit, metric: &'static str, own: &'static str| {
+            let found = match baseline {
+                Some(baseline) => number(baseline, metric),
+                None => number(report, own),
+            };
+            let (metric, place) =
+                if baseline.is_some() { (metric, "the baseline") } else { (own, "the report") };
+            found.filter(|v| v.is_finite() && *v > 0.0).ok_or(GateError::Missing {
+                limit,
+                metric,
+                place,
+                remedy: "name a `baseline` report in the policy or evaluate with --reference",
+            })
+        };
+        let mut checks = Vec::new();
+        if let Some(limit) = self.max_perplexity_ratio {
+            let value = need("max_perplexity_ratio", "perplexity")?;
+            if let Some(baseline) = baseline
+                && let (Some(b), Some(r)) = (number(baseline, "context"), number(report, "context"))
+                && (b - r).abs() > 0.5
+            {
+                return Err(GateError::Context { baseline: b as u64, report: r as u64 });
+            }
+            let base = of_baseline("max_perplexity_ratio", "perplexity", "reference_perplexity")?;
+            let value = value / base;
+            checks.push(Check { name: "max_perplexity_ratio", value, limit, pass: value <= limit });
+        }
+        if let Some(limit) = self.max_kl_mean {
+            let value = need("max_kl_mean", "kl_mean")?;
+            checks.push(Check { name: "max_kl_mean", value, limit, pass: value <= limit });
+        }
+        if let Some(limit) = self.min_top1_agreement {
+            let value = need("min_top1_agreement", "top1_agreement")?;
+            checks.push(Check { name: "min_top1_agreement", value, limit, pass: value >= limit });
+        }
+        if let Some(limit) = self.max_bytes_ratio {
+            let value = need("max_bytes_ratio", "file_bytes")?
+                / of_baseline("max_bytes_ratio", "file_bytes", "source_bytes")?;
+            checks.push(Check { name: "max_bytes_ratio", value, limit, pass: value <= limit });
+        }
+        Ok(Verdict { pass: checks.iter().all(|check| check.pass), checks })
+    }
+}
+
+impl Verdict {
+    /// A table for people.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(out, "{:<22} {:>10} {:>10}  result", "limit", "measured", "allowed");
+        for c in &self.checks {
+            let word = if c.pass { "ok" } else { "FAILED" };
+            let _ = writeln!(out, "{:<22} {:>10.4} {:>10.4}  {word}", c.name, c.value, c.limit);
+        }
+        let _ = write!(out, "{}", if self.pass { "gate passed" } else { "gate FAILED" });
+        out
+    }
+
+    /// JUnit XML, one test case per limit.
+    pub fn junit(&self) -> String {
+        let failures = self.checks.iter().filter(|check| !check.pass).count();
+        let mut out = format!(
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"attar gate\" tests=\"{}\" failures=\"{failures}\">\n",
+            self.checks.len()
+        );
+        for c in &self.checks {
+            if c.pass {
+                let _ = writeln!(out, "  <testcase name=\"{}\"/>", c.name);
+            } else {
+                let _ = writeln!(
+                    out,
+                    "  <testcase name=\"{}\"><failure message=\"measured {}, allowed {}\"/></testcase>",
+                    c.name, c.value, c.limit
+                );
+            }
+        }
+        out.push_str("</testsuite>\n");
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn limits_are_kept_broken_or_unjudgeable() {
+        let policy = Policy::parse("max_perplexity_ratio = 1.05\nmax_kl_mean = 0.1").unwrap();
+        let report = |ppl: f64| json!({"eval": {"perplexity": ppl, "reference_perplexity": 10.0, "kl_mean": 0.05, "context": 256}});
+        assert!(policy.judge(&report(10.4), None).unwrap().pass);
+        let verdict = policy.judge(&report(10.6), None).unwrap();
+        assert!(!verdict.pass && verdict.junit().contains("failures=\"1\""));
+        assert!(verdict.table().contains("FAILED"));
+        let without = json!({"perplexity": 10.0});
+        assert!(matches!(policy.judge(&without, None), Err(GateError::Missing { .. })));
+        let baseline = json!({"perplexity": 10.0, "context": 512});
+        assert!(matches!(
+            policy.judge(&report(1.0), Some(&baseline)),
+            Err(GateError::Context { .. })
+        ));
+        let nan =
+            json!({"eval": {"perplexity": 10.0, "reference_perplexity": 10.0, "kl_mean": null}});
+        assert!(policy.judge(&nan, None).is_err());
+        assert!(Policy::parse("max_kl = 1.0").is_err());
+        assert!(Policy::parse("").is_err());
+    }
+}

@@ -1,0 +1,238 @@
+//! Perplexity, KL divergence and top-1 agreement over windows of tokens.
+//!
+//! `perplexity = exp(mean −ln p(x_{t+1} | x_≤t))`; `KL = mean Σ_v p(v) (ln p(v) − ln q(v))`, nats, full
+//! vocabulary, `p` the original and `q` the compressed model; top-1 agreement is the fraction of scored
+//! positions with the same most likely token. Sums in f64. Intervals are percentile bootstraps over
+//! windows, paired because both models see the same windows.
+
+use attar_tensor::{Mat, rng::Rng};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// Which positions of a window are scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Score {
+    /// Every position but the first.
+    All,
+    /// Only the second half, as llama.cpp does.
+    SecondHalf,
+}
+
+/// A 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// 2.5th percentile.
+    pub low: f64,
+    /// 97.5th percentile.
+    pub high: f64,
+}
+
+/// Result of an evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Perplexity of the evaluated model.
+    pub perplexity: f64,
+    /// Bootstrap interval of it.
+    pub perplexity_interval: Interval,
+    /// Scored positions.
+    pub tokens: usize,
+    /// Tokens per window.
+    pub context: usize,
+    /// Windows.
+    pub windows: usize,
+    /// Which positions were scored.
+    pub score: Score,
+    /// Perplexity of the reference on the same positions.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reference_perplexity: Option<f64>,
+    /// `perplexity / reference_perplexity`, and its paired interval.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub perplexity_ratio: Option<f64>,
+    /// Paired bootstrap interval of the ratio.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub perplexity_ratio_interval: Option<Interval>,
+    /// Mean KL(reference ‖ model), nats.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kl_mean: Option<f64>,
+    /// Bootstrap interval of it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kl_mean_interval: Option<Interval>,
+    /// Fraction of positions with the same most likely token.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub top1_agreement: Option<f64>,
+    /// Bootstrap interval of it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub top1_agreement_interval: Option<Interval>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Window {
+    count: f64,
+    nll: f64,
+    reference_nll: f64,
+    kl: f64,
+    same: f64,
+}
+
+/// Collects windows.
+#[derive(Debug)]
+pub struct Evaluator {
+    score: Score,
+    context: usize,
+    compared: bool,
+    windows: Vec<Window>,
+}
+
+fn log_partition(row: &[f32]) -> (f64, usize) {
+    let (mut top, mut max) = (0, f32::NEG_INFINITY);
+    for (i, &v) in row.iter().enumerate() {
+        if v > max {
+            (top, max) = (i, v);
+        }
+    }
+    let mut shifted: Vec<f32> = row.iter().map(|v| v - max).collect();
+    attar_tensor::linalg::exp_in_place(&mut shifted);
+    let sum: f64 = shifted.iter().map(|&v| f64::from(v)).sum();
+    (f64::from(max) + sum.ln(), top)
+}
+
+impl Evaluator {
+    /// An empty evaluation.
+    pub fn new(context: usize, score: Score) -> Self {
+        Self { score, context, compared: false, windows: Vec::new() }
+    }
+
+    /// Adds a window: logits `[tokens, vocab]` of the model (and of the reference) for `ids [tokens]`.
+    ///
+    /// # Panics
+    /// When shapes disagree.
+    pub fn add(&mut self, logits: &Mat, reference: Option<&Mat>, ids: &[u32]) {
+        assert_eq!(logits.nrows(), ids.len(), "one row of logits per token");
+        self.compared = reference.is_some();
+        let first = match self.score {
+            Score::All => 0,
+            Score::SecondHalf => ids.len() / 2,
+        };
+        let positions: Vec<Window> = (first..ids.len().saturating_sub(1))
+            .into_par_iter()
+            .map(|t| {
+                let row = logits.row(t);
+                let row = row.as_slice().expect("rows are contiguous");
+                let (z, top) = log_partition(row);
+                let next = ids[t + 1] as usize;
+                let mut window =
+                    Window { count: 1.0, nll: z - f64::from(row[next]), ..Window::default() };
+                if let Some(reference) = reference {
+                    let p = reference.row(t);
+                    let p = p.as_slice().expect("rows are contiguous");
+                    let (zp, top_p) = log_partition(p);
+                    window.reference_nll = zp - f64::from(p[next]);
+                    window.same = f64::from(u8::from(top == top_p));
+                    window.kl = p
+                        .iter()
+                        .zip(row)
+                        .map(|(&p, &q)| {
+                            let lp = f64::from(p) - zp;
+                            lp.exp() * (lp - (f64::from(q) - z))
+                        })
+                        .sum();
+                }
+                window
+            })
+            .collect();
+        // Summed in order, so that threads do not change the result.
+        let mut sum = Window::default();
+        for p in &positions {
+            sum.count += p.count;
+            sum.nll += p.nll;
+            sum.reference_nll += p.reference_nll;
+            sum.kl += p.kl;
+            sum.same += p.same;
+        }
+        self.windows.push(sum);
+    }
+
+    /// The result; `seed` drives the bootstrap.
+    pub fn finish(&self, seed: u64) -> Evaluation {
+        let total = |picks: &[usize], f: fn(&Window) -> f64| -> f64 {
+            let (sum, count) = picks.iter().fold((0.0, 0.0), |(s, n), &i| {
+                (s + f(&self.windows[i]), n + self.windows[i].count)
+            });
+            sum / f64::max(count, 1.0)
+        };
+        let all: Vec<usize> = (0..self.windows.len()).collect();
+        let mut rng = Rng::new(seed);
+        let draws: Vec<Vec<usize>> =
+            (0..1000).map(|_| all.iter().map(|_| rng.below(all.len().max(1))).collect()).collect();
+        let interval = |f: &dyn Fn(&[usize]) -> f64| {
+            let mut values: Vec<f64> = draws.iter().map(|draw| f(draw)).collect();
+            values.sort_by(f64::total_cmp);
+            Interval { low: values[24], high: values[974] }
+        };
+        let perplexity = |picks: &[usize]| total(picks, |w| w.nll).exp();
+        let ratio = |picks: &[usize]| total(picks, |w| w.nll - w.reference_nll).exp();
+        let kl = |picks: &[usize]| total(picks, |w| w.kl);
+        let same = |picks: &[usize]| total(picks, |w| w.same);
+        let compared = |value: f64| self.compared.then_some(value);
+        Evaluation {
+            perplexity: perplexity(&all),
+            perplexity_interval: interval(&perplexity),
+            tokens: self.windows.iter().map(|w| w.count as usize).sum(),
+            context: self.context,
+            windows: self.windows.len(),
+            score: self.score,
+            reference_perplexity: compared(total(&all, |w| w.reference_nll).exp()),
+            perplexity_ratio: compared(ratio(&all)),
+            perplexity_ratio_interval: self.compared.then(|| interval(&ratio)),
+            kl_mean: compared(kl(&all)),
+            kl_mean_interval: self.compared.then(|| interval(&kl)),
+            top1_agreement: compared(same(&all)),
+            top1_agreement_interval: self.compared.then(|| interval(&same)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logits(seed: u64) -> Mat {
+        Mat::from_shape_vec((6, 5), Rng::new(seed).normals(30)).unwrap()
+    }
+
+    #[test]
+    fn the_same_model_does_not_diverge() {
+        let mut evaluator = Evaluator::new(6, Score::All);
+        evaluator.add(&logits(1), Some(&logits(1)), &[0, 1, 2, 3, 4, 0]);
+        let result = evaluator.finish(0);
+        assert!(result.kl_mean.unwrap().abs() < 1e-7);
+        assert!((result.top1_agreement.unwrap() - 1.0).abs() < 1e-12);
+        assert_eq!(result.tokens, 5);
+    }
+
+    #[test]
+    fn numbers_follow_their_formulas() {
+        let ids = [0u32, 1, 2, 3, 4, 0];
+        let (q, p) = (logits(2), logits(3));
+        let softmax = |m: &Mat, t: usize| -> Vec<f64> {
+            let e: Vec<f64> = m.row(t).iter().map(|&v| f64::from(v).exp()).collect();
+            let z: f64 = e.iter().sum();
+            e.iter().map(|v| v / z).collect()
+        };
+        for (score, first) in [(Score::All, 0), (Score::SecondHalf, 3)] {
+            let mut evaluator = Evaluator::new(6, score);
+            evaluator.add(&q, Some(&p), &ids);
+            let result = evaluator.finish(0);
+            let n = (5 - first) as f64;
+            let (mut nll, mut kl) = (0.0, 0.0);
+            for t in first..5 {
+                let (q, p) = (softmax(&q, t), softmax(&p, t));
+                nll -= q[ids[t + 1] as usize].ln();
+                kl += p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum::<f64>();
+            }
+            assert!((result.perplexity - (nll / n).exp()).abs() < 1e-5);
+            assert!((result.kl_mean.unwrap() - kl / n).abs() < 1e-6);
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The report of one compression, `report.json`.
+
+use attar_ir::SiteReport;
+use serde::{Deserialize, Serialize};
+
+use crate::Evaluation;
+
+/// One site: what was done, in which scheme, at which error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteEntry {
+    /// What the pass measured.
+    #[serde(flatten)]
+    pub result: SiteReport,
+    /// Scheme, e.g. `w4 g128 sym`; absent for passes that do not quantize.
+    pub scheme: Option<String>,
+    /// Bits per code.
+    pub bits: Option<u8>,
+    /// Wall time of the pass on the sites of this stage, seconds.
+    pub seconds: f64,
+}
+
+/// Where the wall time went, seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Opening, hashing and loading the checkpoint.
+    pub read: f64,
+    /// Forward passes of calibration.
+    pub forward: f64,
+    /// Hessians and channel statistics.
+    pub statistics: f64,
+    /// Passes.
+    pub solve: f64,
+    /// Packing, writing, hashing.
+    pub write: f64,
+    /// Reading back and checking.
+    pub verify: f64,
+    /// Everything.
+    pub total: f64,
+}
+
+/// The report of one artifact.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of the tool.
+    pub attar: String,
+    /// Layout of the artifact.
+    pub layout: String,
+    /// Bytes of the artifact's weight files.
+    pub file_bytes: u64,
+    /// Bytes of the source's weight files.
+    pub source_bytes: u64,
+    /// Bits per weight over the linears of the decoder blocks, scales and zero points included.
+    pub bits_per_weight: f64,
+    /// Per site and pass.
+    pub sites: Vec<SiteEntry>,
+    /// Accuracy, when an evaluation text was given.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval: Option<Evaluation>,
+    /// What the plan narrowed.
+    pub notes: Vec<String>,
+    /// Predicted peak memory, bytes.
+    pub predicted_peak_bytes: u64,
+    /// Measured peak resident memory (VmHWM), bytes; absent where the system does not say.
+    pub measured_peak_bytes: Option<u64>,
+    /// Wall time.
+    pub timings: Timings,
+}
