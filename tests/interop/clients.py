@@ -1,5 +1,5 @@
 """Loading an artifact for the checks of this folder, and the windows they run on."""
-import json, os, sys, tempfile
+import functools, json, os, tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
+@functools.lru_cache(maxsize=1)
 def load(directory, dtype="float32", native=False):
     """The artifact as a torch model: through the runtime that transformers picks, or dense through dequantize.py."""
     if not native:
@@ -26,7 +27,7 @@ def load(directory, dtype="float32", native=False):
     left = model.load_state_dict(state, strict=False)
     missing = [k for k in left.missing_keys if not (tied and k == "lm_head.weight")]
     if missing or left.unexpected_keys:
-        sys.exit(f"{directory}: missing {missing[:5]}, unexpected {left.unexpected_keys[:5]}")
+        raise ValueError(f"{directory}: missing {missing[:5]}, unexpected {left.unexpected_keys[:5]}")
     model.tie_weights()
     return model.eval()
 
