@@ -108,9 +108,9 @@ fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {
             .filter(|site| site.block == block)
             .map(|site| {
                 let form = if site.before == site.after {
-                    site.before.to_string()
+                    short(site.before)
                 } else {
-                    format!("{} -> {}", site.before, site.after)
+                    format!("{} -> {}", short(site.before), short(site.after))
                 };
                 let mut row = vec![
                     format!("  {}", relative(site)),
@@ -160,6 +160,11 @@ fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {
         writeln!(out, "{}", cells.join("  ").trim_end())?;
     }
     Ok(())
+}
+
+/// A form without what is usual: dense and of full rank.
+fn short(form: crate::Form) -> String {
+    form.to_string().replace(", dense", "").replace(", full rank", "")
 }
 
 /// Bytes for people, powers of 1000.

@@ -1,1 +1,472 @@
 //! Toy graph, fake passes and layouts.
+
+use attar_tensor::{
+    DType, LayoutError, LayoutId, LayoutSpec, LinearSpec, PartHeader, TensorHeader,
+};
+
+use attar_tensor::ScaleGrid::{Bf16, F16, F16AndBf16};
+
+use super::*;
+use crate::recipe::Step;
+use crate::{
+    AttentionShape, Block, BlockState, BlockStats, ChannelMap, Cost, Fold, FormChange, FormSet,
+    InputGroup, Norm, PassContext, PassError, PassReport, Producer, Site,
+};
+
+#[derive(Debug)]
+struct Fake(&'static str);
+
+impl Pass for Fake {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn contract(&self) -> Contract {
+        let plain = Contract {
+            accepts: FormSet::DENSE_FLOAT,
+            produces: FormChange::QUANTIZE,
+            needs: Needs::empty(),
+            upstream: Upstream::Compressed,
+            touches: Touches::Sites,
+            looks_ahead: false,
+        };
+        match self.0 {
+            "rtn" => plain,
+            "gptq" => Contract { needs: Needs::HESSIAN, ..plain },
+            "awq" => Contract {
+                produces: FormChange::NONE,
+                needs: Needs::HESSIAN | Needs::ABS_MEAN,
+                touches: Touches::Folds,
+                looks_ahead: true,
+                ..plain
+            },
+            other => panic!("no fake pass {other}"),
+        }
+    }
+
+    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+        let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
+        Cost { flops: weights as f64, peak_bytes: weights }
+    }
+
+    fn apply(
+        &self,
+        _: &PassContext<'_>,
+        _: &[Target],
+        _: &mut BlockState,
+        _: &mut BlockStats,
+    ) -> Result<PassReport, PassError> {
+        unreachable!("planning runs no pass")
+    }
+}
+
+/// Stores codes as they are; scales as f16 or as the source; one layout has 4 bits only.
+#[derive(Debug)]
+struct FakeLayout {
+    id: &'static str,
+    f16: bool,
+    four_bits_only: bool,
+    zero_min: u8,
+}
+
+impl LayoutSpec for FakeLayout {
+    fn id(&self) -> LayoutId {
+        LayoutId(self.id)
+    }
+
+    fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
+        let layout = self.id();
+        let (bits, rows) = (linear.scheme.bits, linear.out_features);
+        if self.four_bits_only && bits != 4 {
+            return Err(LayoutError::Bits { layout, bits, supported: "4" });
+        }
+        let groups = linear.scheme.groups(linear.in_features).expect("checked before");
+        let packed = vec![rows, linear.in_features * usize::from(bits) / 8];
+        Ok(vec![
+            PartHeader { suffix: "packed", dtype: DType::U8, shape: packed },
+            PartHeader {
+                suffix: "scales",
+                dtype: self.scale_dtype(linear.source_dtype),
+                shape: vec![rows, groups],
+            },
+        ])
+    }
+
+    fn scale_dtype(&self, source: DType) -> DType {
+        if self.f16 { DType::F16 } else { source }
+    }
+
+    fn zero_min(&self) -> u8 {
+        self.zero_min
+    }
+}
+
+const CT: FakeLayout =
+    FakeLayout { id: "compressed-tensors", f16: false, four_bits_only: false, zero_min: 0 };
+const GPTQ: FakeLayout = FakeLayout { id: "gptq", f16: true, four_bits_only: false, zero_min: 1 };
+const AWQ: FakeLayout = FakeLayout { id: "awq", f16: true, four_bits_only: true, zero_min: 0 };
+
+const HIDDEN: usize = 64;
+const MLP: usize = 192;
+
+fn block(index: usize) -> Block {
+    let prefix = format!("model.layers.{index}.");
+    let site = |name: &str, role, out_features, in_features| Site {
+        name: format!("{prefix}{name}"),
+        role,
+        out_features,
+        in_features,
+        bias: false,
+        dtype: DType::BF16,
+    };
+    let norm = |name: &str| Norm { tensor: format!("{prefix}{name}.weight"), width: HIDDEN };
+    let input = |name, width, sites| InputGroup { name, width, sites };
+    let fold = |producer, input| Fold { producer, input, map: ChannelMap::Identity };
+    Block {
+        sites: vec![
+            site("self_attn.q_proj", Role::Query, HIDDEN, HIDDEN),
+            site("self_attn.k_proj", Role::Key, HIDDEN, HIDDEN),
+            site("self_attn.v_proj", Role::Value, HIDDEN, HIDDEN),
+            site("self_attn.o_proj", Role::AttentionOutput, HIDDEN, HIDDEN),
+            site("mlp.gate_proj", Role::Gate, MLP, HIDDEN),
+            site("mlp.up_proj", Role::Up, MLP, HIDDEN),
+            site("mlp.down_proj", Role::Down, HIDDEN, MLP),
+        ],
+        norms: vec![norm("input_layernorm"), norm("post_attention_layernorm")],
+        inputs: vec![
+            input("attention input", HIDDEN, vec![0, 1, 2]),
+            input("attention output", HIDDEN, vec![3]),
+            input("mlp input", HIDDEN, vec![4, 5]),
+            input("mlp activation", MLP, vec![6]),
+        ],
+        folds: vec![
+            fold(Producer::Norm(0), 0),
+            fold(Producer::Rows(2), 1),
+            fold(Producer::Norm(1), 2),
+            fold(Producer::Rows(5), 3),
+        ],
+        attention: Some(AttentionShape { heads: 4, kv_heads: 4, head_dim: 16 }),
+        index,
+        prefix,
+    }
+}
+
+fn graph() -> ModelGraph {
+    let blocks: Vec<_> = (0..3).map(block).collect();
+    ModelGraph {
+        family: "toy".to_owned(),
+        hidden: HIDDEN,
+        vocab: 512,
+        context: 256,
+        epilogue: Block {
+            index: blocks.len(),
+            prefix: String::new(),
+            sites: vec![Site {
+                name: "lm_head".to_owned(),
+                role: Role::Head,
+                out_features: 512,
+                in_features: HIDDEN,
+                bias: false,
+                dtype: DType::BF16,
+            }],
+            norms: vec![Norm { tensor: "model.norm.weight".to_owned(), width: HIDDEN }],
+            inputs: vec![InputGroup { name: "head input", width: HIDDEN, sites: vec![0] }],
+            folds: Vec::new(),
+            attention: None,
+        },
+        blocks,
+        embedding: "lm_head.weight".to_owned(),
+        tied: true,
+    }
+}
+
+/// The embedding is stored as `lm_head.weight` only.
+fn source(graph: &ModelGraph) -> Vec<TensorHeader> {
+    let header = |name: String, shape| TensorHeader { name, dtype: DType::BF16, shape };
+    let mut headers = Vec::new();
+    for block in graph.all_blocks() {
+        for site in &block.sites {
+            let shape = vec![site.out_features, site.in_features];
+            headers.push(header(format!("{}.weight", site.name), shape));
+        }
+        for norm in &block.norms {
+            headers.push(header(norm.tensor.clone(), vec![norm.width]));
+        }
+    }
+    headers.sort_by(|a, b| a.name.cmp(&b.name));
+    headers
+}
+
+fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
+    let name = |step: &Step| ["rtn", "gptq", "awq"].into_iter().find(|n| *n == step.pass);
+    let passes = recipe
+        .steps
+        .iter()
+        .map(|step| Box::new(Fake(name(step).expect("a fake pass"))) as Box<dyn Pass>);
+    let graph = graph();
+    let headers = source(&graph);
+    let layouts: [&dyn LayoutSpec; 3] = [&CT, &GPTQ, &AWQ];
+    PassGraph::new(graph, passes.collect(), recipe, &layouts, &headers, tokens).check()
+}
+
+fn plan(text: &str) -> Result<Plan, PlanErrors> {
+    plan_of(&Recipe::parse(text).unwrap(), 1024)
+}
+
+fn refusal(text: &str) -> String {
+    plan(text).expect_err("the plan must refuse").to_string()
+}
+
+const GPTQ_STEP: &str = "[[step]]\npass = \"gptq\"\nscheme = { bits = 4, group_size = 32 }\n";
+const EMIT: &str = "[[emit]]\nlayout = \"gptq\"\n";
+
+#[test]
+fn a_chain_with_two_emits_is_told_in_full() {
+    let text = "
+calibration = { context = 512 }
+[[step]]
+pass = \"awq\"
+sites = \"mlp.*\"
+[[step]]
+pass = \"gptq\"
+scheme = { bits = 4, group_size = 32, symmetric = false }
+[[emit]]
+layout = \"gptq\"
+[[emit]]
+layout = \"compressed-tensors\"
+";
+    insta::assert_snapshot!(plan(text).unwrap().render());
+}
+
+#[test]
+fn data_free_plans_need_two_tensors() {
+    let recipe = Recipe {
+        emits: vec![crate::recipe::Emit::new("awq")],
+        ..Recipe::preset("rtn-w4", -1).unwrap()
+    };
+    let plan = plan_of(&recipe, 0).unwrap();
+    assert!(!plan.calibrates());
+    assert_eq!(plan.memory.peak(), 2 * 512 * HIDDEN * 2 + plan.memory.base);
+    assert_eq!((plan.work.forward, plan.work.hessian), (0.0, 0.0));
+    insta::assert_snapshot!(plan.render());
+}
+
+#[test]
+fn rounds_separate_folds_and_join_neighbours() {
+    let text = format!(
+        "[[step]]\npass = \"awq\"\nsites = \"mlp.*\"\n\
+         [[step]]\npass = \"rtn\"\nsites = \"self_attn.*\"\nscheme = {{ bits = 4, group_size = 32 }}\n\
+         [[step]]\npass = \"gptq\"\nsites = \"layers.0.mlp.*\"\nscheme = {{ bits = 3, group_size = 64 }}\n\
+         [[step]]\npass = \"rtn\"\nsites = [\"layers.1.mlp.*\", \"layers.2.mlp.*\"]\nscheme = {{ bits = 8, group_size = 64 }}\n{EMIT}"
+    );
+    let plan = plan(&text).unwrap();
+    let both = Needs::HESSIAN | Needs::ABS_MEAN;
+    let rounds = plan.rounds(0);
+    assert_eq!(rounds.len(), 2);
+    assert!(rounds[0].whole && rounds[0].steps == [0]);
+    assert_eq!(rounds[0].needs, [Needs::empty(), Needs::empty(), both, both]);
+    assert!(!rounds[1].whole && rounds[1].steps == [1, 2]);
+    assert_eq!(rounds[1].needs[3], Needs::HESSIAN);
+    assert_eq!(plan.rounds(1)[1].steps, [1, 3]);
+    assert!(plan.rounds(3).is_empty());
+    // What awq is told is the scheme of the step that will quantize the site.
+    assert_eq!(plan.steps[0].targets[0][0].scheme.unwrap().bits, 3);
+    assert_eq!(plan.steps[0].targets[1][0].scheme.unwrap().bits, 8);
+}
+
+#[test]
+fn work_counts_one_staged_forward_and_one_hessian_per_input() {
+    let plan = plan(&format!("{GPTQ_STEP}{EMIT}")).unwrap();
+    let tokens = 1024.0;
+    let forward: f64 = plan.graph.blocks.iter().map(|b| b.forward_flops(1024, 256)).sum();
+    assert!((plan.work.forward - forward).abs() < 1.0);
+    let channels = (3 * HIDDEN * HIDDEN + MLP * MLP) as f64;
+    assert!((plan.work.hessian - 3.0 * channels * tokens).abs() < 1.0);
+    assert_eq!(plan.memory.statistics, 8 * MLP * MLP);
+    assert_eq!(plan.memory.stream, 4 * 1024 * HIDDEN);
+}
+
+#[test]
+fn a_tied_embedding_is_written_under_its_own_name() {
+    let text = format!("{GPTQ_STEP}{EMIT}");
+    let plain = plan(&text).unwrap();
+    let names =
+        |plan: &Plan| plan.emits[0].tensors.iter().map(|t| t.name.clone()).collect::<Vec<_>>();
+    assert!(!plain.untied);
+    assert!(names(&plain).contains(&"model.embed_tokens.weight".to_owned()));
+    assert!(!names(&plain).iter().any(|name| name.starts_with("lm_head")));
+    let head = text.replace("[[emit]]", "[[step]]\npass = \"rtn\"\nsites = \"lm_head\"\nkeep = []\nscheme = { bits = 8, group_size = 64 }\n[[emit]]");
+    let untied = plan(&head).unwrap();
+    assert!(untied.untied && untied.notes.iter().any(|note| note.contains("not tied")));
+    for name in ["model.embed_tokens.weight", "lm_head.packed", "lm_head.scales"] {
+        assert!(names(&untied).contains(&name.to_owned()), "{name}");
+    }
+    assert!(untied.emits[0].bits_per_weight > plain.emits[0].bits_per_weight);
+}
+
+#[test]
+fn sizes_are_exact() {
+    let plan = plan(&format!("{GPTQ_STEP}{EMIT}")).unwrap();
+    let weights = plan.graph.block_weights();
+    let emit = &plan.emits[0];
+    // 4 bits and an f16 per 32 weights.
+    assert!((emit.bits_per_weight - 4.5).abs() < 1e-12);
+    assert_eq!(emit.linear_bytes * 8, weights * 9 / 2);
+    let rest = 512 * HIDDEN * 2 + 7 * HIDDEN * 2;
+    assert_eq!(emit.tensor_bytes, emit.linear_bytes + rest);
+}
+
+#[test]
+fn grids_narrow_to_what_all_emits_store() {
+    let scheme = |layouts: &[&str]| {
+        let text = layouts.join("\"\n[[emit]]\nlayout = \"");
+        let emits = format!("[[emit]]\nlayout = \"{text}\"\n");
+        let plan = plan(&format!("{GPTQ_STEP}{emits}")).unwrap();
+        (plan.sites[0].scheme.unwrap(), plan.notes.len())
+    };
+    let (only_ct, notes) = scheme(&["compressed-tensors"]);
+    assert_eq!((only_ct.scale_grid, only_ct.zero_min, notes), (Bf16, 0, 0));
+    let (only_gptq, notes) = scheme(&["gptq"]);
+    assert_eq!((only_gptq.scale_grid, only_gptq.zero_min, notes), (F16, 1, 0));
+    let (both, notes) = scheme(&["compressed-tensors", "gptq"]);
+    assert_eq!((both.scale_grid, both.zero_min, notes), (F16AndBf16, 1, 1));
+}
+
+#[test]
+fn every_uneven_group_is_listed_with_both_numbers() {
+    let text = format!("{}{EMIT}", GPTQ_STEP.replace("32", "128"));
+    let error = refusal(&text);
+    assert!(error.contains("group_size 128 does not divide in_features of"), "{error}");
+    for index in 0..3 {
+        for site in ["self_attn.q_proj (64)", "self_attn.o_proj (64)", "mlp.down_proj (192)"] {
+            assert!(error.contains(&format!("model.layers.{index}.{site}")), "{site}: {error}");
+        }
+    }
+}
+
+#[test]
+fn everything_wrong_is_told_at_once() {
+    let text = "
+[[step]]
+pass = \"awq\"
+sites = \"mpl.*\"
+after = \"start\"
+[[step]]
+pass = \"gptq\"
+sites = \"self_attn.*\"
+scheme = { bits = 3, group_size = 48 }
+[[emit]]
+layout = \"awk\"
+";
+    let errors = plan_of(&Recipe::parse(text).unwrap(), 0).unwrap_err().0;
+    assert!(errors.len() >= 5, "{errors:?}");
+    insta::assert_snapshot!(PlanErrors(errors));
+}
+
+#[test]
+fn refusals() {
+    let rtn = "[[step]]\npass = \"rtn\"\nscheme = { bits = 4, group_size = 32 }\n";
+    let awq = "[[step]]\npass = \"awq\"\n";
+    let cases: &[(&str, String, &str)] = &[
+        (
+            "pattern",
+            format!("{}{EMIT}", GPTQ_STEP.replace("scheme", "sites = \"*.q_prj\"\nscheme")),
+            "sites pattern `*.q_prj` matches no site; the nearest are model.layers.0.self_attn.q_proj",
+        ),
+        (
+            "keep pattern",
+            format!("{}{EMIT}", GPTQ_STEP.replace("scheme", "keep = \"layer.0.*\"\nscheme")),
+            "keep pattern `layer.0.*` matches no site",
+        ),
+        (
+            "kept head",
+            format!(
+                "{}{EMIT}",
+                GPTQ_STEP.replace("scheme", "sites = [\"*\", \"lm_head\"]\nscheme")
+            ),
+            "all that pattern `lm_head` selects is held by `keep`",
+        ),
+        (
+            "layout",
+            format!("{}{}", rtn.replace("bits = 4", "bits = 3"), EMIT.replace("gptq", "awq")),
+            "layout awq stores 4 bits, not 3",
+        ),
+        (
+            "siblings",
+            format!("{}{EMIT}", rtn.replace("scheme", "sites = [\"*.q_proj\"]\nscheme")),
+            "self_attn.q_proj is w4 g32 sym, model.layers.0.self_attn.k_proj is float",
+        ),
+        (
+            "order",
+            format!("{rtn}{GPTQ_STEP}{EMIT}"),
+            "step[1] (gptq): cannot take weights that are quantized, dense, full rank (made so by step[0] (rtn))",
+        ),
+        ("look-ahead", format!("{awq}{EMIT}"), "none follows on model.layers.0.self_attn.q_proj"),
+        (
+            "folds",
+            format!(
+                "{}{awq}sites = \"down_proj\"\n{}{EMIT}",
+                rtn.replace(
+                    "scheme",
+                    "sites = [\"up_proj\", \"gate_proj\", \"self_attn.*\"]\nscheme"
+                ),
+                rtn.replace("scheme", "sites = \"down_proj\"\nscheme"),
+            ),
+            "would fold scales into model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj, model.layers.2.mlp.up_proj, already quantized by step[0] (rtn)",
+        ),
+        ("no emit", GPTQ_STEP.to_owned(), "the result of step[0] (gptq) is never emitted"),
+        ("no step", EMIT.to_owned(), "the recipe has no [[step]]"),
+        (
+            "layout name",
+            format!("{GPTQ_STEP}{}", EMIT.replace("gptq", "gtpq")),
+            "unknown layout `gtpq`; did you mean `gptq`?",
+        ),
+        (
+            "container",
+            format!("{GPTQ_STEP}{EMIT}container = \"gguf\"\n"),
+            "unknown container `gguf`; known: safetensors",
+        ),
+        ("same dir", format!("{GPTQ_STEP}{EMIT}{EMIT}"), "emit[0] and emit[1] both write to gptq"),
+        ("of", format!("{GPTQ_STEP}{EMIT}of = \"x\"\n"), "emit[0].of: no step has the id `x`"),
+        (
+            "of an earlier step",
+            format!("{awq}id = \"scale\"\n{GPTQ_STEP}{EMIT}of = \"scale\"\n"),
+            "emit[0].of: `scale` is not the last step; branching graphs come with a later version",
+        ),
+        (
+            "branch",
+            format!("{awq}id = \"a\"\n{awq}id = \"b\"\n{GPTQ_STEP}after = \"a\"\n{EMIT}"),
+            "step[2].after: `a` is not the step before it; branching graphs come with a later version",
+        ),
+        (
+            "duplicate id",
+            format!("{awq}id = \"a\"\n{GPTQ_STEP}id = \"a\"\n{EMIT}"),
+            "step[1].id: `a` is already the id of step[0]",
+        ),
+        (
+            "no scheme",
+            format!("[[step]]\npass = \"gptq\"\n{EMIT}"),
+            "step[0] (gptq): quantizes but has no scheme",
+        ),
+        (
+            "scheme of no use",
+            format!("{awq}scheme = {{ bits = 4 }}\n{GPTQ_STEP}{EMIT}"),
+            "step[0] (awq): does not quantize",
+        ),
+    ];
+    for (name, text, expected) in cases {
+        // Keys of a step must stand before its tables; the cases append them behind.
+        let error = refusal(text);
+        assert!(error.contains(expected), "{name}: {error}");
+    }
+    let recipe = Recipe::parse(&format!("{GPTQ_STEP}{EMIT}")).unwrap();
+    let error = plan_of(&recipe, 0).unwrap_err().to_string();
+    assert!(error.contains("needs calibration data (hessian)"), "{error}");
+}
+
+#[test]
+fn named_chains_are_accepted() {
+    let awq = "[[step]]\npass = \"awq\"\nid = \"a\"\n";
+    let text = format!("{awq}{GPTQ_STEP}after = \"a\"\nid = \"b\"\n{EMIT}of = \"b\"\n");
+    assert_eq!(plan(&text).unwrap().steps[1].label, "step[1] (gptq, id b)");
+}
