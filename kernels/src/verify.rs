@@ -24,8 +24,8 @@ pub struct KernelReport {
     pub tolerance: Tolerance,
 }
 
-/// Numbers of tokens: one, the few that are multiplied directly, and a panel with a tail.
-pub const TOKENS: [usize; 4] = [1, 2, 7, 33];
+/// Numbers of tokens: one, the few that are multiplied directly, tiles and panels, with tails.
+pub const TOKENS: [usize; 5] = [1, 2, 7, 33, 65];
 
 /// Runs every kernel of the layout that this machine supports.
 ///
@@ -136,7 +136,7 @@ mod tests {
                     out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 })
             };
-            for m in [1, 5, 100] {
+            for m in [1, 5, 33, 100] {
                 assert_eq!(run(1, m), run(3, m), "{} m {m}", kernel.name());
             }
         }

@@ -15,9 +15,9 @@ use super::rows::{Activations, BLOCK, Rows};
 
 const HALF: usize = BLOCK / 2;
 
-/// `W[row] · x[token + i]` for `i` in `0..M`.
+/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop holds one kind of block.
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn dot<const M: usize>(
+pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     rows: &Rows,
     row: usize,
     input: &Activations,
@@ -25,27 +25,32 @@ pub(crate) fn dot<const M: usize>(
 ) -> [f32; M] {
     let places = rows.places();
     let groups = rows.groups();
-    let x: [&[f32]; M] =
-        std::array::from_fn(|i| &input.x[(token + i) * places..(token + i + 1) * places]);
+    let x: [&[[f32; BLOCK]]; M] = std::array::from_fn(|i| {
+        input.x[(token + i) * places..(token + i + 1) * places].as_chunks().0
+    });
     let codes = rows.row_codes(row);
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
+    let bytes = if NIBBLES { HALF } else { BLOCK };
     let mut totals = [_mm256_setzero_ps(); M];
     let mut shifts = [0.0f32; M];
     for group in 0..groups {
         let first = rows.group_blocks[group] as usize;
         let end = rows.group_blocks[group + 1] as usize;
         let mut sums = [[_mm256_setzero_ps(); 4]; M];
-        if rows.nibbles {
-            let codes = codes[first * HALF..end * HALF].chunks_exact(HALF);
-            for (block, codes) in (first..end).zip(codes) {
-                let weights = nibble_block(codes.try_into().expect("blocks are sixteen bytes"));
-                multiply_block(&weights, &x, block, &mut sums);
-            }
-        } else {
-            let codes = codes[first * BLOCK..end * BLOCK].chunks_exact(BLOCK);
-            for (block, codes) in (first..end).zip(codes) {
-                let weights = byte_block(codes.try_into().expect("blocks are 32 bytes"));
-                multiply_block(&weights, &x, block, &mut sums);
+        let codes = codes[first * bytes..end * bytes].chunks_exact(bytes);
+        for (block, codes) in (first..end).zip(codes) {
+            let weights = if NIBBLES {
+                nibble_block(codes.try_into().expect("blocks are sixteen bytes"))
+            } else {
+                byte_block(codes.try_into().expect("blocks are 32 bytes"))
+            };
+            // Written out here: as a function it is not always inlined, and then spills every sum.
+            for i in 0..M {
+                let x = x[i][block].as_chunks::<8>().0;
+                for quarter in 0..4 {
+                    let x = load(&x[quarter]);
+                    sums[i][quarter] = _mm256_fmadd_ps(weights[quarter], x, sums[i][quarter]);
+                }
             }
         }
         let scale = _mm256_set1_ps(scales[group]);
@@ -58,25 +63,6 @@ pub(crate) fn dot<const M: usize>(
         }
     }
     std::array::from_fn(|i| horizontal_sum(totals[i]) - shifts[i])
-}
-
-/// Adds the products of a block with `M` tokens, one accumulator per eight columns.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_block<const M: usize>(
-    weights: &[__m256; 4],
-    x: &[&[f32]; M],
-    block: usize,
-    sums: &mut [[__m256; 4]; M],
-) {
-    for i in 0..M {
-        let x: &[f32; BLOCK] =
-            x[i][block * BLOCK..].first_chunk().expect("every block has its activations");
-        for quarter in 0..4 {
-            let x = x[quarter * 8..].first_chunk().expect("a block has four quarters");
-            sums[i][quarter] = _mm256_fmadd_ps(weights[quarter], load(x), sums[i][quarter]);
-        }
-    }
 }
 
 /// The 32 codes of a block of 16 bytes as floats, in the order of columns.

@@ -12,60 +12,42 @@ use super::rows::{Activations, BLOCK, Rows};
 
 const HALF: usize = BLOCK / 2;
 
-/// `W[row] · x[token + i]` for `i` in `0..M`.
+/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop holds one kind of block.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn dot<const M: usize>(
+pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     rows: &Rows,
     row: usize,
     input: &Activations,
     token: usize,
 ) -> [f32; M] {
     let places = rows.places();
-    let x: [&[f32]; M] =
-        std::array::from_fn(|i| &input.x[(token + i) * places..(token + i + 1) * places]);
+    let x: [&[[f32; BLOCK]]; M] = std::array::from_fn(|i| {
+        input.x[(token + i) * places..(token + i + 1) * places].as_chunks().0
+    });
     let codes = rows.row_codes(row);
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = rows.block_bytes();
+    let bytes = if NIBBLES { HALF } else { BLOCK };
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     for group in 0..rows.groups() {
         let first = rows.group_blocks[group] as usize;
         let end = rows.group_blocks[group + 1] as usize;
         let codes = codes[first * bytes..end * bytes].chunks_exact(bytes);
         let weights = Weights::new(scales[group], zeros[group]);
-        if rows.nibbles {
-            for (block, codes) in (first..end).zip(codes) {
-                let codes = codes.try_into().expect("blocks are sixteen bytes");
-                multiply_block(&weights.nibbles(codes), &x, block, &mut sums);
-            }
-        } else {
-            for (block, codes) in (first..end).zip(codes) {
-                let codes = codes.try_into().expect("blocks are 32 bytes");
-                multiply_block(&weights.bytes(codes), &x, block, &mut sums);
+        for (block, codes) in (first..end).zip(codes) {
+            let halves = if NIBBLES {
+                weights.nibbles(codes.try_into().expect("blocks are sixteen bytes"))
+            } else {
+                weights.bytes(codes.try_into().expect("blocks are 32 bytes"))
+            };
+            // Written out here: as a function it is not always inlined, and then spills every sum.
+            for i in 0..M {
+                let x = x[i][block].as_chunks::<HALF>().0;
+                sums[i][0] = _mm512_fmadd_ps(halves[0], load(&x[0]), sums[i][0]);
+                sums[i][1] = _mm512_fmadd_ps(halves[1], load(&x[1]), sums[i][1]);
             }
         }
     }
     std::array::from_fn(|i| _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1])))
-}
-
-/// Adds the products of a block with `M` tokens, one accumulator per sixteen columns.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn multiply_block<const M: usize>(
-    weights: &[__m512; 2],
-    x: &[&[f32]; M],
-    block: usize,
-    sums: &mut [[__m512; 2]; M],
-) {
-    for i in 0..M {
-        let x: &[f32; BLOCK] =
-            x[i][block * BLOCK..].first_chunk().expect("every block has its activations");
-        let (low, high) = (
-            x.first_chunk().expect("a block has two halves"),
-            x.last_chunk().expect("a block has two halves"),
-        );
-        sums[i][0] = _mm512_fmadd_ps(weights[0], load(low), sums[i][0]);
-        sums[i][1] = _mm512_fmadd_ps(weights[1], load(high), sums[i][1]);
-    }
 }
 
 /// The map from codes to weights of one group.

@@ -1,9 +1,11 @@
 //! One CPU kernel for every layout: codes stay packed at 4 or 8 bits in memory and are decoded in
 //! registers, `x` and the sums are f32.
 //!
-//! Up to [`PANEL_TOKENS`] tokens the codes are multiplied directly, a row of the weight at a time
-//! (decoding text is one token). From there on a panel of rows is decoded once into f32 and handed to
-//! the matrix product of `attar_tensor::linalg`. An order of columns costs one gather of `x` per call.
+//! Below [`TILE_TOKENS`] tokens the codes are multiplied directly, a row of the weight at a time
+//! (decoding text is one token). From there on rows are decoded once into f32 and handed to the matrix
+//! product of `attar_tensor::linalg`: a tile of rows per task while tokens are few, a panel of rows
+//! shared by tasks that split the tokens from [`PANEL_TOKENS`] on. An order of columns costs one gather
+//! of `x` per call.
 //!
 //! Work is cut into fixed tiles of rows; each output is the work of one task in one order, so that the
 //! number of threads does not change a bit.
@@ -26,10 +28,14 @@ mod scalar;
 pub use isa::Isa;
 use rows::{Activations, Rows};
 
-/// Tokens from which decoding a panel of rows into f32 pays.
-pub const PANEL_TOKENS: usize = 16;
+/// Tokens from which decoding rows into f32 pays.
+pub const TILE_TOKENS: usize = 8;
+/// Tokens from which tasks split the tokens instead of the rows.
+pub const PANEL_TOKENS: usize = 64;
 /// Rows that one task multiplies.
 const ROWS_PER_TASK: usize = 32;
+/// Bytes of f32 weights that one task decodes at a time, about half a second-level cache.
+const TILE_BYTES: usize = 1 << 19;
 /// Bytes of f32 weights that one panel takes at most.
 const PANEL_BYTES: usize = 4 << 20;
 /// Multiplications below which a second thread costs more than it brings.
@@ -97,10 +103,16 @@ impl Prepared for CpuLinear {
         }
         if self.rows.places() == 0 {
             out.fill(0.0);
-        } else if m < PANEL_TOKENS {
+        } else if m < TILE_TOKENS {
             self.multiply_rows(&self.rows.arrange(x, m), m, out);
         } else {
-            self.multiply_panels(x, m, out);
+            let arranged = self.rows.order.as_ref().map(|_| self.rows.arrange(x, m).x);
+            let x = arranged.as_deref().unwrap_or(x);
+            if m < PANEL_TOKENS {
+                self.multiply_tiles(x, m, out);
+            } else {
+                self.multiply_panels(x, m, out);
+            }
         }
     }
 }
@@ -128,11 +140,7 @@ impl CpuLinear {
                 }
             },
         );
-        for (token, out) in out.chunks_exact_mut(rows).enumerate() {
-            for (row, out) in out.iter_mut().enumerate() {
-                *out = by_row[row * m + token];
-            }
-        }
+        transpose_into(&by_row, m, out);
     }
 
     /// One row times `m` tokens.
@@ -143,18 +151,24 @@ impl CpuLinear {
         {
             // Takes as many of the first number of tokens as there are, then of the next.
             macro_rules! take {
-                ($dot:path, $($count:literal)*) => {{$(
+                ($isa:ident: $($count:literal)*) => {{$(
                     while m - token >= $count {
                         // SAFETY: `prepare` made sure that this machine has the instruction set.
-                        let sums: [f32; $count] = unsafe { $dot(rows, row, input, token) };
+                        let sums = unsafe {
+                            if rows.nibbles {
+                                $isa::dot::<$count, true>(rows, row, input, token)
+                            } else {
+                                $isa::dot::<$count, false>(rows, row, input, token)
+                            }
+                        };
                         out[token..token + $count].copy_from_slice(&sums);
                         token += $count;
                     }
                 )*}};
             }
             match self.isa {
-                Isa::Avx2 => take!(avx2::dot, 2 1),
-                Isa::Avx512 => take!(avx512::dot, 8 4 2 1),
+                Isa::Avx2 => take!(avx2: 2 1),
+                Isa::Avx512 => take!(avx512: 4 2 1),
                 Isa::Scalar => {}
             }
         }
@@ -164,17 +178,29 @@ impl CpuLinear {
         }
     }
 
-    /// Many tokens: a panel of rows at a time becomes f32.
+    /// More tokens: each task decodes a tile of rows that stays in its cache. `x` is in the order of
+    /// places.
+    fn multiply_tiles(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let (rows, places) = (self.rows.out_features, self.rows.places());
+        let tile_rows = (TILE_BYTES / (4 * places)).clamp(16, 64);
+        let mut by_row = vec![0.0f32; rows * m];
+        by_row.par_chunks_mut(tile_rows * m).enumerate().for_each_init(
+            || vec![0.0f32; tile_rows * places],
+            |tile, (task, by_row)| {
+                let count = by_row.len() / m;
+                let tile = &mut tile[..count * places];
+                for (i, weights) in tile.chunks_exact_mut(places).enumerate() {
+                    self.dequantize(task * tile_rows + i, weights);
+                }
+                gemm_nt((count, m, places), 1.0, (tile, places), (x, places), false, (by_row, m));
+            },
+        );
+        transpose_into(&by_row, m, out);
+    }
+
+    /// Many tokens: a panel of rows at a time becomes f32. `x` is in the order of places.
     fn multiply_panels(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        let places = self.rows.places();
-        let arranged;
-        let x = if self.rows.order.is_some() {
-            arranged = self.rows.arrange(x, m);
-            &arranged.x
-        } else {
-            x
-        };
-        let rows = self.rows.out_features;
+        let (rows, places) = (self.rows.out_features, self.rows.places());
         let panel_rows = (PANEL_BYTES / (4 * places)).next_multiple_of(ROWS_PER_TASK).min(rows);
         let mut panel = vec![0.0f32; panel_rows * places];
         // Depends on `m` alone: enough tasks for many threads, enough tokens to pay for packing.
@@ -207,6 +233,16 @@ impl CpuLinear {
             // SAFETY: as above.
             Isa::Avx512 => unsafe { avx512::dequantize(&self.rows, row, weights) },
             _ => scalar::dequantize(&self.rows, row, weights),
+        }
+    }
+}
+
+/// `[rows, m]` to `out [m, rows]`.
+fn transpose_into(by_row: &[f32], m: usize, out: &mut [f32]) {
+    let rows = by_row.len() / m;
+    for (token, out) in out.chunks_exact_mut(rows).enumerate() {
+        for (row, out) in out.iter_mut().enumerate() {
+            *out = by_row[row * m + token];
         }
     }
 }

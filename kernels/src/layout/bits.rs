@@ -51,6 +51,25 @@ pub(crate) fn pack32(codes: &[u8; CHUNK], bits: u8) -> [u32; 8] {
 #[inline]
 pub(crate) fn unpack32(words: &[u32], bits: u8) -> [u8; CHUNK] {
     let mut codes = [0u8; CHUNK];
+    match bits {
+        8 => {
+            for (codes, word) in codes.chunks_exact_mut(4).zip(words) {
+                codes.copy_from_slice(&word.to_le_bytes());
+            }
+            return codes;
+        }
+        4 => {
+            for (codes, &word) in codes.chunks_exact_mut(8).zip(words) {
+                let x = u64::from(word);
+                let x = (x | x << 16) & 0x0000_ffff_0000_ffff;
+                let x = (x | x << 8) & 0x00ff_00ff_00ff_00ff;
+                let x = (x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+                codes.copy_from_slice(&x.to_le_bytes());
+            }
+            return codes;
+        }
+        _ => {}
+    }
     let mask = (1u64 << bits) - 1;
     let (mut held, mut filled, mut at) = (0u64, 0u32, 0);
     for code in &mut codes {
@@ -69,13 +88,12 @@ pub(crate) fn unpack32(words: &[u32], bits: u8) -> [u8; CHUNK] {
 /// Packs a row of any length into `out`, which has [`words`]`(codes.len(), bits)` elements.
 pub(crate) fn pack_row(codes: &[u8], bits: u8, out: &mut [u32]) {
     for (codes, out) in codes.chunks(CHUNK).zip(out.chunks_mut(usize::from(bits))) {
-        let packed = match codes.try_into() {
-            Ok(full) => pack32(full, bits),
-            Err(_) => {
-                let mut full = [0u8; CHUNK];
-                full[..codes.len()].copy_from_slice(codes);
-                pack32(&full, bits)
-            }
+        let packed = if let Ok(full) = codes.try_into() {
+            pack32(full, bits)
+        } else {
+            let mut full = [0u8; CHUNK];
+            full[..codes.len()].copy_from_slice(codes);
+            pack32(&full, bits)
         };
         out.copy_from_slice(&packed[..out.len()]);
     }

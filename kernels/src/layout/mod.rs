@@ -208,13 +208,11 @@ pub(crate) fn part_words<'a>(
     shape: &[usize],
 ) -> Result<Cow<'a, [u32]>, LayoutError> {
     let bytes = part(packed, suffix, &[DType::I32], shape)?.bytes();
-    Ok(match bytemuck::try_cast_slice(bytes) {
-        Ok(words) => Cow::Borrowed(words),
-        Err(_) => {
-            let word = |b: &[u8]| u32::from_le_bytes(b.try_into().expect("chunks are words"));
-            Cow::Owned(bytes.chunks_exact(4).map(word).collect())
-        }
-    })
+    if let Ok(words) = bytemuck::try_cast_slice(bytes) {
+        return Ok(Cow::Borrowed(words));
+    }
+    let word = |b: &[u8]| u32::from_le_bytes(b.try_into().expect("chunks are words"));
+    Ok(Cow::Owned(bytes.chunks_exact(4).map(word).collect()))
 }
 
 /// Scales as f32, in the part's own order.
