@@ -42,13 +42,16 @@ pub enum GateError {
     },
     /// Measurements that do not compare.
     #[error(
-        "the baseline was measured at context {baseline}, the report at {report}; they do not compare"
+        "the baseline was measured with {fact} {baseline}, the report with {report}; perplexities \
+         compare only on the same windows, so measure both alike"
     )]
-    Context {
-        /// Tokens per window of the baseline.
-        baseline: u64,
-        /// Tokens per window of the report.
-        report: u64,
+    Protocol {
+        /// `context`, `score` or `tokens`.
+        fact: &'static str,
+        /// The baseline's value.
+        baseline: String,
+        /// The report's value.
+        report: String,
     },
 }
 
@@ -75,19 +78,25 @@ pub struct Verdict {
 }
 
 impl Policy {
-    /// Reads TOML.
+    /// Reads TOML, or JSON when the text begins with a brace.
     ///
     /// # Errors
-    /// Unknown keys, wrong types, or a policy that limits nothing.
+    /// Unknown keys, wrong types, limits that are not finite, or a policy that limits nothing.
     pub fn parse(text: &str) -> Result<Self, GateError> {
-        let policy: Self =
-            toml::from_str(text).map_err(|error| GateError::Policy(error.to_string()))?;
+        let policy: Self = if text.trim_start().starts_with('{') {
+            serde_json::from_str(text).map_err(|error| GateError::Policy(error.to_string()))?
+        } else {
+            toml::from_str(text).map_err(|error| GateError::Policy(error.to_string()))?
+        };
         let limits = [
             policy.max_perplexity_ratio,
             policy.max_kl_mean,
             policy.min_top1_agreement,
             policy.max_bytes_ratio,
         ];
+        if limits.iter().flatten().any(|limit| !limit.is_finite()) {
+            return Err(GateError::Policy("limits must be finite numbers".into()));
+        }
         if limits.iter().all(Option::is_none) {
             return Err(GateError::Policy("limits nothing, so it cannot pass".into()));
         }
@@ -99,13 +108,7 @@ impl Policy {
     /// # Errors
     /// When a named metric is missing or contexts differ.
     pub fn judge(&self, report: &Value, baseline: Option<&Value>) -> Result<Verdict, GateError> {
-        let number = |value: &Value, key: &str| {
-            value
-                .get("eval")
-                .and_then(|e| e.get(key))
-                .or_else(|| value.get(key))
-                .and_then(Value::as_f64)
-        };
+        let number = |value: &Value, key: &str| metric_of(value, key).and_then(Value::as_f64);
         let need = |limit, metric: &'static str| {
             number(report, metric).filter(|v| v.is_finite()).ok_or(GateError::Missing {
                 limit,
@@ -131,11 +134,8 @@ impl Policy {
         let mut checks = Vec::new();
         if let Some(limit) = self.max_perplexity_ratio {
             let value = need("max_perplexity_ratio", "perplexity")?;
-            if let Some(baseline) = baseline
-                && let (Some(b), Some(r)) = (number(baseline, "context"), number(report, "context"))
-                && (b - r).abs() > 0.5
-            {
-                return Err(GateError::Context { baseline: b as u64, report: r as u64 });
+            if let Some(baseline) = baseline {
+                same_protocol(report, baseline)?;
             }
             let base = of_baseline("max_perplexity_ratio", "perplexity", "reference_perplexity")?;
             let value = value / base;
@@ -156,6 +156,24 @@ impl Policy {
         }
         Ok(Verdict { pass: checks.iter().all(|check| check.pass), checks })
     }
+}
+
+/// A metric of a report of `attar compress` (under `eval`) or of `attar eval`.
+fn metric_of<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
+    value.get("eval").and_then(|eval| eval.get(key)).or_else(|| value.get(key))
+}
+
+/// Refuses perplexities of other windows. A fact that one side does not state is not compared.
+fn same_protocol(report: &Value, baseline: &Value) -> Result<(), GateError> {
+    for fact in ["context", "score", "tokens"] {
+        if let (Some(b), Some(r)) = (metric_of(baseline, fact), metric_of(report, fact))
+            && b != r
+        {
+            let (baseline, report) = (b.to_string(), r.to_string());
+            return Err(GateError::Protocol { fact, baseline, report });
+        }
+    }
+    Ok(())
 }
 
 impl Verdict {
@@ -212,12 +230,37 @@ mod tests {
         let baseline = json!({"perplexity": 10.0, "context": 512});
         assert!(matches!(
             policy.judge(&report(1.0), Some(&baseline)),
-            Err(GateError::Context { .. })
+            Err(GateError::Protocol { fact: "context", .. })
         ));
         let nan =
             json!({"eval": {"perplexity": 10.0, "reference_perplexity": 10.0, "kl_mean": null}});
         assert!(policy.judge(&nan, None).is_err());
-        assert!(Policy::parse("max_kl = 1.0").is_err());
         assert!(Policy::parse("").is_err());
+    }
+
+    #[test]
+    fn policies_are_toml_or_json_and_refuse_unknown_keys() {
+        let toml = Policy::parse("min_top1_agreement = 0.9").unwrap();
+        assert_eq!(Policy::parse("{\"min_top1_agreement\": 0.9}").unwrap(), toml);
+        for text in ["max_kl = 1.0", "{\"max_kl\": 1.0}"] {
+            let error = Policy::parse(text).unwrap_err().to_string();
+            assert!(error.contains("max_kl") && error.contains("max_kl_mean"), "{error}");
+        }
+        assert!(Policy::parse("max_kl_mean = \"low\"").is_err());
+        assert!(Policy::parse("max_kl_mean = nan").is_err());
+    }
+
+    #[test]
+    fn each_limit_is_judged_on_its_own_side() {
+        let report = json!({"file_bytes": 250, "source_bytes": 1000, "top1_agreement": 0.95});
+        let judge = |text: &str| Policy::parse(text).unwrap().judge(&report, None);
+        assert!(judge("max_bytes_ratio = 0.25").unwrap().pass);
+        assert!(!judge("max_bytes_ratio = 0.24").unwrap().pass);
+        assert!(judge("min_top1_agreement = 0.95").unwrap().pass);
+        assert!(!judge("min_top1_agreement = 0.96").unwrap().pass);
+        assert!(judge("max_kl_mean = 9.0").is_err());
+        let baseline = json!({"file_bytes": 0});
+        let policy = Policy::parse("max_bytes_ratio = 1.0").unwrap();
+        assert!(policy.judge(&report, Some(&baseline)).is_err());
     }
 }

@@ -106,10 +106,18 @@ impl Evaluator {
     /// Adds a window: logits `[tokens, vocab]` of the model (and of the reference) for `ids [tokens]`.
     ///
     /// # Panics
-    /// When shapes disagree.
+    /// When shapes disagree, or some windows come with a reference and others without.
     pub fn add(&mut self, logits: &Mat, reference: Option<&Mat>, ids: &[u32]) {
         assert_eq!(logits.nrows(), ids.len(), "one row of logits per token");
-        self.compared = reference.is_some();
+        if let Some(reference) = reference {
+            assert_eq!(reference.dim(), logits.dim(), "both models have the same vocabulary");
+        }
+        let compared = reference.is_some();
+        assert!(
+            self.windows.is_empty() || self.compared == compared,
+            "all windows are compared with the reference or none is"
+        );
+        self.compared = compared;
         let first = match self.score {
             Score::All => 0,
             Score::SecondHalf => ids.len() / 2,
@@ -159,7 +167,8 @@ impl Evaluator {
             let (sum, count) = picks.iter().fold((0.0, 0.0), |(s, n), &i| {
                 (s + f(&self.windows[i]), n + self.windows[i].count)
             });
-            sum / f64::max(count, 1.0)
+            // Nothing scored is no measurement: NaN, which gates refuse, instead of a perfect score.
+            if count > 0.0 { sum / count } else { f64::NAN }
         };
         let all: Vec<usize> = (0..self.windows.len()).collect();
         let mut rng = Rng::new(seed);
@@ -234,5 +243,56 @@ mod tests {
             assert!((result.perplexity - (nll / n).exp()).abs() < 1e-5);
             assert!((result.kl_mean.unwrap() - kl / n).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn nothing_scored_is_not_a_perfect_score() {
+        let result = Evaluator::new(6, Score::All).finish(0);
+        assert!(result.perplexity.is_nan() && result.tokens == 0);
+    }
+
+    #[test]
+    fn intervals_hold_the_mean_and_depend_on_the_seed_alone() {
+        let mut evaluator = Evaluator::new(6, Score::All);
+        for seed in 0..8 {
+            evaluator.add(&logits(seed), Some(&logits(seed + 100)), &[0, 1, 2, 3, 4, 0]);
+        }
+        let (result, again) = (evaluator.finish(5), evaluator.finish(5));
+        assert_eq!(result, again);
+        let holds = |interval: Option<Interval>, value: Option<f64>| {
+            let (interval, value) = (interval.unwrap(), value.unwrap());
+            interval.low < value && value < interval.high
+        };
+        assert!(holds(Some(result.perplexity_interval), Some(result.perplexity)));
+        assert!(holds(result.perplexity_ratio_interval, result.perplexity_ratio));
+        assert!(holds(result.kl_mean_interval, result.kl_mean));
+        assert!(result.kl_mean.unwrap() > 0.0);
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_the_number_of_threads() {
+        let logits =
+            |seed| Mat::from_shape_vec((64, 300), Rng::new(seed).normals(64 * 300)).unwrap();
+        let (q, p) = (logits(1), logits(2));
+        let ids: Vec<u32> = (0..64).map(|t| t * 37 % 300).collect();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut evaluator = Evaluator::new(64, Score::SecondHalf);
+                evaluator.add(&q, Some(&p), &ids);
+                evaluator.finish(0)
+            })
+        };
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn a_nan_logit_spoils_the_result_visibly() {
+        let mut broken = logits(1);
+        broken[[2, 3]] = f32::NAN;
+        let mut evaluator = Evaluator::new(6, Score::All);
+        evaluator.add(&broken, Some(&logits(1)), &[0, 1, 2, 3, 4, 0]);
+        let result = evaluator.finish(0);
+        assert!(result.perplexity.is_nan() && result.kl_mean.unwrap().is_nan());
     }
 }
