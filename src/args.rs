@@ -1,0 +1,206 @@
+//! What was typed.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// A compression compiler for language models: quantizes Hugging Face checkpoints into artifacts that
+/// runtimes load, and measures what it cost.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = "Exit codes: 0 done, 1 a check or gate failed, 2 an error.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Worker threads (default: all cores); results do not depend on it.
+    #[arg(long, global = true)]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compress a checkpoint into one or several artifacts.
+    Compress(Compress),
+    /// Prove a recipe on a checkpoint and print what would be done, without reading a weight.
+    Plan(Plan),
+    /// Measure perplexity (and divergence from a reference) on the packed bytes.
+    Eval(Eval),
+    /// Re-open an artifact and check hashes, values, completeness and every kernel.
+    Verify(Verify),
+    /// List tensors, dtypes, sizes and schemes of a checkpoint or artifact.
+    Inspect(Inspect),
+    /// Compare a report with a policy; exit 1 on a regression.
+    Gate(Gate),
+    /// Generate text through the packed kernels.
+    Run(Run),
+    /// Compress the embedded model with several passes and print size against accuracy.
+    Demo(Demo),
+    /// List passes and presets, or print the recipe's JSON Schema.
+    Passes {
+        /// Print the JSON Schema of recipes.
+        #[arg(long)]
+        schema: bool,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct What {
+    /// Directory with config.json and *.safetensors.
+    pub(crate) checkpoint: PathBuf,
+    /// Recipe file (TOML).
+    #[arg(long, conflicts_with = "preset", required_unless_present = "preset")]
+    pub(crate) recipe: Option<PathBuf>,
+    /// Built-in recipe: rtn-w4, gptq-w4, awq-w4, gptq-w3, rtn-w8, ... (see `attar passes`).
+    #[arg(long)]
+    pub(crate) preset: Option<String>,
+    /// Columns per scale for a preset; -1 is one scale per row.
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true, conflicts_with = "recipe")]
+    pub(crate) group: i64,
+    /// Layout of the packed weights; with several, one subdirectory each.
+    #[arg(long, value_name = "compressed-tensors|gptq|gptq_v2|awq")]
+    pub(crate) layout: Vec<String>,
+    /// Calibration text.
+    #[arg(long, num_args = 1.., conflicts_with = "ids")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Calibration token ids: JSON lines of {"input_ids": [...]}.
+    #[arg(long)]
+    pub(crate) ids: Option<PathBuf>,
+    /// Calibration windows [default: 128, or the recipe's].
+    #[arg(long)]
+    pub(crate) samples: Option<usize>,
+    /// Tokens per window, capped at the model's context [default: 2048, or the recipe's].
+    #[arg(long)]
+    pub(crate) context: Option<usize>,
+    /// Seed [default: 0, or the recipe's].
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Compress {
+    #[command(flatten)]
+    pub(crate) what: What,
+    /// Where the artifact appears; must not exist, or be empty.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Measure accuracy against the source on this text and put it into the report.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) eval_text: Option<PathBuf>,
+    /// Tokens per window of that measurement.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) eval_context: usize,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Plan {
+    #[command(flatten)]
+    pub(crate) what: What,
+    /// Ignored; accepted so that a compress command line can be planned as it is.
+    #[arg(long, hide = true)]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ScoreArg {
+    /// Every position but a window's first.
+    All,
+    /// llama.cpp's protocol: only the second half of each window.
+    SecondHalf,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Eval {
+    /// Checkpoint or artifact.
+    pub(crate) path: PathBuf,
+    /// Text to score.
+    #[arg(long, conflicts_with = "ids", required_unless_present = "ids")]
+    pub(crate) text: Option<PathBuf>,
+    /// Token ids to score: JSON lines of {"input_ids": [...]}.
+    #[arg(long)]
+    pub(crate) ids: Option<PathBuf>,
+    /// Tokens per window; windows do not overlap.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) context: usize,
+    /// Positions to score.
+    #[arg(long, value_enum, default_value = "all")]
+    pub(crate) score: ScoreArg,
+    /// The original: adds KL divergence and top-1 agreement.
+    #[arg(long)]
+    pub(crate) reference: Option<PathBuf>,
+    /// Windows at most.
+    #[arg(long)]
+    pub(crate) max_windows: Option<usize>,
+    /// Put the beginning-of-sequence token in the first slot of each window.
+    #[arg(long)]
+    pub(crate) bos: bool,
+    /// Write the logits of the first window (tensor `logits`, f32 [context, vocab]).
+    #[arg(long)]
+    pub(crate) dump_logits: Option<PathBuf>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Verify {
+    /// Artifact.
+    pub(crate) path: PathBuf,
+    /// The checkpoint it was made from: every tensor must be accounted for.
+    #[arg(long)]
+    pub(crate) source: Option<PathBuf>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Inspect {
+    /// Checkpoint or artifact.
+    pub(crate) path: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Gate {
+    /// report.json, the output of `attar eval --json`, or an artifact.
+    pub(crate) report: PathBuf,
+    /// Policy file (TOML): baseline, max_perplexity_ratio, max_kl_mean, min_top1_agreement,
+    /// max_bytes_ratio.
+    #[arg(long)]
+    pub(crate) policy: PathBuf,
+    /// Write JUnit XML.
+    #[arg(long)]
+    pub(crate) junit: Option<PathBuf>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Run {
+    /// Checkpoint or artifact.
+    pub(crate) path: PathBuf,
+    /// Text to continue.
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 64)]
+    pub(crate) tokens: usize,
+    /// 0 always takes the most likely token.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Seed of the draw.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Demo {
+    /// Where the artifacts go.
+    #[arg(long, default_value = "attar-demo")]
+    pub(crate) out: PathBuf,
+}

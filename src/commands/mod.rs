@@ -1,0 +1,216 @@
+//! One file per subcommand that needs more than a screen; the short ones stand here.
+
+mod demo;
+mod evaluate;
+mod inspect;
+
+use attar_eval::{Policy, Report};
+use attar_formats::{Checkpoint, artifact};
+use attar_model::{Generator, Sampling};
+use serde_json::json;
+
+use crate::{
+    Error,
+    args::{Args, Command, Compress, Gate, Plan, Run, Verify},
+    compile::{self, Measure},
+    packed::Opened,
+    registry, verify,
+};
+
+/// Runs what was typed; `false` when a check or gate failed.
+pub(crate) fn run(args: Args) -> Result<bool, Error> {
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match args.command {
+        Command::Compress(args) => compress(&args),
+        Command::Plan(args) => plan(&args),
+        Command::Eval(args) => evaluate::evaluate(&args),
+        Command::Verify(args) => verify_artifact(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Gate(args) => gate(&args),
+        Command::Run(args) => generate(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Passes { schema } => passes(schema),
+    }
+}
+
+fn compress(args: &Compress) -> Result<bool, Error> {
+    let job = compile::prepare(&args.what)?;
+    let measure = args.eval_text.clone().map(|text| Measure { text, context: args.eval_context });
+    let reports = compile::compile(&job, &args.out, measure.as_ref())?;
+    if args.what.json {
+        let list: Vec<_> = reports
+            .iter()
+            .map(|(path, report)| json!({"artifact": path, "report": report}))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&json!({"artifacts": list}))?);
+    } else {
+        for (path, report) in &reports {
+            print_report(path, report);
+        }
+    }
+    Ok(true)
+}
+
+fn print_report(path: &std::path::Path, report: &Report) {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    println!(
+        "{}: {}, {:.2} MB of {:.2} MB, {:.3} bits per weight",
+        path.display(),
+        report.layout,
+        mb(report.file_bytes),
+        mb(report.source_bytes),
+        report.bits_per_weight
+    );
+    for note in &report.notes {
+        println!("  note: {note}");
+    }
+    let worst = report.sites.iter().filter(|site| site.bits.is_some()).max_by(|a, b| {
+        let error = |s: &attar_eval::report::SiteEntry| {
+            s.result.output_error.unwrap_or(s.result.weight_error)
+        };
+        error(a).total_cmp(&error(b))
+    });
+    if let Some(worst) = worst {
+        let (what, error) = match worst.result.output_error {
+            Some(error) => ("output", error),
+            None => ("weight", worst.result.weight_error),
+        };
+        println!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
+    }
+    if let Some(eval) = &report.eval {
+        println!("  {}", evaluate::line(eval));
+    }
+    let t = &report.timings;
+    println!(
+        "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, write {:.1}, verify {:.1}; peak {:.0} MB (predicted {:.0} MB)",
+        t.total,
+        t.read,
+        t.forward,
+        t.statistics,
+        t.solve,
+        t.write,
+        t.verify,
+        report.measured_peak_bytes.map_or(f64::NAN, mb),
+        mb(report.predicted_peak_bytes)
+    );
+}
+
+fn plan(args: &Plan) -> Result<bool, Error> {
+    let job = compile::prepare(&args.what)?;
+    if args.what.json {
+        println!("{}", serde_json::to_string_pretty(&job.plan)?);
+    } else {
+        println!("{}", job.plan);
+    }
+    Ok(true)
+}
+
+fn verify_artifact(args: &Verify) -> Result<bool, Error> {
+    let source = args.source.as_deref().map(Checkpoint::open).transpose()?;
+    let result = verify::verify(&args.path, source.as_ref(), true)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&result)?);
+    } else {
+        println!("{} quantized linears, {} dense", result.quantized, result.dense);
+        for line in &result.kernels {
+            println!(
+                "kernel {} on {} ({} linears): nmse {:.2e}, allowed {:.0e}",
+                line.kernel, line.layout, line.linears, line.worst_nmse, line.max_nmse
+            );
+        }
+        for problem in &result.problems {
+            println!("PROBLEM {problem}");
+        }
+        println!("{}", if result.problems.is_empty() { "verified" } else { "verification FAILED" });
+    }
+    Ok(result.problems.is_empty())
+}
+
+fn gate(args: &Gate) -> Result<bool, Error> {
+    let text = std::fs::read_to_string(&args.policy)
+        .map_err(|error| format!("{}: {error}", args.policy.display()))?;
+    let policy = Policy::parse(&text)?;
+    let load = |path: &std::path::Path| {
+        let path = if path.is_dir() { path.join(artifact::REPORT) } else { path.to_path_buf() };
+        attar_formats::read_json(&path)
+    };
+    let baseline = policy
+        .baseline
+        .as_ref()
+        .map(|name| load(&args.policy.parent().unwrap_or(std::path::Path::new("")).join(name)))
+        .transpose()?;
+    let verdict = policy.judge(&load(&args.report)?, baseline.as_ref())?;
+    if let Some(path) = &args.junit {
+        std::fs::write(path, verdict.junit())
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&verdict)?);
+    } else {
+        println!("{}", verdict.table());
+    }
+    Ok(verdict.pass)
+}
+
+/// Continues a prompt.
+pub(crate) fn continue_text(
+    model: &Opened,
+    prompt: &str,
+    tokens: usize,
+    sampling: Sampling,
+) -> Result<String, Error> {
+    let tokenizer = attar_formats::Tokenizer::open(model.checkpoint.folder())?;
+    let mut ids = tokenizer.encode(prompt)?;
+    if ids.is_empty() {
+        ids.push(tokenizer.bos.ok_or("an empty prompt needs a model with a bos token")?);
+    }
+    let limit = (ids.len() + tokens).min(model.decoder.spec.context);
+    if ids.len() >= limit {
+        return Err(format!(
+            "the prompt has {} tokens, the model's context is {}",
+            ids.len(),
+            model.decoder.spec.context
+        )
+        .into());
+    }
+    let mut generator = Generator::new(&model.decoder, model, limit, sampling)?;
+    let mut logits = generator.forward(&ids)?;
+    loop {
+        let next = generator.choose(&logits);
+        if tokenizer.eos.contains(&next) {
+            break;
+        }
+        ids.push(next);
+        if ids.len() >= limit || generator.remaining() == 0 {
+            break;
+        }
+        logits = generator.forward(&[next])?;
+    }
+    Ok(tokenizer.decode(&ids)?)
+}
+
+fn generate(args: &Run) -> Result<bool, Error> {
+    let model = Opened::open(&args.path)?;
+    let sampling = Sampling { temperature: args.temperature, seed: args.seed };
+    println!("{}", continue_text(&model, &args.prompt, args.tokens, sampling)?);
+    Ok(true)
+}
+
+fn passes(schema: bool) -> Result<bool, Error> {
+    let passes = registry::passes();
+    if schema {
+        println!("{}", serde_json::to_string_pretty(&attar_ir::recipe::json_schema(&passes))?);
+        return Ok(true);
+    }
+    println!("passes:");
+    for pass in passes {
+        println!("  {:<8} {} ({})", pass.name, pass.summary, pass.paper);
+    }
+    println!("presets:");
+    for (name, summary) in attar_ir::recipe::PRESETS {
+        println!("  {name:<8} {summary}");
+    }
+    Ok(true)
+}

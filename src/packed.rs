@@ -1,0 +1,139 @@
+//! An opened checkpoint or artifact whose linears multiply: packed ones through their kernel, dense ones
+//! in f32.
+
+use std::path::Path;
+
+use attar_formats::{Checkpoint, quant_config};
+use attar_ir::Site;
+use attar_kernels::Prepared;
+use attar_model::{Decoder, LinearOp, ModelError, WeightSource};
+use attar_tensor::{LayoutId, PackedLinear, TensorSource};
+
+use crate::Error;
+
+/// Suffixes of the parts of each layout.
+const PARTS: &[&str] = &[
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+];
+
+/// A model on disk.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) decoder: Decoder,
+    quant: Option<quant_config::Parsed>,
+}
+
+impl Opened {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let checkpoint = Checkpoint::open(path)?;
+        let quant = quant_config::parse(checkpoint.config())
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        let is_quantized = |name: &str| {
+            quant
+                .as_ref()
+                .is_some_and(|q| checkpoint.header(&format!("{name}{}", q.marker())).is_some())
+        };
+        let decoder = Decoder::read_with(checkpoint.config(), &checkpoint, &is_quantized)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Self { decoder, checkpoint, quant })
+    }
+
+    /// Name of the layout, when anything is quantized.
+    pub(crate) fn layout(&self) -> Option<&'static str> {
+        self.quant.as_ref().map(|quant| quant.layout)
+    }
+
+    /// Names and bytes of the tensors that hold a site's weight.
+    pub(crate) fn weight_tensors(&self, site: &Site) -> Vec<(String, usize)> {
+        let dense = self.decoder.weight_tensor(site);
+        let packed: Vec<_> = PARTS
+            .iter()
+            .map(|part| format!("{}.{part}", site.name))
+            .filter_map(|name| self.checkpoint.header(&name).map(|h| (name, h.bytes())))
+            .collect();
+        if packed.is_empty() {
+            self.checkpoint.header(&dense).map(|h| (dense, h.bytes())).into_iter().collect()
+        } else {
+            packed
+        }
+    }
+
+    /// The packed linear of a site; `None` when it is dense.
+    pub(crate) fn packed(&self, site: &Site) -> Result<Option<PackedLinear>, Error> {
+        let Some(quant) = &self.quant else { return Ok(None) };
+        if self.checkpoint.header(&format!("{}{}", site.name, quant.marker())).is_none() {
+            return Ok(None);
+        }
+        let scheme = quant.scheme_of(&site.name).ok_or_else(|| {
+            format!("{}: packed, but quantization_config has no scheme for it", site.name)
+        })?;
+        let mut parts = Vec::new();
+        for part in PARTS {
+            let name = format!("{}.{part}", site.name);
+            if self.checkpoint.header(&name).is_some() {
+                parts.push((*part, self.checkpoint.read(&name)?.to_tensor()));
+                self.checkpoint.release(&name);
+            }
+        }
+        Ok(Some(PackedLinear {
+            layout: LayoutId(quant.layout),
+            scheme,
+            out_features: site.out_features,
+            in_features: site.in_features,
+            parts,
+        }))
+    }
+
+    /// Bits per weight over the linears of the decoder blocks (and the head when it is quantized), all
+    /// parts counted.
+    pub(crate) fn bits_per_weight(&self) -> f64 {
+        let (mut bytes, mut weights) = (0usize, 0usize);
+        for block in self.decoder.graph.all_blocks() {
+            for site in &block.sites {
+                let parts = self.weight_tensors(site);
+                let head = block.attention.is_none();
+                if head && parts.iter().all(|(name, _)| name.ends_with(".weight")) {
+                    continue;
+                }
+                bytes += parts.iter().map(|(_, bytes)| bytes).sum::<usize>();
+                weights += site.weights();
+            }
+        }
+        8.0 * bytes as f64 / weights.max(1) as f64
+    }
+}
+
+struct Kernel(Box<dyn Prepared>);
+
+impl LinearOp for Kernel {
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        self.0.matmul(x, m, out);
+    }
+}
+
+impl WeightSource for Opened {
+    fn tensors(&self) -> &dyn TensorSource {
+        &self.checkpoint
+    }
+
+    fn linear(&self, decoder: &Decoder, site: &Site) -> Result<Box<dyn LinearOp>, ModelError> {
+        let fail = |reason: String| ModelError::Tensor { name: site.name.clone(), reason };
+        match self.packed(site).map_err(|error| fail(error.to_string()))? {
+            Some(packed) => {
+                let kernel =
+                    attar_kernels::select(&packed).map_err(|error| fail(error.to_string()))?;
+                Ok(Box::new(Kernel(kernel)))
+            }
+            None => self.checkpoint.linear(decoder, site),
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Re-opens an artifact as a stranger would: hashes, values, completeness, kernels against the reference.
+
+use std::path::Path;
+
+use attar_formats::{Checkpoint, artifact};
+use attar_tensor::TensorSource;
+use serde::Serialize;
+
+use crate::{Error, packed::Opened};
+
+/// What was checked and what was wrong.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Verification {
+    pub(crate) quantized: usize,
+    pub(crate) dense: usize,
+    pub(crate) kernels: Vec<KernelLine>,
+    pub(crate) problems: Vec<String>,
+}
+
+/// Worst result of one kernel over the linears it was run on.
+#[derive(Debug, Serialize)]
+pub(crate) struct KernelLine {
+    pub(crate) kernel: &'static str,
+    pub(crate) layout: &'static str,
+    pub(crate) linears: usize,
+    pub(crate) worst_nmse: f64,
+    pub(crate) max_nmse: f64,
+}
+
+/// Verifies an artifact; `every` runs the kernels on every linear, otherwise on the first block only.
+pub(crate) fn verify(
+    path: &Path,
+    source: Option<&Checkpoint>,
+    every: bool,
+) -> Result<Verification, Error> {
+    let mut result = Verification::default();
+    if path.join(artifact::MANIFEST).exists() {
+        result.problems.extend(artifact::check_manifest(path)?);
+    }
+    let opened = Opened::open(path)?;
+    for block in opened.decoder.graph.all_blocks() {
+        for site in &block.sites {
+            let Some(packed) = opened.packed(site)? else {
+                result.dense += 1;
+                continue;
+            };
+            result.quantized += 1;
+            for defect in attar_kernels::check_packed(&packed) {
+                result.problems.push(format!("{}: {defect:?}", site.name));
+            }
+            if !every && block.index > 0 {
+                continue;
+            }
+            let layout = attar_kernels::layout_of(&packed)?;
+            let seed = 1 + result.quantized as u64;
+            for report in attar_kernels::verify(layout, &packed, seed)? {
+                if !report.ok {
+                    result.problems.push(format!(
+                        "{}: kernel {} is off by nmse {:e}, allowed {:e}",
+                        site.name, report.kernel, report.nmse, report.tolerance.max_nmse
+                    ));
+                }
+                let id = layout.id().0;
+                match result.kernels.iter_mut().find(|line| line.kernel == report.kernel) {
+                    Some(line) => {
+                        line.linears += 1;
+                        line.worst_nmse = line.worst_nmse.max(report.nmse);
+                    }
+                    None => result.kernels.push(KernelLine {
+                        kernel: report.kernel,
+                        layout: id,
+                        linears: 1,
+                        worst_nmse: report.nmse,
+                        max_nmse: report.tolerance.max_nmse,
+                    }),
+                }
+            }
+        }
+    }
+    for header in opened.checkpoint.headers().iter().filter(|h| h.dtype.is_float()) {
+        let values = opened.checkpoint.read(&header.name)?.to_f32()?;
+        opened.checkpoint.release(&header.name);
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            result.problems.push(format!("{}: {} at flat index {at}", header.name, values[at]));
+        }
+    }
+    if let Some(source) = source {
+        for header in source.headers() {
+            let here = |name: &str| opened.checkpoint.header(name).is_some();
+            let site = header.name.strip_suffix(".weight").unwrap_or(&header.name);
+            let packed = here(&format!("{site}.weight_packed")) || here(&format!("{site}.qweight"));
+            let renamed = header.name == opened.decoder.graph.embedding
+                || (opened.decoder.graph.tied && header.name == "lm_head.weight");
+            if !here(&header.name) && !packed && !renamed {
+                result
+                    .problems
+                    .push(format!("{}: in the source, but not in the artifact", header.name));
+            }
+        }
+    }
+    Ok(result)
+}
