@@ -17,10 +17,15 @@ pub fn selects(pattern: &str, name: &str) -> bool {
 /// The candidate that is spelt most like `word`, when any is close.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     const CLOSE: f64 = 0.5;
+    // The beginning of a name is nearer than its length says: `group` means `group_size`.
+    const PREFIX: f64 = 0.6;
     let mut best = None;
     let mut best_score = CLOSE;
     for candidate in candidates {
-        let score = strsim::normalized_damerau_levenshtein(word, candidate);
+        let mut score = strsim::normalized_damerau_levenshtein(word, candidate);
+        if word.len() > 2 && candidate.starts_with(word) {
+            score = score.max(PREFIX);
+        }
         if score > best_score {
             best = Some(candidate);
             best_score = score;
@@ -90,6 +95,7 @@ mod tests {
     #[test]
     fn the_nearest_name_is_close_or_none() {
         assert_eq!(nearest("schem", ["pass", "scheme", "sites"]), Some("scheme"));
+        assert_eq!(nearest("group", ["bits", "group_size"]), Some("group_size"));
         assert_eq!(nearest("zzzz", ["pass", "scheme"]), None);
     }
 }

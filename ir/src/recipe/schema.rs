@@ -17,6 +17,7 @@ pub fn json_schema(passes: &[&PassDef]) -> Value {
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Attar recipe",
+        "$defs": definitions(passes),
         "description": format!("Built-in recipes: {}", presets.join(", ")),
         "type": "object",
         "additionalProperties": false,
@@ -58,6 +59,17 @@ pub fn json_schema(passes: &[&PassDef]) -> Value {
     })
 }
 
+/// Types that options refer to; references are from the root of the schema.
+fn definitions(passes: &[&PassDef]) -> Value {
+    let mut all = serde_json::Map::new();
+    for def in passes {
+        if let Some(Value::Object(own)) = (def.schema)().to_value().get("$defs") {
+            all.extend(own.clone());
+        }
+    }
+    Value::Object(all)
+}
+
 fn step(def: &PassDef, strings: &Value) -> Value {
     let options = (def.schema)().to_value();
     let mut properties = options.get("properties").cloned().unwrap_or_else(|| json!({}));
@@ -78,17 +90,13 @@ fn step(def: &PassDef, strings: &Value) -> Value {
     if let Some(more) = options.get("required").and_then(Value::as_array) {
         required.extend(more.iter().cloned());
     }
-    let mut schema = json!({
+    json!({
         "type": "object",
         "description": def.summary,
         "additionalProperties": false,
         "required": required,
         "properties": properties,
-    });
-    if let Some(defs) = options.get("$defs") {
-        schema["$defs"] = defs.clone();
-    }
-    schema
+    })
 }
 
 fn scheme(symmetric: bool) -> Value {
@@ -103,4 +111,73 @@ fn scheme(symmetric: bool) -> Value {
             "symmetric": { "type": "boolean", "default": symmetric },
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::{Recipe, RecipeError};
+
+    /// Options of the pass that the tests below know; it is never built with good ones.
+    #[derive(schemars::JsonSchema)]
+    #[allow(dead_code, reason = "only its schema is read")]
+    struct Options {
+        percdamp: f64,
+        upstream: Option<crate::Upstream>,
+        block: Option<u32>,
+    }
+
+    const SOLVER: PassDef = PassDef {
+        name: "solver",
+        summary: "a pass for tests",
+        paper: "none",
+        takes_scheme: true,
+        symmetric_by_default: false,
+        build: |options| match options.keys().next() {
+            Some(key) => Err(RecipeError::unknown_key("", key, &["percdamp", "block"])),
+            None => Err(RecipeError::invalid("percdamp", "missing")),
+        },
+        schema: || schemars::schema_for!(Options),
+    };
+
+    #[test]
+    fn steps_have_their_own_and_the_common_keys() {
+        let schema = json_schema(&[&SOLVER]);
+        let step = &schema["properties"]["step"]["items"]["oneOf"][0];
+        assert_eq!(step["properties"]["pass"]["const"], "solver");
+        assert_eq!(step["properties"]["scheme"]["properties"]["symmetric"]["default"], false);
+        for key in ["percdamp", "block", "sites", "keep", "id", "after"] {
+            assert!(step["properties"].get(key).is_some(), "{key}");
+        }
+        assert_eq!(step["required"], json!(["pass", "percdamp"]));
+        assert_eq!(step["additionalProperties"], false);
+        // References of options point to the root.
+        assert!(step["properties"]["upstream"].to_string().contains("#/$defs/Upstream"));
+        assert!(schema["$defs"].get("Upstream").is_some() && step.get("$defs").is_none());
+    }
+
+    #[test]
+    fn errors_of_passes_name_the_step_and_the_nearest_key_of_either() {
+        for (keys, expected) in [
+            ("pass = \"solvr\"", "step[0].pass: unknown pass `solvr`; did you mean `solver`?"),
+            ("pass = \"x\"", "step[0].pass: unknown pass `x`; known passes: solver"),
+            ("pass = \"solver\"", "step[0].percdamp: missing"),
+            (
+                "pass = \"solver\"\npercdmp = 1",
+                "step[0]: unknown key `percdmp`; did you mean `percdamp`?",
+            ),
+            (
+                "pass = \"solver\"\nschem = 1",
+                "step[0]: unknown key `schem`; did you mean `scheme`?",
+            ),
+        ] {
+            let mut recipe = Recipe::parse(&format!("[[step]]\n{keys}\n")).unwrap();
+            let error = recipe.resolve(&[&SOLVER]).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+        let text = "[[step]]\npass = \"solver\"\nscheme = { bits = 4 }\n";
+        let mut recipe = Recipe::parse(text).unwrap();
+        assert!(recipe.resolve(&[&SOLVER]).is_err());
+        assert_eq!(recipe.steps[0].scheme.unwrap().symmetric, Some(false));
+    }
 }
