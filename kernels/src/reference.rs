@@ -1,6 +1,7 @@
 //! The oracle: unpack to f32, multiply with f64 sums, column by column. Slow and obvious.
 
 use attar_tensor::{LayoutError, Mat, PackedLinear};
+use rayon::prelude::*;
 
 use crate::layout;
 use crate::spec::{Prepared, check_sizes};
@@ -36,14 +37,14 @@ impl Prepared for Reference {
 
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
         check_sizes(self, x, m, out);
-        for row in 0..m {
-            let x = &x[row * self.in_features()..(row + 1) * self.in_features()];
-            let out = &mut out[row * self.out_features()..(row + 1) * self.out_features()];
+        let (rows, columns) = self.weight.dim();
+        let tokens = out.par_chunks_mut(rows.max(1)).zip(x.par_chunks(columns.max(1)));
+        tokens.for_each(|(out, x)| {
             for (out, weight) in out.iter_mut().zip(self.weight.outer_iter()) {
                 let sum: f64 =
                     x.iter().zip(weight).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
                 *out = sum as f32;
             }
-        }
+        });
     }
 }
