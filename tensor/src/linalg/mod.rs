@@ -4,10 +4,14 @@
 
 pub mod cholesky;
 pub mod gemm;
+mod microkernel;
 pub mod simd;
 pub mod syrk;
 
 pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper};
-pub use gemm::{gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nt};
+pub use gemm::{
+    gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into, matmul_tn,
+    matmul_tn_into, par_gemm_nt,
+};
 pub use simd::{abs_max, dot, exp_in_place, rms_norm_row, silu_mul, softmax_row_in_place};
 pub use syrk::GramAccumulator;

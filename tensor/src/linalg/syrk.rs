@@ -1,30 +1,32 @@
-//! `G = XᵀX`, accumulated over many batches of rows: a symmetric rank-k update on the lower triangle in
-//! blocks, f32 products per tile of at most [`ROWS`] rows, tiles added in f64 in the order given.
-//! Cost n²·tokens FLOPs, memory 4·n² bytes (half of the square in f64).
+//! `G = XᵀX`, accumulated over many batches of rows: a symmetric rank-k update of the lower triangle in
+//! strips of rows, f32 products over at most [`ROWS`] rows of X, those added in f64 in the order given.
+//! Register tiles wholly above the diagonal are skipped. Cost n²·tokens FLOPs, memory 4·n² bytes (half of
+//! the square in f64) and one strip in f32 per thread.
 
 use rayon::prelude::*;
 
-use super::gemm::gemm_tn;
+use super::microkernel::{Operand, Product, multiply};
 use crate::Mat;
 
-/// Columns of an output tile.
-const TILE: usize = 256;
-/// Rows of X whose products are summed in f32.
-const ROWS: usize = 512;
+/// Rows of a strip of G.
+const STRIP: usize = 384;
+/// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows:
+/// batches given to [`GramAccumulator::add`] are best a multiple of it.
+pub const ROWS: usize = 2048;
 
 /// The running sum of `XᵀX`.
 #[derive(Debug, Clone)]
 pub struct GramAccumulator {
     n: usize,
     tokens: usize,
-    /// Lower-triangular tiles `(i, j)`, `j <= i`, row-major over tiles.
-    tiles: Vec<Tile>,
+    /// From the last (longest) strip to the first.
+    strips: Vec<Strip>,
 }
 
+/// Rows `row..row + rows` of G, columns up to the diagonal block's end.
 #[derive(Debug, Clone)]
-struct Tile {
+struct Strip {
     row: usize,
-    column: usize,
     rows: usize,
     columns: usize,
     sum: Vec<f64>,
@@ -33,14 +35,13 @@ struct Tile {
 impl GramAccumulator {
     /// An empty sum of `n x n`.
     pub fn new(n: usize) -> Self {
-        let mut tiles = Vec::new();
-        for row in (0..n).step_by(TILE) {
-            for column in (0..=row).step_by(TILE) {
-                let (rows, columns) = (TILE.min(n - row), TILE.min(n - column));
-                tiles.push(Tile { row, column, rows, columns, sum: vec![0.0; rows * columns] });
-            }
-        }
-        Self { n, tokens: 0, tiles }
+        let strip = |row| {
+            let rows = STRIP.min(n - row);
+            let columns = row + rows;
+            Strip { row, rows, columns, sum: vec![0.0; rows * columns] }
+        };
+        let strips = (0..n).step_by(STRIP).rev().map(strip).collect();
+        Self { n, tokens: 0, strips }
     }
 
     /// Rows seen.
@@ -54,16 +55,31 @@ impl GramAccumulator {
     /// When `x` is not a multiple of `n` long.
     pub fn add(&mut self, x: &[f32]) {
         let n = self.n;
-        assert!(x.len().is_multiple_of(n), "rows have {n} channels");
+        if x.is_empty() {
+            return;
+        }
+        assert!(n > 0 && x.len().is_multiple_of(n), "rows have {n} channels");
         self.tokens += x.len() / n;
-        self.tiles.par_iter_mut().for_each(|tile| {
-            let mut product = vec![0.0f32; tile.rows * tile.columns];
+        self.strips.par_iter_mut().for_each(|strip| {
+            let Strip { row, rows, columns, ref mut sum } = *strip;
+            let mut out = vec![0.0f32; rows * columns];
             for x in x.chunks(ROWS * n) {
-                let shape = (tile.rows, tile.columns, x.len() / n);
-                let out = (product.as_mut_slice(), tile.columns);
-                gemm_tn(shape, 1.0, (&x[tile.row..], n), (&x[tile.column..], n), false, out);
-                for (sum, &p) in tile.sum.iter_mut().zip(&product) {
-                    *sum += f64::from(p);
+                let across = |data| Operand { data, stride: n, depth_contiguous: false };
+                multiply(Product {
+                    shape: (rows, columns, x.len() / n),
+                    alpha: 1.0,
+                    a: across(&x[row..]),
+                    b: across(x),
+                    add: false,
+                    out: &mut out,
+                    ldo: columns,
+                    below: Some(row),
+                });
+                let lines = sum.chunks_exact_mut(columns).zip(out.chunks_exact(columns));
+                for (i, (sum, product)) in lines.enumerate() {
+                    for (sum, &p) in sum[..=row + i].iter_mut().zip(product) {
+                        *sum += f64::from(p);
+                    }
                 }
             }
         });
@@ -76,7 +92,7 @@ impl GramAccumulator {
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.n, other.n, "sums of the same size");
         self.tokens += other.tokens;
-        for (a, b) in self.tiles.iter_mut().zip(&other.tiles) {
+        for (a, b) in self.strips.iter_mut().zip(&other.strips) {
             for (a, b) in a.sum.iter_mut().zip(&b.sum) {
                 *a += b;
             }
@@ -86,19 +102,33 @@ impl GramAccumulator {
     /// The symmetric matrix `scale · XᵀX`, rounded to f32 once.
     pub fn finish(self, scale: f64) -> Mat {
         let mut out = Mat::zeros((self.n, self.n));
-        for tile in self.tiles {
-            for i in 0..tile.rows {
-                for j in 0..tile.columns {
-                    let (row, column) = (tile.row + i, tile.column + j);
-                    if column <= row {
-                        let value = (scale * tile.sum[i * tile.columns + j]) as f32;
-                        out[[row, column]] = value;
-                        out[[column, row]] = value;
-                    }
+        self.each_below(|i, j, sum| {
+            let value = (scale * sum) as f32;
+            out[[i, j]] = value;
+            out[[j, i]] = value;
+        });
+        out
+    }
+
+    /// The symmetric matrix `scale · XᵀX` in f64, row-major `[n, n]`.
+    pub fn finish_f64(self, scale: f64) -> Vec<f64> {
+        let n = self.n;
+        let mut out = vec![0.0; n * n];
+        self.each_below(|i, j, sum| {
+            out[i * n + j] = scale * sum;
+            out[j * n + i] = scale * sum;
+        });
+        out
+    }
+
+    fn each_below(self, mut visit: impl FnMut(usize, usize, f64)) {
+        for strip in self.strips {
+            for (i, sums) in strip.sum.chunks_exact(strip.columns).enumerate() {
+                for (j, &sum) in sums[..=strip.row + i].iter().enumerate() {
+                    visit(strip.row + i, j, sum);
                 }
             }
         }
-        out
     }
 }
 
@@ -109,7 +139,7 @@ mod tests {
 
     #[test]
     fn gram_equals_the_naive_sum_on_any_thread_count() {
-        let (t, n) = (1100, 300);
+        let (t, n) = (600, 401);
         let x = Rng::new(5).normals(t * n);
         let mut want = vec![0.0f64; n * n];
         for row in x.chunks(n) {
@@ -123,8 +153,10 @@ mod tests {
         let run = |threads| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let mut gram = GramAccumulator::new(n);
-                gram.add(&x[..700 * n]);
-                gram.add(&x[700 * n..]);
+                gram.add(&x[..250 * n]);
+                let mut rest = GramAccumulator::new(n);
+                rest.add(&x[250 * n..]);
+                gram.merge(&rest);
                 assert_eq!(gram.tokens(), t);
                 gram.finish(1.0)
             })

@@ -1,0 +1,354 @@
+//! The blocked product behind `gemm` and `syrk`: `out (+)= alpha · A · B` on register tiles of f32.
+//!
+//! Three loops around a register tile (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
+//! multiplication"): a block of A of `MC x KC` is packed into panels of `MR` rows and stays in the L2
+//! cache, a panel of B of `KC` x a few vectors is packed just before its use and stays in L1, and the
+//! register tile sums `KC` products per element in one fused chain. An element's sum therefore runs over
+//! k in blocks of `KC` in a fixed order, wherever its tile lies: any partition of `out` gives the same
+//! bits.
+//!
+//! Everything under `pulp`'s dispatch must be `#[inline(always)]` (closures included), or it is compiled
+//! without the vector instructions.
+
+use std::cell::RefCell;
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Products that are summed in registers before they reach `out`.
+pub(super) const KC: usize = 512;
+/// Upper bound of the rows of A that are packed at once (`MC x KC` f32 are half of a 2 MiB L2).
+const MC: usize = 640;
+/// Floats per cache line.
+const LINE: usize = 16;
+
+/// An operand: element `(i, l)` is `data[i * stride + l]` when `depth_contiguous` (l is the summed
+/// index), else `data[l * stride + i]`.
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) depth_contiguous: bool,
+}
+
+/// One product: `out [m, n] (+)= alpha · a [m, k] · (b [n, k])ᵀ`.
+pub(super) struct Product<'a> {
+    pub(super) shape: (usize, usize, usize),
+    pub(super) alpha: f32,
+    pub(super) a: Operand<'a>,
+    pub(super) b: Operand<'a>,
+    pub(super) add: bool,
+    pub(super) out: &'a mut [f32],
+    pub(super) ldo: usize,
+    /// `Some(d)`: elements with `column > row + d` are not wanted and may be left unwritten.
+    pub(super) below: Option<usize>,
+}
+
+/// What the packing needs beyond `pulp::Simd`.
+trait Isa: Simd {
+    /// Transposes an 8 x 8 block.
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
+    /// Asks for a cache line.
+    fn prefetch(self, at: &f32);
+}
+
+impl Isa for pulp::Scalar {
+    #[inline(always)]
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        let mut out = [[0.0; 8]; 8];
+        for (c, out) in out.iter_mut().enumerate() {
+            for (r, out) in out.iter_mut().enumerate() {
+                *out = rows[r][c];
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: &f32) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use pulp::x86::{V3, V4};
+
+    use super::Isa;
+
+    impl Isa for V3 {
+        /// The halves of two rows share a register, so that only in-lane shuffles remain.
+        #[inline(always)]
+        fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+            let mut out = [[0.0f32; 8]; 8];
+            for half in 0..2 {
+                let mut joined = [[0.0f32; 8]; 4];
+                for i in 0..4 {
+                    joined[i][..4].copy_from_slice(&rows[i][half * 4..half * 4 + 4]);
+                    joined[i][4..].copy_from_slice(&rows[i + 4][half * 4..half * 4 + 4]);
+                }
+                let [r0, r1, r2, r3] = joined.map(bytemuck::cast);
+                let lo01 = self.avx._mm256_unpacklo_ps(r0, r1);
+                let hi01 = self.avx._mm256_unpackhi_ps(r0, r1);
+                let lo23 = self.avx._mm256_unpacklo_ps(r2, r3);
+                let hi23 = self.avx._mm256_unpackhi_ps(r2, r3);
+                let to = &mut out[half * 4..half * 4 + 4];
+                to[0] = bytemuck::cast(self.avx._mm256_shuffle_ps::<0b01_00_01_00>(lo01, lo23));
+                to[1] = bytemuck::cast(self.avx._mm256_shuffle_ps::<0b11_10_11_10>(lo01, lo23));
+                to[2] = bytemuck::cast(self.avx._mm256_shuffle_ps::<0b01_00_01_00>(hi01, hi23));
+                to[3] = bytemuck::cast(self.avx._mm256_shuffle_ps::<0b11_10_11_10>(hi01, hi23));
+            }
+            out
+        }
+
+        #[inline(always)]
+        fn prefetch(self, at: &f32) {
+            self.sse._mm_prefetch::<3>(std::ptr::from_ref(at).cast());
+        }
+    }
+
+    impl Isa for V4 {
+        #[inline(always)]
+        fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+            Isa::transpose(*self, rows)
+        }
+
+        #[inline(always)]
+        fn prefetch(self, at: &f32) {
+            Isa::prefetch(*self, at);
+        }
+    }
+}
+
+/// Packs `rows` of an operand from row `i` and depth `l0` as `dest [depth, W]`, zero beyond `rows`.
+#[inline(always)]
+fn pack<I: Isa, const W: usize>(
+    isa: I,
+    op: Operand<'_>,
+    i: usize,
+    rows: usize,
+    l0: usize,
+    dest: &mut [f32],
+) {
+    let (dest, _) = dest.as_chunks_mut::<W>();
+    if !op.depth_contiguous {
+        for (l, to) in dest.iter_mut().enumerate() {
+            let from = &op.data[(l0 + l) * op.stride + i..][..rows];
+            if rows == W {
+                to.copy_from_slice(from);
+            } else {
+                to[..rows].copy_from_slice(from);
+                to[rows..].fill(0.0);
+            }
+        }
+        return;
+    }
+    let start = i * op.stride + l0;
+    let depth = dest.len();
+    let mut done = 0;
+    if rows == W && W.is_multiple_of(8) {
+        done = depth / 8 * 8;
+        for group in (0..W).step_by(8) {
+            for l in (0..done).step_by(8) {
+                let mut block = [[0.0f32; 8]; 8];
+                for (r, row) in block.iter_mut().enumerate() {
+                    let at = start + (group + r) * op.stride + l;
+                    row.copy_from_slice(&op.data[at..at + 8]);
+                }
+                let block = isa.transpose(block);
+                for (to, column) in dest[l..l + 8].iter_mut().zip(&block) {
+                    to[group..group + 8].copy_from_slice(column);
+                }
+            }
+        }
+    }
+    for (l, to) in dest.iter_mut().enumerate().skip(done) {
+        for (r, to) in to.iter_mut().enumerate() {
+            *to = if r < rows { op.data[start + r * op.stride + l] } else { 0.0 };
+        }
+    }
+}
+
+/// The register tile: `MR` rows times `NV` vectors.
+#[inline(always)]
+fn tile<I: Isa, const MR: usize, const NV: usize>(
+    isa: I,
+    a: &[[f32; MR]],
+    b: &[[I::f32s; NV]],
+) -> [[I::f32s; NV]; MR] {
+    let mut sum = [[isa.splat_f32s(0.0); NV]; MR];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..MR {
+            let a = isa.splat_f32s(a[i]);
+            for j in 0..NV {
+                sum[i][j] = isa.mul_add_f32s(a, b[j], sum[i][j]);
+            }
+        }
+    }
+    sum
+}
+
+/// Writes `rows x columns` of a register tile to `out`.
+#[inline(always)]
+fn store<I: Isa, const MR: usize, const NV: usize>(
+    isa: I,
+    sum: &[[I::f32s; NV]; MR],
+    alpha: f32,
+    add: bool,
+    (rows, columns): (usize, usize),
+    out: &mut [f32],
+    ldo: usize,
+) {
+    let width = NV * I::F32_LANES;
+    let alphas = isa.splat_f32s(alpha);
+    for (i, sum) in sum.iter().enumerate().take(rows) {
+        if columns == width {
+            let (to, _) = I::as_mut_simd_f32s(&mut out[i * ldo..][..width]);
+            for (to, &sum) in to.iter_mut().zip(sum) {
+                *to = if add {
+                    isa.mul_add_f32s(alphas, sum, *to)
+                } else {
+                    isa.mul_f32s(alphas, sum)
+                };
+            }
+        } else {
+            let mut line = [0.0f32; 64];
+            let (vectors, _) = I::as_mut_simd_f32s(&mut line);
+            vectors[..NV].copy_from_slice(sum);
+            for (to, &sum) in out[i * ldo..][..columns].iter_mut().zip(&line) {
+                *to = if add { alpha.mul_add(sum, *to) } else { alpha * sum };
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    /// One panel of B (`NV` vectors, `W = NV * lanes` columns from `j`) against the packed block of A.
+    #[inline(always)]
+    fn panel<I: Isa, const MR: usize, const NV: usize, const W: usize>(
+        &mut self,
+        isa: I,
+        packed_a: &[f32],
+        packed_b: &mut [f32],
+        (i0, block, j, l0, depth): (usize, usize, usize, usize, usize),
+    ) {
+        let columns = W.min(self.shape.1 - j);
+        pack::<I, W>(isa, self.b, j, columns, l0, &mut packed_b[..W * depth]);
+        let (b, _) = I::as_simd_f32s(&packed_b[..W * depth]);
+        let (b, _) = b.as_chunks::<NV>();
+        for (p, i) in (0..block).step_by(MR).enumerate() {
+            let rows = MR.min(block - i);
+            if self.below.is_some_and(|d| i0 + i + rows + d <= j) {
+                continue;
+            }
+            let at = (i0 + i) * self.ldo + j;
+            for r in 0..rows {
+                for c in (0..columns).step_by(LINE) {
+                    isa.prefetch(&self.out[at + r * self.ldo + c]);
+                }
+            }
+            let (a, _) = packed_a[p * MR * depth..][..MR * depth].as_chunks::<MR>();
+            let sum = tile::<I, MR, NV>(isa, a, b);
+            let add = self.add || l0 > 0;
+            let out = &mut self.out[at..];
+            store::<I, MR, NV>(isa, &sum, self.alpha, add, (rows, columns), out, self.ldo);
+        }
+    }
+
+    #[inline(always)]
+    fn run<I: Isa, const MR: usize, const W1: usize, const W2: usize, const W3: usize>(
+        mut self,
+        isa: I,
+        packed_a: &mut [f32],
+        packed_b: &mut [f32],
+    ) {
+        let (m, n, k) = self.shape;
+        let mc = m.div_ceil(m.div_ceil(MC)).next_multiple_of(MR);
+        for l0 in (0..k).step_by(KC) {
+            let depth = KC.min(k - l0);
+            for i0 in (0..m).step_by(mc) {
+                let block = mc.min(m - i0);
+                for (p, i) in (0..block).step_by(MR).enumerate() {
+                    let to = &mut packed_a[p * MR * depth..][..MR * depth];
+                    pack::<I, MR>(isa, self.a, i0 + i, MR.min(block - i), l0, to);
+                }
+                let mut j = 0;
+                while j < n {
+                    let place = (i0, block, j, l0, depth);
+                    if n - j > W2 {
+                        self.panel::<I, MR, 3, W3>(isa, packed_a, packed_b, place);
+                        j += W3;
+                    } else if n - j > W1 {
+                        self.panel::<I, MR, 2, W2>(isa, packed_a, packed_b, place);
+                        j += W2;
+                    } else {
+                        self.panel::<I, MR, 1, W1>(isa, packed_a, packed_b, place);
+                        j += W1;
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Entry<'a, I> {
+    isa: I,
+    product: Product<'a>,
+    packed_a: &'a mut [f32],
+    packed_b: &'a mut [f32],
+}
+
+impl<I: Isa> WithSimd for Entry<'_, I> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { isa, product, packed_a, packed_b } = self;
+        match I::F32_LANES {
+            // 24 sums, 3 vectors of B and a broadcast of A in 32 registers.
+            16 => product.run::<I, 8, 16, 32, 48>(isa, packed_a, packed_b),
+            // 12 sums, 3 vectors of B and a broadcast of A in 16 registers.
+            8 => product.run::<I, 4, 8, 16, 24>(isa, packed_a, packed_b),
+            _ => product.run::<I, 4, 1, 2, 3>(isa, packed_a, packed_b),
+        }
+    }
+}
+
+thread_local! {
+    /// Packing space of this thread; its content never outlives a call.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs one product on this thread with the instructions of the CPU at hand.
+pub(super) fn multiply(product: Product<'_>) {
+    let (m, n, k) = product.shape;
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if !product.add {
+            for row in product.out.chunks_mut(product.ldo.max(1)).take(m) {
+                row[..n].fill(0.0);
+            }
+        }
+        return;
+    }
+    let mut scratch = SCRATCH.take();
+    let room_a = MC.min(m).next_multiple_of(LINE) * KC.min(k);
+    let room_b = 48 * KC.min(k);
+    let room = room_a + room_b + 2 * LINE;
+    if scratch.len() < room {
+        scratch.resize(room, 0.0);
+    }
+    // Panels start on a cache line, or every other vector load touches two.
+    let start = scratch.as_ptr().align_offset(4 * LINE).min(LINE);
+    let (packed_a, packed_b) = scratch[start..].split_at_mut(room_a.next_multiple_of(LINE));
+    match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
+        _ => {
+            let isa = pulp::Scalar::new();
+            Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b });
+        }
+    }
+    SCRATCH.set(scratch);
+}
