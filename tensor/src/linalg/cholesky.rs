@@ -78,6 +78,29 @@ pub fn inverse_cholesky_upper(mut a: Vec<f64>, n: usize) -> Result<Vec<f64>, Lin
     Ok(inverse)
 }
 
+/// Solves `A x = b` in place of `b [n]` for a row-major symmetric positive definite `a [n, n]`, which is
+/// consumed.
+///
+/// # Errors
+/// [`LinalgError::NotPositiveDefinite`] with the pivot's index; `b` is then untouched.
+pub fn solve_spd(mut a: Vec<f64>, n: usize, b: &mut [f64]) -> Result<(), LinalgError> {
+    cholesky_lower(&mut a, n)?;
+    for i in 0..n {
+        let row = &a[i * n..=i * n + i];
+        let known: f64 = row[..i].iter().zip(&*b).map(|(l, y)| l * y).sum();
+        b[i] = (b[i] - known) / row[i];
+    }
+    for i in (0..n).rev() {
+        let row = &a[i * n..=i * n + i];
+        b[i] /= row[i];
+        let x = b[i];
+        for (b, l) in b.iter_mut().zip(&row[..i]) {
+            *b -= l * x;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,5 +152,17 @@ mod tests {
     fn indefinite_matrices_are_refused() {
         let mut a = vec![1.0, 2.0, 2.0, 1.0];
         assert!(matches!(cholesky_lower(&mut a, 2), Err(LinalgError::NotPositiveDefinite { .. })));
+    }
+
+    #[test]
+    fn solutions_satisfy_their_equations() {
+        for n in [1, 5, 33] {
+            let a = spd(n);
+            let want: Vec<f64> = (0..n).map(|i| (i as f64).sin()).collect();
+            let mut b: Vec<f64> =
+                a.chunks(n).map(|row| row.iter().zip(&want).map(|(a, x)| a * x).sum()).collect();
+            solve_spd(a, n, &mut b).unwrap();
+            assert!(b.iter().zip(&want).all(|(b, x)| (b - x).abs() < 1e-7), "{n}");
+        }
     }
 }

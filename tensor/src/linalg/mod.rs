@@ -1,6 +1,7 @@
 //! Dense linear algebra: one place for GEMM, the symmetric rank-k update, Cholesky and the vectorised
-//! element-wise functions. Every call is single-threaded and gives the same bits each time; callers
-//! parallelise over a partition that does not depend on the number of threads.
+//! element-wise functions. A call gives the same bits each time. Calls are single-threaded, and callers
+//! parallelise over a partition that does not depend on the number of threads; `par_gemm_nt` and
+//! `GramAccumulator::add` do so themselves on rayon's current pool.
 
 pub mod cholesky;
 pub mod gemm;
@@ -8,10 +9,12 @@ mod microkernel;
 pub mod simd;
 pub mod syrk;
 
-pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper};
+pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper, solve_spd};
 pub use gemm::{
     gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into, matmul_tn,
     matmul_tn_into, par_gemm_nt,
 };
-pub use simd::{abs_max, dot, exp_in_place, rms_norm_row, silu_mul, softmax_row_in_place};
+pub use simd::{
+    abs_max, axpy, dot, exp_in_place, rms_norm_row, silu_mul, softmax_row_in_place, sum_sq,
+};
 pub use syrk::GramAccumulator;

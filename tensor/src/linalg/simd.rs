@@ -79,6 +79,26 @@ pub fn abs_max(x: &[f32]) -> f32 {
     )
 }
 
+/// Sum of squares, f32 in 16 lanes; 0 for an empty slice.
+pub fn sum_sq(x: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || reduce(x, 0.0, |a, b| a + b * b).iter().sum(),
+    )
+}
+
+/// `y += alpha * x`.
+pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y += alpha * x;
+            }
+        },
+    );
+}
+
 /// Softmax of one row in place; rows of `-inf` only are not allowed.
 pub fn softmax_row_in_place(x: &mut [f32]) {
     Arch::new().dispatch(
@@ -157,6 +177,10 @@ mod tests {
         for (g, x) in g.iter().zip(&x) {
             assert!((g - x / (1.0 + (-x).exp()) * x).abs() < 1e-5);
         }
+        assert!((sum_sq(&x) - dot(&x, &x)).abs() < 1e-4);
+        let mut y = x.clone();
+        axpy(-0.5, &x, &mut y);
+        assert!(y.iter().zip(&x).all(|(y, x)| (y - 0.5 * x).abs() < 1e-6));
         let mut n = vec![0.0; 37];
         rms_norm_row(&x, &[2.0; 37], 1e-6, &mut n);
         let mean: f32 = n.iter().map(|v| v * v).sum::<f32>() / 37.0;
