@@ -1,6 +1,8 @@
 //! The `attar` binary: parse, dispatch, and one place that turns an error into text and an exit code:
 //! 0 done, 1 a check or gate failed, 2 an error.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the binary is what prints")]
+
 mod args;
 mod commands;
 mod compile;
