@@ -44,7 +44,7 @@ impl Opened {
         };
         let decoder = Decoder::read_with(checkpoint.config(), &checkpoint, &is_quantized)
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self { decoder, checkpoint, quant })
+        Ok(Self { checkpoint, decoder, quant })
     }
 
     /// Name of the layout, when anything is quantized.

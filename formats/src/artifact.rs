@@ -204,7 +204,7 @@ pub fn check_manifest(folder: &Path) -> Result<Vec<String>, FormatError> {
         match found.get(name) {
             None => wrong.push(format!("{name}: missing")),
             Some(have) if have != want => {
-                wrong.push(format!("{name}: hash or size differs from the manifest"))
+                wrong.push(format!("{name}: hash or size differs from the manifest"));
             }
             Some(_) => {}
         }

@@ -1,5 +1,7 @@
 //! Logits of small seeded models against transformers: tests/golden/families, see PROVENANCE.md there.
 
+#![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
+
 use std::{collections::BTreeMap, fs, path::Path};
 
 use attar_ir::Needs;
