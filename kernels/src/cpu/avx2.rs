@@ -15,7 +15,8 @@ use super::rows::{Activations, BLOCK, Rows};
 
 const HALF: usize = BLOCK / 2;
 
-/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop holds one kind of block.
+/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop
+/// holds one kind of block.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     rows: &Rows,
@@ -23,46 +24,65 @@ pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     input: &Activations,
     token: usize,
 ) -> [f32; M] {
-    let places = rows.places();
     let groups = rows.groups();
-    let x: [&[[f32; BLOCK]]; M] = std::array::from_fn(|i| {
-        input.x[(token + i) * places..(token + i + 1) * places].as_chunks().0
-    });
+    let x = token_blocks::<M>(input, token, rows.places());
     let codes = rows.row_codes(row);
+    let (nibbles, bytes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = if NIBBLES { HALF } else { BLOCK };
     let mut totals = [_mm256_setzero_ps(); M];
     let mut shifts = [0.0f32; M];
-    for group in 0..groups {
-        let first = rows.group_blocks[group] as usize;
-        let end = rows.group_blocks[group + 1] as usize;
+    // Counters and plain loops: an iterator or a closure that is not inlined into a function with a
+    // target feature keeps the sums in memory, which costs more than the products.
+    let (mut group, mut block) = (0, 0);
+    while group < groups {
         let mut sums = [[_mm256_setzero_ps(); 4]; M];
-        let codes = codes[first * bytes..end * bytes].chunks_exact(bytes);
-        for (block, codes) in (first..end).zip(codes) {
-            let weights = if NIBBLES {
-                nibble_block(codes.try_into().expect("blocks are sixteen bytes"))
-            } else {
-                byte_block(codes.try_into().expect("blocks are 32 bytes"))
-            };
-            // Written out here: as a function it is not always inlined, and then spills every sum.
-            for i in 0..M {
-                let x = x[i][block].as_chunks::<8>().0;
-                for quarter in 0..4 {
-                    let x = load(&x[quarter]);
-                    sums[i][quarter] = _mm256_fmadd_ps(weights[quarter], x, sums[i][quarter]);
-                }
+        let end = rows.group_blocks[group + 1] as usize;
+        while block < end {
+            let weights =
+                if NIBBLES { nibble_block(&nibbles[block]) } else { byte_block(&bytes[block]) };
+            let mut i = 0;
+            while i < M {
+                let x = &x[i][block];
+                sums[i][0] = _mm256_fmadd_ps(weights[0], load(&x[0]), sums[i][0]);
+                sums[i][1] = _mm256_fmadd_ps(weights[1], load(&x[1]), sums[i][1]);
+                sums[i][2] = _mm256_fmadd_ps(weights[2], load(&x[2]), sums[i][2]);
+                sums[i][3] = _mm256_fmadd_ps(weights[3], load(&x[3]), sums[i][3]);
+                i += 1;
             }
+            block += 1;
         }
         let scale = _mm256_set1_ps(scales[group]);
         let shift = scales[group] * zeros[group];
-        for i in 0..M {
+        let mut i = 0;
+        while i < M {
             let [a, b, c, d] = sums[i];
             let sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
             totals[i] = _mm256_fmadd_ps(sum, scale, totals[i]);
-            shifts[i] = shift.mul_add(input.sums[(token + i) * groups + group], shifts[i]);
+            shifts[i] += shift * input.sums[(token + i) * groups + group];
+            i += 1;
         }
+        group += 1;
     }
-    std::array::from_fn(|i| horizontal_sum(totals[i]) - shifts[i])
+    let mut out = [0.0; M];
+    let mut i = 0;
+    while i < M {
+        out[i] = horizontal_sum(totals[i]) - shifts[i];
+        i += 1;
+    }
+    out
+}
+
+/// The activations of `M` tokens, cut into blocks of four quarters.
+#[inline]
+fn token_blocks<const M: usize>(
+    input: &Activations,
+    token: usize,
+    places: usize,
+) -> [&[[[f32; 8]; 4]]; M] {
+    std::array::from_fn(|i| {
+        let x = &input.x[(token + i) * places..(token + i + 1) * places];
+        x.as_chunks::<8>().0.as_chunks::<4>().0
+    })
 }
 
 /// The 32 codes of a block of 16 bytes as floats, in the order of columns.
@@ -84,11 +104,13 @@ fn nibble_block(codes: &[u8; HALF]) -> [__m256; 4] {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn byte_block(codes: &[u8; BLOCK]) -> [__m256; 4] {
-    let mut out = [_mm256_setzero_ps(); 4];
-    for (out, codes) in out.iter_mut().zip(codes.as_chunks::<8>().0) {
-        *out = _mm256_cvtepi32_ps(widen(codes));
-    }
-    out
+    let quarters = codes.as_chunks::<8>().0;
+    [
+        _mm256_cvtepi32_ps(widen(&quarters[0])),
+        _mm256_cvtepi32_ps(widen(&quarters[1])),
+        _mm256_cvtepi32_ps(widen(&quarters[2])),
+        _mm256_cvtepi32_ps(widen(&quarters[3])),
+    ]
 }
 
 /// Eight bytes to eight 32-bit integers.
@@ -118,24 +140,26 @@ fn horizontal_sum(v: __m256) -> f32 {
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
     let codes = rows.row_codes(row);
+    let (nibbles, codes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
+    let out = out.as_chunks_mut::<8>().0.as_chunks_mut::<4>().0;
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = rows.block_bytes();
     for group in 0..rows.groups() {
         let (scale, zero) = (_mm256_set1_ps(scales[group]), _mm256_set1_ps(zeros[group]));
-        let (first, end) =
-            (rows.group_blocks[group] as usize, rows.group_blocks[group + 1] as usize);
-        let out = out[first * BLOCK..end * BLOCK].as_chunks_mut::<BLOCK>().0;
-        for (codes, out) in codes[first * bytes..end * bytes].chunks_exact(bytes).zip(out) {
+        let mut block = rows.group_blocks[group] as usize;
+        while block < rows.group_blocks[group + 1] as usize {
             let weights = if rows.nibbles {
-                nibble_block(codes.try_into().expect("blocks are sixteen bytes"))
+                nibble_block(&nibbles[block])
             } else {
-                byte_block(codes.try_into().expect("blocks are 32 bytes"))
+                byte_block(&codes[block])
             };
-            for (weight, out) in weights.into_iter().zip(out.as_chunks_mut::<8>().0) {
-                let weight = _mm256_mul_ps(_mm256_sub_ps(weight, zero), scale);
-                // SAFETY: the store writes eight floats, which the array has.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), weight) };
+            let mut quarter = 0;
+            while quarter < 4 {
+                let weight = _mm256_mul_ps(_mm256_sub_ps(weights[quarter], zero), scale);
+                // SAFETY: the store writes eight floats, which the quarter has.
+                unsafe { _mm256_storeu_ps(out[block][quarter].as_mut_ptr(), weight) };
+                quarter += 1;
             }
+            block += 1;
         }
     }
 }

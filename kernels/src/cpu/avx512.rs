@@ -12,7 +12,8 @@ use super::rows::{Activations, BLOCK, Rows};
 
 const HALF: usize = BLOCK / 2;
 
-/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop holds one kind of block.
+/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop
+/// holds one kind of block.
 #[target_feature(enable = "avx512f")]
 pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     rows: &Rows,
@@ -20,34 +21,54 @@ pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
     input: &Activations,
     token: usize,
 ) -> [f32; M] {
-    let places = rows.places();
-    let x: [&[[f32; BLOCK]]; M] = std::array::from_fn(|i| {
-        input.x[(token + i) * places..(token + i + 1) * places].as_chunks().0
-    });
+    let x = token_blocks::<M>(input, token, rows.places());
     let codes = rows.row_codes(row);
+    let (nibbles, bytes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = if NIBBLES { HALF } else { BLOCK };
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
-    for group in 0..rows.groups() {
-        let first = rows.group_blocks[group] as usize;
-        let end = rows.group_blocks[group + 1] as usize;
-        let codes = codes[first * bytes..end * bytes].chunks_exact(bytes);
+    // Counters and plain loops: an iterator or a closure that is not inlined into a function with a
+    // target feature keeps the sums in memory, which costs more than the products.
+    let (mut group, mut block) = (0, 0);
+    while group < scales.len() {
         let weights = Weights::new(scales[group], zeros[group]);
-        for (block, codes) in (first..end).zip(codes) {
+        group += 1;
+        let end = rows.group_blocks[group] as usize;
+        while block < end {
             let halves = if NIBBLES {
-                weights.nibbles(codes.try_into().expect("blocks are sixteen bytes"))
+                weights.nibbles(&nibbles[block])
             } else {
-                weights.bytes(codes.try_into().expect("blocks are 32 bytes"))
+                weights.bytes(&bytes[block])
             };
-            // Written out here: as a function it is not always inlined, and then spills every sum.
-            for i in 0..M {
-                let x = x[i][block].as_chunks::<HALF>().0;
-                sums[i][0] = _mm512_fmadd_ps(halves[0], load(&x[0]), sums[i][0]);
-                sums[i][1] = _mm512_fmadd_ps(halves[1], load(&x[1]), sums[i][1]);
+            let mut i = 0;
+            while i < M {
+                let [low, high] = &x[i][block];
+                sums[i][0] = _mm512_fmadd_ps(halves[0], load(low), sums[i][0]);
+                sums[i][1] = _mm512_fmadd_ps(halves[1], load(high), sums[i][1]);
+                i += 1;
             }
+            block += 1;
         }
     }
-    std::array::from_fn(|i| _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1])))
+    let mut out = [0.0; M];
+    let mut i = 0;
+    while i < M {
+        out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
+        i += 1;
+    }
+    out
+}
+
+/// The activations of `M` tokens, cut into blocks of two halves.
+#[inline]
+fn token_blocks<const M: usize>(
+    input: &Activations,
+    token: usize,
+    places: usize,
+) -> [&[[[f32; HALF]; 2]]; M] {
+    std::array::from_fn(|i| {
+        let x = &input.x[(token + i) * places..(token + i + 1) * places];
+        x.as_chunks::<HALF>().0.as_chunks::<2>().0
+    })
 }
 
 /// The map from codes to weights of one group.
@@ -82,12 +103,13 @@ impl Weights {
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn bytes(&self, codes: &[u8; BLOCK]) -> [__m512; 2] {
-        let mut out = [_mm512_setzero_ps(); 2];
-        for (out, codes) in out.iter_mut().zip(codes.as_chunks::<HALF>().0) {
-            let code = _mm512_cvtepi32_ps(widen(codes));
-            *out = _mm512_mul_ps(_mm512_sub_ps(code, self.zero), self.scale);
-        }
-        out
+        let (low, high) = codes.split_at(HALF);
+        let low = _mm512_cvtepi32_ps(widen(low.try_into().expect("half a block")));
+        let high = _mm512_cvtepi32_ps(widen(high.try_into().expect("half a block")));
+        [
+            _mm512_mul_ps(_mm512_sub_ps(low, self.zero), self.scale),
+            _mm512_mul_ps(_mm512_sub_ps(high, self.zero), self.scale),
+        ]
     }
 }
 
@@ -110,23 +132,25 @@ fn load(values: &[f32; HALF]) -> __m512 {
 #[target_feature(enable = "avx512f")]
 pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
     let codes = rows.row_codes(row);
+    let (nibbles, codes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
+    let out = out.as_chunks_mut::<HALF>().0.as_chunks_mut::<2>().0;
     let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = rows.block_bytes();
     for group in 0..rows.groups() {
         let weights = Weights::new(scales[group], zeros[group]);
-        let (first, end) =
-            (rows.group_blocks[group] as usize, rows.group_blocks[group + 1] as usize);
-        let out = out[first * BLOCK..end * BLOCK].as_chunks_mut::<BLOCK>().0;
-        for (codes, out) in codes[first * bytes..end * bytes].chunks_exact(bytes).zip(out) {
+        let mut block = rows.group_blocks[group] as usize;
+        while block < rows.group_blocks[group + 1] as usize {
             let halves = if rows.nibbles {
-                weights.nibbles(codes.try_into().expect("blocks are sixteen bytes"))
+                weights.nibbles(&nibbles[block])
             } else {
-                weights.bytes(codes.try_into().expect("blocks are 32 bytes"))
+                weights.bytes(&codes[block])
             };
-            for (half, out) in halves.into_iter().zip(out.as_chunks_mut::<HALF>().0) {
-                // SAFETY: the store writes sixteen floats, which the array has.
-                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), half) };
+            let out = &mut out[block];
+            // SAFETY: the stores write sixteen floats each, which the two halves have.
+            unsafe {
+                _mm512_storeu_ps(out[0].as_mut_ptr(), halves[0]);
+                _mm512_storeu_ps(out[1].as_mut_ptr(), halves[1]);
             }
+            block += 1;
         }
     }
 }
