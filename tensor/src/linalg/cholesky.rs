@@ -6,7 +6,9 @@ use faer::{
     MatMut, MatRef, Par, Spec,
     dyn_stack::{MemBuffer, MemStack},
     linalg::{
-        cholesky::llt::factor::{LltParams, cholesky_in_place, cholesky_in_place_scratch},
+        cholesky::llt::factor::{
+            LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
+        },
         triangular_inverse::invert_lower_triangular,
     },
 };
@@ -35,10 +37,12 @@ pub fn cholesky_lower(a: &mut [f64], n: usize) -> Result<(), LinalgError> {
     // A symmetric matrix is its own transpose: the column-major view lets faer work on contiguous
     // columns, and its lower triangle is our upper one.
     let view = MatMut::from_column_major_slice_mut(a, n, n);
-    cholesky_in_place(view, Default::default(), Par::Seq, stack, params).map_err(|error| {
-        let faer::linalg::cholesky::llt::factor::LltError::NonPositivePivot { index } = error;
-        LinalgError::NotPositiveDefinite { index }
-    })?;
+    cholesky_in_place(view, LltRegularization::default(), Par::Seq, stack, params).map_err(
+        |error| {
+            let faer::linalg::cholesky::llt::factor::LltError::NonPositivePivot { index } = error;
+            LinalgError::NotPositiveDefinite { index }
+        },
+    )?;
     for i in 0..n {
         if !a[i * n + i].is_finite() || a[i * n + i] <= 0.0 {
             return Err(LinalgError::NotPositiveDefinite { index: i });

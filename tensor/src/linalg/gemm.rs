@@ -6,6 +6,8 @@
 //! The bits of an element depend on the shape of the whole product only, so that the `par_` variants,
 //! which hand out fixed blocks of rows, agree with the others on any number of threads.
 
+#![allow(clippy::needless_pass_by_value, reason = "views are small and meant to be handed over")]
+
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;

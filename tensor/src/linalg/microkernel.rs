@@ -10,6 +10,11 @@
 //! Everything under `pulp`'s dispatch must be `#[inline(always)]` (closures included), or it is compiled
 //! without the vector instructions.
 
+#![allow(
+    clippy::inline_always,
+    reason = "a body that is not inlined loses the vector instructions"
+)]
+
 use std::cell::RefCell;
 
 use pulp::{Arch, Simd, WithSimd};

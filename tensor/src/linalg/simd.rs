@@ -1,34 +1,68 @@
 //! Element-wise functions, vectorised for the CPU found at run time through `pulp`'s safe dispatch.
 //! The order of every reduction is fixed, so the bits do not depend on threads.
 
+#![allow(
+    clippy::inline_always,
+    reason = "a body that is not inlined loses the vector instructions"
+)]
+
 use pulp::Arch;
 
-const LANES: usize = 16;
+/// Partial results of a reduction: two AVX-512 registers.
+const LANES: usize = 32;
 
+/// Folds lanes of equal position, then the tail into the first lanes, then halves of the lanes.
 #[inline(always)]
-fn reduce(x: &[f32], init: f32, f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+fn reduce(
+    x: &[f32],
+    init: f32,
+    f: impl Fn(f32, f32) -> f32,
+    join: impl Fn(f32, f32) -> f32,
+) -> f32 {
     let mut lanes = [init; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let tail = chunks.remainder();
+    let (chunks, tail) = x.as_chunks::<LANES>();
     for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = f(*lane, v);
+        for i in 0..LANES {
+            lanes[i] = f(lanes[i], chunk[i]);
         }
     }
     for (lane, &v) in lanes.iter_mut().zip(tail) {
         *lane = f(*lane, v);
     }
-    lanes
+    fold(lanes, join)
 }
 
-/// `e^x` with a relative error under 1e-6; 0 below -87.3, saturates above 88.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = join(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The larger of two numbers, as one instruction (`f32::max` spends three on NaN).
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// `e^x` with a relative error under 1e-6; 0 below -87, saturates above 88.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     // Cody-Waite reduction x = k ln 2 + r, then the Taylor polynomial of degree 6 on |r| <= 0.347.
     const HI: f32 = 0.693_359_4;
     const LO: f32 = -2.121_944_4e-4;
-    let clamped = x.clamp(-87.0, 88.0);
-    let k = (clamped * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum: no conversion is needed,
+    // and the loop around this stays a vector loop.
+    const SHIFT: f32 = 12_582_912.0;
+    let clamped = if x > 88.0 { 88.0 } else { x };
+    let clamped = if clamped < -87.0 { -87.0 } else { clamped };
+    let shifted = clamped * std::f32::consts::LOG2_E + SHIFT;
+    let k = shifted - SHIFT;
     let r = (clamped - k * HI) - k * LO;
     let p = 1.0 / 720.0;
     let p = p * r + 1.0 / 120.0;
@@ -37,8 +71,9 @@ fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let p = p * r + 1.0;
     let p = p * r + 1.0;
-    let power = f32::from_bits((((k as i32) + 127) << 23) as u32);
-    if x < -87.3 { 0.0 } else { p * power }
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    let y = p * power;
+    if x < -87.0 { 0.0 } else { y }
 }
 
 /// Replaces every element by its exponential (relative error under 1e-6).
@@ -59,14 +94,16 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         #[inline(always)]
         || {
             let mut lanes = [0.0f32; LANES];
-            let (ca, cb) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-            let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(a, b)| a * b).sum();
-            for (a, b) in ca.zip(cb) {
+            let len = a.len().min(b.len());
+            let ((a, tail_a), (b, tail_b)) =
+                (a[..len].as_chunks::<LANES>(), b[..len].as_chunks::<LANES>());
+            for (a, b) in a.iter().zip(b) {
                 for i in 0..LANES {
                     lanes[i] += a[i] * b[i];
                 }
             }
-            lanes.iter().sum::<f32>() + tail
+            let tail: f32 = tail_a.iter().zip(tail_b).map(|(a, b)| a * b).sum();
+            fold(lanes, |a, b| a + b) + tail
         },
     )
 }
@@ -75,7 +112,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 pub fn abs_max(x: &[f32]) -> f32 {
     Arch::new().dispatch(
         #[inline(always)]
-        || reduce(x, 0.0, |a, b| a.max(b.abs())).into_iter().fold(0.0, f32::max),
+        || reduce(x, 0.0, |a, b| larger(a, b.abs()), larger),
     )
 }
 
@@ -83,7 +120,7 @@ pub fn abs_max(x: &[f32]) -> f32 {
 pub fn sum_sq(x: &[f32]) -> f32 {
     Arch::new().dispatch(
         #[inline(always)]
-        || reduce(x, 0.0, |a, b| a + b * b).iter().sum(),
+        || reduce(x, 0.0, |a, b| a + b * b, |a, b| a + b),
     )
 }
 
@@ -104,13 +141,11 @@ pub fn softmax_row_in_place(x: &mut [f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            let max = reduce(x, f32::NEG_INFINITY, f32::max)
-                .into_iter()
-                .fold(f32::NEG_INFINITY, f32::max);
+            let max = reduce(x, f32::NEG_INFINITY, larger, larger);
             for v in x.iter_mut() {
                 *v = exp(*v - max);
             }
-            let sum: f32 = reduce(x, 0.0, |a, b| a + b).iter().sum();
+            let sum = reduce(x, 0.0, |a, b| a + b, |a, b| a + b);
             let inverse = 1.0 / sum;
             for v in x.iter_mut() {
                 *v *= inverse;
@@ -136,7 +171,7 @@ pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            let square: f32 = reduce(x, 0.0, |a, b| a + b * b).iter().sum();
+            let square = reduce(x, 0.0, |a, b| a + b * b, |a, b| a + b);
             let scale = 1.0 / (square / x.len() as f32 + eps).sqrt();
             for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
                 *out = x * scale * w;
@@ -161,6 +196,10 @@ mod tests {
             worst = worst.max((f64::from(got[0]) - want).abs() / want);
         }
         assert!(worst < 1e-6, "{worst}");
+        let mut edge = [f32::NEG_INFINITY, -1e30, 1e30, f32::NAN];
+        exp_in_place(&mut edge);
+        assert!(edge[0].abs() + edge[1].abs() < f32::MIN_POSITIVE);
+        assert!(edge[2].is_finite() && edge[3].is_nan());
     }
 
     #[test]
