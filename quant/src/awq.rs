@@ -337,3 +337,174 @@ impl Pass for Awq {
         Ok(PassReport { sites })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attar_ir::{InputGroup, InputStats, LinearState, Norm, Role, Site};
+    use attar_tensor::{DType, Granularity, ScaleGrid, linalg::matmul_nt, rng::Rng};
+
+    const HIDDEN: usize = 64;
+    const KV: usize = 32;
+    const TOKENS: usize = 200;
+    const MAP: ChannelMap = ChannelMap::GroupedHeads { head_dim: 16, repeat: 2 };
+
+    /// Values and attention output only: norm → v → (heads repeated) → o.
+    fn block() -> Block {
+        let site = |name: &str, role, out_features, in_features| Site {
+            name: name.into(),
+            role,
+            out_features,
+            in_features,
+            bias: true,
+            dtype: DType::F32,
+        };
+        let input = |name, width, site| InputGroup { name, width, sites: vec![site] };
+        Block {
+            index: 0,
+            prefix: String::new(),
+            sites: vec![
+                site("v", Role::Value, KV, HIDDEN),
+                site("o", Role::AttentionOutput, HIDDEN, HIDDEN),
+            ],
+            norms: vec![Norm { tensor: "n".into(), width: HIDDEN }],
+            inputs: vec![input("attention input", HIDDEN, 0), input("attention output", HIDDEN, 1)],
+            folds: vec![
+                Fold { producer: Producer::Norm(0), input: 0, map: ChannelMap::Identity },
+                Fold { producer: Producer::Rows(0), input: 1, map: MAP },
+            ],
+            attention: None,
+        }
+    }
+
+    fn state(rng: &mut Rng) -> BlockState {
+        let mut linear = |out: usize| LinearState {
+            weight: Weight::Dense(
+                Mat::from_shape_vec((out, HIDDEN), rng.normals(out * HIDDEN)).unwrap(),
+            ),
+            bias: Some(rng.normals(out)),
+        };
+        let linears = vec![linear(KV), linear(HIDDEN)];
+        BlockState::new(0, linears, vec![rng.normals(HIDDEN)])
+    }
+
+    /// Inputs of both sites and the output.
+    fn forward(state: &BlockState, x: &Mat) -> [Mat; 3] {
+        let mut h = x.clone();
+        for mut row in h.outer_iter_mut() {
+            for (v, w) in row.iter_mut().zip(&state.norms[0]) {
+                *v *= w;
+            }
+        }
+        let linear = |site: usize, x: &Mat| {
+            let mut y = matmul_nt(x, dense(state, site));
+            for mut row in y.outer_iter_mut() {
+                for (v, b) in row.iter_mut().zip(state.linears[site].bias.as_ref().unwrap()) {
+                    *v += b;
+                }
+            }
+            y
+        };
+        let v = linear(0, &h);
+        let a = Mat::from_shape_fn((x.nrows(), HIDDEN), |(t, c)| v[[t, MAP.producer_of(c)]]);
+        let y = linear(1, &a);
+        [h, a, y]
+    }
+
+    fn statistics(x: &Mat) -> Option<InputStats> {
+        let n = x.nrows() as f32;
+        let mean = x.columns().into_iter().map(|c| c.iter().map(|v| v.abs()).sum::<f32>() / n);
+        Some(InputStats {
+            tokens: x.nrows(),
+            abs_mean: Some(mean.collect()),
+            hessian: Some(x.t().dot(x).as_standard_layout().to_owned() * (2.0 / n)),
+            ..InputStats::default()
+        })
+    }
+
+    fn inputs(rng: &mut Rng) -> Mat {
+        Mat::from_shape_fn((TOKENS, HIDDEN), |(_, c)| {
+            rng.normal() * if c % 9 == 0 { 12.0 } else { 0.4 }
+        })
+    }
+
+    fn scheme() -> QuantScheme {
+        QuantScheme {
+            bits: 3,
+            granularity: Granularity::Group(32),
+            symmetric: false,
+            scale_grid: ScaleGrid::F16,
+            zero_min: 1,
+        }
+    }
+
+    fn rounded_loss(state: &BlockState, stats: &BlockStats, site: usize) -> f64 {
+        let weight = dense(state, site);
+        let rounded = round_to_nearest(weight, scheme(), Clip::MinMax).dequantize();
+        metric(&(&rounded - weight), stats.inputs[site].as_ref().unwrap().hessian.as_ref().unwrap())
+    }
+
+    fn apply(clip: bool, state: &mut BlockState, stats: &mut BlockStats) -> PassReport {
+        let block = block();
+        let targets = [0, 1].map(|site| Target { site, scheme: Some(scheme()) });
+        let context = PassContext { block: &block, seed: 0 };
+        Awq(Options { grid: 20, clip }).apply(&context, &targets, state, stats).unwrap()
+    }
+
+    #[test]
+    fn folding_keeps_the_output_and_never_raises_the_rounding_error() {
+        let mut rng = Rng::new(31);
+        let (before, x) = (state(&mut rng), inputs(&mut rng));
+        let [h, a, y] = forward(&before, &x);
+        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let loss = rounded_loss(&before, &stats, 1);
+        let mut after = before.clone();
+        let report = apply(false, &mut after, &mut stats);
+        assert!(report.sites.iter().any(|site| !site.events.is_empty()), "a scale was chosen");
+        assert!(after.norm_changed[0] && after.weight_changed[0]);
+        let [h2, a2, y2] = forward(&after, &x);
+        let size = y.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert!(y.iter().zip(&y2).all(|(a, b)| (a - b).abs() < 1e-5 * size));
+        for (site, x) in [h2, a2].iter().enumerate() {
+            let followed = stats.inputs[site].as_ref().unwrap();
+            let again = statistics(x).unwrap();
+            let top = again.hessian.as_ref().unwrap().iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            for (a, b) in followed.hessian.iter().flatten().zip(again.hessian.iter().flatten()) {
+                assert!((a - b).abs() < 1e-4 * top, "{a} {b}");
+            }
+        }
+        // Of `o` only: the rows of `v` were rescaled by the second fold, so its absolute error moved.
+        let found = rounded_loss(&after, &stats, 1);
+        assert!(found <= loss * 1.001, "{found} {loss}");
+    }
+
+    #[test]
+    fn clipping_lowers_the_error_in_the_groups_own_metric() {
+        let mut rng = Rng::new(32);
+        let (before, x) = (state(&mut rng), inputs(&mut rng));
+        let [h, ..] = forward(&before, &x);
+        let hessian = statistics(&h).unwrap().hessian.unwrap();
+        let weight = dense(&before, 0);
+        let mut clipped = weight.clone();
+        clip_groups(&mut clipped, scheme(), &hessian);
+        // Only the group's own block of H is looked at, so compare in that metric.
+        let mut blocks = hessian.clone();
+        for ((i, j), v) in blocks.indexed_iter_mut() {
+            if i / 32 != j / 32 {
+                *v = 0.0;
+            }
+        }
+        let loss = |from: &Mat| {
+            let rounded = round_to_nearest(from, scheme(), Clip::MinMax).dequantize();
+            metric(&(&rounded - weight), &blocks)
+        };
+        assert!(loss(&clipped) < loss(weight));
+    }
+
+    #[test]
+    fn unknown_options_name_the_nearest() {
+        let table: toml::Table = "gird = 4".parse().unwrap();
+        let error = (DEF.build)(&table).unwrap_err().to_string();
+        assert!(error.contains("gird") && error.contains("grid"), "{error}");
+    }
+}

@@ -128,3 +128,49 @@ impl Pass for Rtn {
         Ok(PassReport { sites })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::metric;
+    use attar_tensor::{Granularity, ScaleGrid, rng::Rng};
+
+    #[test]
+    fn bits_and_the_range_search_lower_the_error_within_limits() {
+        let (out, n) = (140, 128);
+        let w = Mat::from_shape_vec((out, n), Rng::new(6).normals(out * n)).unwrap();
+        let eye = Mat::from_shape_fn((n, n), |(i, j)| f32::from(u8::from(i == j)));
+        for symmetric in [true, false] {
+            let mut last = f64::INFINITY;
+            for bits in [2, 3, 4, 8] {
+                let scheme = QuantScheme {
+                    bits,
+                    granularity: Granularity::Group(64),
+                    symmetric,
+                    scale_grid: ScaleGrid::F16AndBf16,
+                    zero_min: 1,
+                };
+                let loss = |clip| {
+                    let q = round_to_nearest(&w, scheme, clip);
+                    assert!(q.codes.iter().all(|&c| c <= scheme.max_code()));
+                    assert!(q.zeros.iter().all(|&z| z >= 1 && z <= u16::from(scheme.max_code())));
+                    for s in &q.scales {
+                        assert_eq!(s.to_bits(), scheme.scale_grid.project(*s).to_bits());
+                    }
+                    metric(&(&q.dequantize() - &w), &eye) / metric(&w, &eye)
+                };
+                let (plain, searched) = (loss(Clip::MinMax), loss(Clip::Search(80)));
+                assert!(searched <= plain * 1.0001 && plain < last);
+                last = plain;
+            }
+            assert!(last < 1e-4, "8 bits are nearly exact: {last}");
+        }
+    }
+
+    #[test]
+    fn unknown_options_name_the_nearest() {
+        let table: toml::Table = "clp = \"mse\"".parse().unwrap();
+        let error = (DEF.build)(&table).unwrap_err().to_string();
+        assert!(error.contains("clp") && error.contains("clip"), "{error}");
+    }
+}
