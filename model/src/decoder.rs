@@ -5,6 +5,7 @@ use attar_ir::{
     Producer, Role, Site, Weight,
 };
 use attar_tensor::{DType, Mat, TensorSource};
+use pulp::Arch;
 use serde_json::Value;
 
 use crate::{DecoderSpec, ModelError, attention::QkNorm};
@@ -32,14 +33,28 @@ fn shape_is(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<DT
     Ok(header.dtype)
 }
 
+/// Index of the first NaN or infinity.
+pub(crate) fn first_non_finite(values: &[f32]) -> Option<usize> {
+    /// Searched without an early exit, so that the search is vectorised.
+    const CHUNK: usize = 4096;
+    let chunk = Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            values
+                .chunks(CHUNK)
+                .position(|chunk| chunk.iter().fold(false, |bad, v| bad | !v.is_finite()))
+        },
+    )?;
+    let start = chunk * CHUNK;
+    values[start..].iter().position(|v| !v.is_finite()).map(|at| start + at)
+}
+
 /// One tensor as f32, checked for NaN and infinity; its mapped pages are given back.
 pub(crate) fn read_finite(source: &dyn TensorSource, name: &str) -> Result<Vec<f32>, ModelError> {
     let fail = |reason: String| ModelError::Tensor { name: name.to_owned(), reason };
     let values = source.read(name)?.to_f32().map_err(|error| fail(error.to_string()))?;
     source.release(name);
-    // `v * 0` is NaN for NaN and infinity; the exact place is looked up only then.
-    if values.iter().map(|v| v * 0.0).sum::<f32>().is_nan() {
-        let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
+    if let Some(at) = first_non_finite(&values) {
         return Err(fail(format!(
             "holds {} at flat index {at}; the checkpoint is damaged, download or export it again",
             values[at]

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::{
     Decoder, ModelError, Stream,
     attention::{QkNorm, attend, place_heads},
-    decoder::read_finite,
+    decoder::{first_non_finite, read_finite},
     rope::RopeTable,
 };
 
@@ -211,23 +211,33 @@ impl Walk<'_> {
 /// Embeds tokens: `[tokens, hidden]`.
 ///
 /// # Errors
-/// When the embedding cannot be read.
-///
-/// # Panics
-/// When a token is not below the vocabulary's size; corpora are checked before.
+/// When the embedding cannot be read, holds NaN or infinity in a row that is asked for, or has no row
+/// for a token.
 pub fn embed(
     decoder: &Decoder,
     source: &dyn TensorSource,
     tokens: &[u32],
 ) -> Result<Vec<f32>, ModelError> {
-    let hidden = decoder.spec.hidden;
-    let table = source.read(&decoder.graph.embedding)?;
+    let (hidden, vocab) = (decoder.spec.hidden, decoder.spec.vocab);
+    let name = &decoder.graph.embedding;
+    let fail = |reason: String| ModelError::Tensor { name: name.clone(), reason };
+    let table = source.read(name)?;
     let mut out = vec![0.0; tokens.len() * hidden];
     for (&token, row) in tokens.iter().zip(out.chunks_mut(hidden)) {
-        table.copy_to_f32(token as usize * hidden, row).map_err(|error| ModelError::Tensor {
-            name: decoder.graph.embedding.clone(),
-            reason: error.to_string(),
-        })?;
+        let start = token as usize * hidden;
+        if token as usize >= vocab {
+            return Err(fail(format!(
+                "has {vocab} rows, none for token {token}; use the checkpoint's own tokenizer"
+            )));
+        }
+        table.copy_to_f32(start, row).map_err(|error| fail(error.to_string()))?;
+        if let Some(at) = first_non_finite(row) {
+            return Err(fail(format!(
+                "holds {} at flat index {}; the checkpoint is damaged, download or export it again",
+                row[at],
+                start + at
+            )));
+        }
     }
     Ok(out)
 }

@@ -97,3 +97,52 @@ impl RopeTable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_depend_on_the_distance_alone_and_lengths_are_kept() {
+        let table = RopeTable::new(RopeSpec { theta: 1e4, kind: RopeKind::Default }, 8, 64);
+        let (q, k): (Vec<f32>, Vec<f32>) =
+            (0..8).map(|i| ((i as f32).sin(), (i as f32 * 1.7).cos())).unzip();
+        let turned = |x: &[f32], at| {
+            let mut x = x.to_vec();
+            table.rotate(&mut x, at);
+            x
+        };
+        let dot = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+        let near = dot(&turned(&q, 9), &turned(&k, 4));
+        assert!((near - dot(&turned(&q, 59), &turned(&k, 54))).abs() < 1e-5);
+        assert!((near - dot(&turned(&q, 9), &turned(&k, 5))).abs() > 1e-3);
+        assert!((dot(&turned(&q, 31), &turned(&q, 31)) - dot(&q, &q)).abs() < 1e-5);
+        assert_eq!(turned(&q, 0), q);
+    }
+
+    #[test]
+    fn scalings_keep_high_frequencies_and_divide_low_ones() {
+        let of = |kind| frequencies(RopeSpec { theta: 1e4, kind }, 64).0;
+        let base = of(RopeKind::Default);
+        let (factor, original) = (4.0, 1024.0);
+        let llama = of(RopeKind::Llama3 { factor, low: 1.0, high: 4.0, original });
+        let yarn = of(RopeKind::Yarn {
+            factor,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            original,
+            attention_factor: 1.0,
+            truncate: true,
+        });
+        for (scaled, base) in of(RopeKind::Linear { factor }).iter().zip(&base) {
+            assert!((scaled * factor - base).abs() < 1e-12);
+        }
+        for scaled in [llama, yarn] {
+            assert!((scaled[0] - base[0]).abs() < 1e-12);
+            assert!((scaled[31] * factor - base[31]).abs() < 1e-12);
+            for (scaled, base) in scaled.iter().zip(&base) {
+                assert!(*scaled <= base * 1.000_001 && scaled * factor >= base * 0.999_999);
+            }
+        }
+    }
+}

@@ -154,6 +154,11 @@ fn number(config: &Value, key: &str) -> Option<f64> {
     config.get(key).and_then(Value::as_f64)
 }
 
+/// Larger sizes are lies, and products of two of these do not overflow.
+const MAX_SIZE: usize = 1 << 28;
+/// More blocks than any model has.
+const MAX_LAYERS: usize = 1 << 16;
+
 fn size(config: &Value, key: &str) -> Option<usize> {
     config.get(key).and_then(Value::as_u64).map(|v| v as usize)
 }
@@ -187,6 +192,9 @@ impl DecoderSpec {
             Some(0) | None => {
                 Err(ModelError::Config(format!("`{key}` is missing or not a positive integer")))
             }
+            Some(value) if value > MAX_SIZE => Err(ModelError::Config(format!(
+                "`{key}` is {value}, more than the largest supported size {MAX_SIZE}"
+            ))),
             Some(value) => Ok(value),
         };
         if let Some(act) = config.get("hidden_act").and_then(Value::as_str)
@@ -202,11 +210,18 @@ impl DecoderSpec {
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return fail(format!("{heads} heads cannot share {kv_heads} key/value heads"));
         }
-        if !head_dim.is_multiple_of(2) || head_dim == 0 {
-            return fail(format!("head_dim {head_dim} is not an even number"));
+        if !head_dim.is_multiple_of(2) || head_dim == 0 || head_dim > MAX_SIZE {
+            return fail(format!("head_dim {head_dim} is not an even number up to {MAX_SIZE}"));
         }
         let layers = need("num_hidden_layers")?;
+        if layers > MAX_LAYERS {
+            return fail(format!("`num_hidden_layers` {layers} is more than {MAX_LAYERS}"));
+        }
         let context = size(config, "max_position_embeddings").unwrap_or(2048);
+        let window = windows(config, arch.window, layers)?;
+        if window.contains(&Some(0)) {
+            return fail("sliding_window 0 lets no token attend to itself".into());
+        }
         let bias = arch.reads_attention_bias && flag(config, "attention_bias").unwrap_or(false);
         Ok(Self {
             family: family.to_owned(),
@@ -224,7 +239,7 @@ impl DecoderSpec {
             o_bias: bias,
             mlp_bias: flag(config, "mlp_bias").unwrap_or(false),
             qk_norm: arch.qk_norm,
-            window: windows(config, arch.window, layers)?,
+            window,
             tied: flag(config, "tie_word_embeddings").unwrap_or(false),
         })
     }
@@ -235,7 +250,11 @@ fn windows(
     rule: WindowRule,
     layers: usize,
 ) -> Result<Vec<Option<usize>>, ModelError> {
-    let window = size(config, "sliding_window");
+    let window = match (config.get("sliding_window"), rule) {
+        // Mistral's window when config.json does not mention one; an explicit null is none.
+        (None, WindowRule::Always) => Some(4096),
+        _ => size(config, "sliding_window"),
+    };
     if let Some(types) = config.get("layer_types").and_then(Value::as_array) {
         if types.len() != layers {
             return Err(ModelError::Config(format!(
@@ -272,6 +291,13 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
         .or_else(|| config.get("rope_scaling"))
         .filter(|v| !v.is_null())
         .unwrap_or(&null);
+    for kind in ["full_attention", "sliding_attention"] {
+        if scaling.get(kind).is_some() {
+            return Err(ModelError::Config(format!(
+                "rope parameters per layer type (`{kind}`) are not supported, only one set for all"
+            )));
+        }
+    }
     let theta =
         number(scaling, "rope_theta").or_else(|| number(config, "rope_theta")).unwrap_or(10_000.0);
     for holder in [scaling, config] {
@@ -334,5 +360,75 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
             )));
         }
     };
+    let factor = match kind {
+        RopeKind::Default => 1.0,
+        RopeKind::Linear { factor }
+        | RopeKind::Llama3 { factor, .. }
+        | RopeKind::Yarn { factor, .. } => factor,
+    };
+    for (key, value) in [("rope_theta", theta), ("factor", factor)] {
+        if !(value > 0.0 && value.is_finite()) {
+            return Err(ModelError::Config(format!("rope `{key}` {value} is not positive")));
+        }
+    }
     Ok(RopeSpec { theta, kind })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn read(family: &str, change: &Value) -> Result<DecoderSpec, ModelError> {
+        let mut config = json!({
+            "model_type": family, "hidden_size": 32, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 4,
+            "vocab_size": 64, "max_position_embeddings": 128,
+        });
+        for (key, value) in change.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        DecoderSpec::read(&config)
+    }
+
+    #[test]
+    fn windows_follow_the_rule_of_the_family() {
+        let window = |family, change| read(family, &change).unwrap().window;
+        assert_eq!(window("llama", json!({"sliding_window": 8})), [None; 4]);
+        assert_eq!(window("mistral", json!({"sliding_window": 8})), [Some(8); 4]);
+        assert_eq!(window("mistral", json!({"sliding_window": null})), [None; 4]);
+        assert_eq!(window("mistral", json!({})), [Some(4096); 4]);
+        let late = json!({"sliding_window": 8, "max_window_layers": 3, "use_sliding_window": true});
+        assert_eq!(window("qwen2", late), [None, None, None, Some(8)]);
+        let off = json!({"sliding_window": 8, "max_window_layers": 0, "use_sliding_window": false});
+        assert_eq!(window("qwen2", off), [None; 4]);
+        let (full, local) = ("full_attention", "sliding_attention");
+        let types = json!({"sliding_window": 8, "layer_types": [full, local, full, local]});
+        assert_eq!(window("qwen3", types), [None, Some(8), None, Some(8)]);
+    }
+
+    #[test]
+    fn unsupported_facts_are_named() {
+        for (change, word) in [
+            (json!({"model_type": null}), "model_type"),
+            (json!({"model_type": "mamba"}), "supported: llama, mistral, qwen2, qwen3"),
+            (json!({"hidden_act": "gelu"}), "gelu"),
+            (json!({"hidden_size": null}), "hidden_size"),
+            (json!({"num_hidden_layers": 1 << 20}), "num_hidden_layers"),
+            (json!({"vocab_size": 1_u64 << 60}), "vocab_size"),
+            (json!({"num_key_value_heads": 3}), "3 key/value heads"),
+            (json!({"head_dim": 7}), "head_dim 7"),
+            (json!({"model_type": "mistral", "sliding_window": 0}), "sliding_window 0"),
+            (json!({"layer_types": ["full_attention"]}), "1 entries"),
+            (json!({"rope_scaling": {"rope_type": "dynamic"}}), "default, linear, llama3, yarn"),
+            (json!({"rope_scaling": {"type": "linear"}}), "without `factor`"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 0.0}}), "factor"),
+            (json!({"rope_parameters": {"full_attention": {}}}), "per layer type"),
+            (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ] {
+            let error = read("llama", &change).unwrap_err().to_string();
+            assert!(error.contains(word), "{change}: {error}");
+        }
+    }
 }

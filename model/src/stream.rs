@@ -126,3 +126,36 @@ impl Stream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spilled_stream_holds_what_one_in_memory_holds() {
+        let spill = Spill { limit: 16, open: Arc::new(tempfile::tempfile) };
+        let (lengths, width) = ([3, 1, 5], 2);
+        let mut memory = Stream::new(&lengths, width, None).unwrap();
+        let mut file = Stream::new(&lengths, width, Some(&spill)).unwrap();
+        assert_eq!((memory.resident_bytes(), file.resident_bytes()), (9 * 2 * 4, 0));
+        assert_eq!(file.read(1).unwrap(), [0.0; 2]);
+        for window in [2, 0, 1] {
+            let values: Vec<f32> =
+                (0..lengths[window] * width).map(|i| (window * 100 + i) as f32).collect();
+            memory.write(window, &values).unwrap();
+            file.write(window, &values).unwrap();
+        }
+        for window in 0..3 {
+            assert_eq!(memory.read(window).unwrap(), file.read(window).unwrap());
+            assert!((memory.read(window).unwrap()[1] - (window * 100 + 1) as f32).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_scratch_file_that_cannot_be_opened_is_an_error() {
+        let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
+        let spill = Spill { limit: 0, open: Arc::new(full) };
+        let error = Stream::new(&[4], 2, Some(&spill)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+}

@@ -4,10 +4,10 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use attar_ir::Needs;
+use attar_ir::{InputStats, Needs, Weight};
 use attar_model::{
-    BlockOps, BlockRun, Decoder, Generator, ModelError, Sampling, Stream, embed, final_logits,
-    observe_block, run_block,
+    BlockOps, BlockRun, Decoder, Generator, ModelError, Sampling, Spill, Stream, embed,
+    final_logits, observe_block, run_block,
 };
 use attar_tensor::{
     DType, SourceError, Tensor, TensorHeader, TensorSource, TensorView, compare::distance,
@@ -163,6 +163,80 @@ fn staged_observation_equals_whole_observation_and_the_forward() {
         run_block(&case.decoder, 0, &ops, &mut plain).unwrap();
         assert_eq!(stream.read(0).unwrap(), plain.read(0).unwrap(), "{}", case.name);
     }
+}
+
+/// Windows of three lengths through block 0, observed, on a pool of `threads`.
+fn calibrate(case: &Case, threads: usize, spill: Option<Spill>) -> (Vec<InputStats>, Vec<f32>) {
+    let needs = Needs::HESSIAN | Needs::ABS_MEAN | Needs::SQUARE_SUM;
+    let state = case.decoder.load_block(0, &case.source).unwrap();
+    let lengths = [case.ids.len(), case.ids.len() - 3, 2];
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let mut stream = Stream::new(&lengths, case.decoder.spec.hidden, spill.as_ref()).unwrap();
+        for (window, &length) in lengths.iter().enumerate() {
+            let x = embed(&case.decoder, &case.source, &case.ids[..length]).unwrap();
+            stream.write(window, &x).unwrap();
+        }
+        let mut run = BlockRun::begin(&case.decoder, 0, &case.source, &mut stream, spill).unwrap();
+        let stats = (0..4).map(|stage| run.observe(stage, &state, needs).unwrap()).collect();
+        run.finish(&state).unwrap();
+        (stats, (0..3).flat_map(|window| stream.read(window).unwrap()).collect())
+    })
+}
+
+#[test]
+fn threads_and_spilling_do_not_change_a_bit() {
+    let spill = Spill { limit: 0, open: std::sync::Arc::new(tempfile::tempfile) };
+    for case in cases().iter().filter(|c| c.name == "qwen3" || c.name == "mistral-sliding") {
+        let one = calibrate(case, 1, None);
+        assert_eq!(one, calibrate(case, 2, None), "{}", case.name);
+        assert_eq!(one, calibrate(case, 2, Some(spill.clone())), "{}", case.name);
+        for stats in &one.0 {
+            assert_eq!(stats.tokens, 2 * case.ids.len() - 1);
+            // The diagonal of H is 2/n times the sum of squares.
+            let diagonal = stats.hessian.as_ref().unwrap().diag().to_vec();
+            let n = stats.tokens as f64;
+            let squares = stats.square_sum.as_ref().unwrap();
+            let want: Vec<f32> = squares.iter().map(|s| (2.0 * s / n) as f32).collect();
+            assert!(distance(&diagonal, &want).relative() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn a_later_stage_reads_what_the_changed_weights_put_out() {
+    let case = cases().into_iter().find(|c| c.name == "llama-default").unwrap();
+    let needs = Needs::ABS_MEAN;
+    let original = case.decoder.load_block(0, &case.source).unwrap();
+    let mut state = original.clone();
+    let mut stream = hidden(&case);
+    let mut run = BlockRun::begin(&case.decoder, 0, &case.source, &mut stream, None).unwrap();
+    run.observe(0, &state, needs).unwrap();
+    // Halved value rows halve the attention output, which is stage 1.
+    let Weight::Dense(v) = &mut state.linears[2].weight else { panic!("loaded dense") };
+    v.mapv_inplace(|w| w * 0.5);
+    let got = run.observe(1, &state, needs).unwrap().abs_mean.unwrap();
+    let (whole, _) =
+        observe_block(&case.decoder, 0, &case.source, &original, &hidden(&case), needs).unwrap();
+    let whole = whole.input(1).unwrap().abs_mean.as_ref().unwrap();
+    let want: Vec<f32> = whole.iter().map(|v| v * 0.5).collect();
+    assert!(distance(&got, &want).relative() < 1e-6);
+}
+
+#[test]
+fn tokens_and_embeddings_that_cannot_be_are_refused() {
+    let mut case = cases().into_iter().find(|c| c.name == "llama-default").unwrap();
+    let (vocab, width) = (case.decoder.spec.vocab as u32, case.decoder.spec.hidden);
+    let error = embed(&case.decoder, &case.source, &[vocab]).unwrap_err().to_string();
+    assert!(error.contains(&format!("token {vocab}")), "{error}");
+    let name = case.decoder.graph.embedding.clone();
+    let good = case.source.tensors[&name].clone();
+    let mut values = good.view().to_f32().unwrap();
+    values[2 * width + 1] = f32::INFINITY;
+    let bad = Tensor::from_f32(DType::F32, good.shape().to_vec(), &values).unwrap();
+    case.source.tensors.insert(name, bad);
+    let error = embed(&case.decoder, &case.source, &[1, 2]).unwrap_err().to_string();
+    assert!(error.contains(&format!("index {}", 2 * width + 1)), "{error}");
 }
 
 #[test]
