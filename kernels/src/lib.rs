@@ -1,8 +1,8 @@
 //! Layouts and their matmuls: where the bits of a quantized linear sit, and the code that eats them.
 //!
-//! [`layout`] describes each layout once and packs and unpacks it. A [`Kernel`] prepares a
+//! [`mod@layout`] describes each layout once and packs and unpacks it. A [`Kernel`] prepares a
 //! [`attar_tensor::PackedLinear`] for multiplication, and [`Prepared::matmul`] computes `x · Wᵀ`
-//! from the packed codes; [`select`] takes the best kernel of this machine. [`verify`] holds every
+//! from the packed codes; [`select`] takes the best kernel of this machine. [`fn@verify`] holds every
 //! kernel to [`reference`](mod@reference). Nothing here knows a file or a model.
 
 pub mod check;

@@ -8,7 +8,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
     starts.into_iter().any(|start| glob(pattern.as_bytes(), &name.as_bytes()[start..]))
 }
 
-/// As [`matches`], but the output head is selected only by a pattern that names it: `*` means the
+/// As [`fn@matches`], but the output head is selected only by a pattern that names it: `*` means the
 /// linears of the decoder blocks.
 pub fn selects(pattern: &str, name: &str) -> bool {
     matches(pattern, name) && (name != "lm_head" || pattern.starts_with("lm_head"))

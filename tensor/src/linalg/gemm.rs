@@ -1,5 +1,5 @@
 //! `out = beta * out + alpha · a · b` in f32. Names say which operand is transposed: `nt` is `a · bᵀ`, the
-//! linear layer. Products of at least [`THIN`] rows run on our own register tiles (`microkernel`),
+//! linear layer. Products of at least `THIN` rows run on our own register tiles (`microkernel`),
 //! thinner ones, where packing does not pay, on faer's matrix-vector kernels. Both choose AVX-512,
 //! AVX2 + FMA or portable code at run time.
 //!
