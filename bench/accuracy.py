@@ -21,7 +21,7 @@ p.add_argument("--context", type=int, default=256); p.add_argument("--max-window
 p.add_argument("--peer"); p.add_argument("--work"); p.add_argument("--results"); a = p.parse_args()
 torch.set_num_threads(a.threads)
 SCHEMES = [("rtn", 4, 128), ("rtn", 3, 128), ("gptq", 4, 128), ("gptq", 3, 128), ("gptq", 2, 64), ("awq", 4, 128), ("awq", 3, 128)]
-work = Path(a.work or tempfile.mkdtemp(prefix="attar-accuracy-")); peer = Path(a.peer or work / "llm-compressor"); peer.mkdir(parents=True, exist_ok=True)
+work = Path(a.work or tempfile.mkdtemp(prefix="attar-accuracy-")); peer = Path(a.peer or work / "llm-compressor"); peer.mkdir(parents=True, exist_ok=True); work.mkdir(parents=True, exist_ok=True)
 samples = sum(1 for line in open(a.ids) if line.strip())
 ids = token_ids(a.model, a.text); n = min(len(ids) // a.context, a.max_windows or len(ids))
 windows = [ids[i * a.context : (i + 1) * a.context] for i in range(n)]

@@ -67,6 +67,13 @@ impl Opened {
         }
     }
 
+    /// The scheme of a site's packed weight; `None` when it is dense.
+    pub(crate) fn scheme_of(&self, site: &Site) -> Option<attar_tensor::QuantScheme> {
+        let quant = self.quant.as_ref()?;
+        self.checkpoint.header(&format!("{}{}", site.name, quant.marker()))?;
+        quant.scheme_of(&site.name)
+    }
+
     /// The packed linear of a site; `None` when it is dense.
     pub(crate) fn packed(&self, site: &Site) -> Result<Option<PackedLinear>, Error> {
         let Some(quant) = &self.quant else { return Ok(None) };

@@ -30,6 +30,9 @@ struct Observer {
     needs: Needs,
     tokens: usize,
     gram: Option<GramAccumulator>,
+    /// Rows not yet added to the Gram matrix: it takes them in large batches, whose borders depend on
+    /// the order of tokens alone.
+    rows: Vec<f32>,
     abs_max: Vec<f32>,
     abs_sum: Vec<f64>,
     square_sum: Vec<f64>,
@@ -42,6 +45,7 @@ impl Observer {
             needs,
             tokens: 0,
             gram: needs.contains(Needs::HESSIAN).then(|| GramAccumulator::new(width)),
+            rows: Vec::new(),
             abs_max: vec![0.0; width],
             abs_sum: vec![0.0; width],
             square_sum: vec![0.0; width],
@@ -51,7 +55,17 @@ impl Observer {
     fn add(&mut self, x: &[f32]) {
         self.tokens += x.len() / self.width;
         if let Some(gram) = &mut self.gram {
-            gram.add(x);
+            let batch = attar_tensor::linalg::syrk::ROWS * self.width;
+            let mut rest = x;
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at((batch - self.rows.len()).min(rest.len()));
+                self.rows.extend_from_slice(now);
+                rest = later;
+                if self.rows.len() == batch {
+                    gram.add(&self.rows);
+                    self.rows.clear();
+                }
+            }
         }
         if self.needs.intersects(Needs::ABS_MAX | Needs::ABS_MEAN | Needs::SQUARE_SUM) {
             for row in x.chunks(self.width) {
@@ -64,8 +78,12 @@ impl Observer {
         }
     }
 
-    fn finish(self) -> InputStats {
+    fn finish(mut self) -> InputStats {
         let n = self.tokens.max(1) as f64;
+        if let Some(gram) = &mut self.gram {
+            gram.add(&self.rows);
+        }
+        drop(std::mem::take(&mut self.rows));
         InputStats {
             tokens: self.tokens,
             abs_max: self.needs.contains(Needs::ABS_MAX).then_some(self.abs_max),

@@ -4,8 +4,7 @@ use attar_ir::{
     AttentionShape, Block, BlockState, ChannelMap, Fold, InputGroup, LinearState, ModelGraph, Norm,
     Producer, Role, Site, Weight,
 };
-use attar_tensor::{DType, Mat, TensorSource};
-use pulp::Arch;
+use attar_tensor::{DType, Mat, TensorSource, linalg::first_non_finite};
 use serde_json::Value;
 
 use crate::{DecoderSpec, ModelError, attention::QkNorm};
@@ -31,22 +30,6 @@ fn shape_is(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<DT
         )));
     }
     Ok(header.dtype)
-}
-
-/// Index of the first NaN or infinity.
-pub(crate) fn first_non_finite(values: &[f32]) -> Option<usize> {
-    /// Searched without an early exit, so that the search is vectorised.
-    const CHUNK: usize = 4096;
-    let chunk = Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            values
-                .chunks(CHUNK)
-                .position(|chunk| chunk.iter().fold(false, |bad, v| bad | !v.is_finite()))
-        },
-    )?;
-    let start = chunk * CHUNK;
-    values[start..].iter().position(|v| !v.is_finite()).map(|at| start + at)
 }
 
 /// One tensor as f32, checked for NaN and infinity; its mapped pages are given back.

@@ -1,13 +1,16 @@
 //! Running blocks on activations: the pieces that calibration, evaluation and generation share.
 
 use attar_ir::{BlockState, Site, Weight};
-use attar_tensor::{Mat, TensorSource, linalg::gemm_nt, linalg::rms_norm_row, linalg::silu_mul};
+use attar_tensor::{
+    Mat, TensorSource,
+    linalg::{first_non_finite, gemm_nt, rms_norm_row, silu_mul},
+};
 use rayon::prelude::*;
 
 use crate::{
     Decoder, ModelError, Stream,
     attention::{QkNorm, attend, place_heads},
-    decoder::{first_non_finite, read_finite},
+    decoder::read_finite,
     rope::RopeTable,
 };
 

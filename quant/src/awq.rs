@@ -70,7 +70,7 @@ fn candidate_loss(weights: &[(&Mat, QuantScheme)], scale: &[f32], h: &Mat) -> f6
                     *w *= s;
                 }
             }
-            let mut delta = round_to_nearest(&scaled, *scheme, Clip::MinMax).dequantize();
+            let mut delta = round_to_nearest(&scaled, *scheme, Clip::MinMax).0.dequantize();
             for (mut row, weight) in delta.outer_iter_mut().zip(weight.outer_iter()) {
                 for ((d, s), w) in row.iter_mut().zip(scale).zip(weight) {
                     *d = *d / s - w;
@@ -440,7 +440,7 @@ mod tests {
 
     fn rounded_loss(state: &BlockState, stats: &BlockStats, site: usize) -> f64 {
         let weight = dense(state, site);
-        let rounded = round_to_nearest(weight, scheme(), Clip::MinMax).dequantize();
+        let rounded = round_to_nearest(weight, scheme(), Clip::MinMax).0.dequantize();
         metric(&(&rounded - weight), stats.inputs[site].as_ref().unwrap().hessian.as_ref().unwrap())
     }
 
@@ -495,7 +495,7 @@ mod tests {
             }
         }
         let loss = |from: &Mat| {
-            let rounded = round_to_nearest(from, scheme(), Clip::MinMax).dequantize();
+            let rounded = round_to_nearest(from, scheme(), Clip::MinMax).0.dequantize();
             metric(&(&rounded - weight), &blocks)
         };
         assert!(loss(&clipped) < loss(weight));

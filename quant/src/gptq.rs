@@ -7,23 +7,26 @@
 //! Deliberate differences from the authors' code: scales are searched in the metric of H's diagonal and
 //! fixed before the sweep (static groups, so act-order needs no permuted groups); after the sweep the
 //! scales are refitted and the codes descended coordinate-wise in the full metric (as QuantEase, Behdin
-//! et al. 2023, arXiv:2309.01885), each move accepted only when it lowers the objective; dead columns are
+//! et al. 2023, arXiv:2309.01885; `tile`), each move accepted only when it lowers the objective; dead columns are
 //! rounded to nearest instead of zeroed; failed factorizations raise the dampening and are reported.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, Event, FormChange, FormSet, Needs, Pass,
-    PassContext, PassDef, PassError, PassReport, Target, Touches, Upstream, Weight,
+    PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme, QuantizedLinear,
-    grid::{Clip, GroupGrid, choose_grid},
-    linalg::{gemm_nn, inverse_cholesky_upper},
+    Mat, QuantScheme, QuantizedLinear, grid::GroupGrid, linalg::inverse_cholesky_upper,
 };
-use pulp::Arch;
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, options, report};
+use crate::common::{assemble, check_finite, metric, options, relative, squares};
+use tile::{Errors, Tile};
+
+mod tile;
+
+/// Rows worked on by one task; fixed, so that threads do not change bits.
+const TILE: usize = 256;
 
 /// Registration of `gptq`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -33,7 +36,10 @@ pub(crate) const DEF: PassDef = PassDef {
     takes_scheme: true,
     symmetric_by_default: true,
     build: |table| {
-        Ok(Box::new(Gptq(options(table, &["percdamp", "actorder", "block_size", "refine"])?)))
+        Ok(Box::new(Gptq(options(
+            table,
+            &["percdamp", "actorder", "block_size", "refine", "inner"],
+        )?)))
     },
     schema: || schemars::schema_for!(Options),
 };
@@ -47,13 +53,15 @@ struct Options {
     actorder: bool,
     /// Columns swept before the rest is updated.
     block_size: usize,
-    /// Rounds of scale refit and coordinate descent after the sweep.
+    /// Rounds of refinement (scale refit and coordinate descent) after the sweep.
     refine: usize,
+    /// Repetitions inside each block of a round.
+    inner: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { percdamp: 0.01, actorder: true, block_size: 128, refine: 2 }
+        Self { percdamp: 0.01, actorder: true, block_size: 128, refine: 1, inner: 2 }
     }
 }
 
@@ -66,8 +74,12 @@ struct Factor {
     order: Vec<usize>,
     /// `U [in, in]` of the permuted, damped Hessian, f32.
     upper: Vec<f32>,
-    /// Damped Hessian in the original order, f32.
+    /// Hessian in the original order, dead columns with a diagonal, f32.
     hessian: Mat,
+    /// Its diagonal.
+    diagonal: Vec<f32>,
+    /// What was added to the diagonal of each column.
+    added: Vec<f32>,
     events: Vec<Event>,
 }
 
@@ -122,200 +134,14 @@ fn factorize(hessian: &Mat, options: &Options, site: &str) -> Result<Factor, Pas
     if failures > 0 {
         events.push(Event::DampeningRaised { percdamp, failures });
     }
-    let mut damped = hessian.clone();
-    for (i, &d) in diagonal.iter().enumerate() {
-        damped[[i, i]] = d as f32;
+    let diagonal: Vec<f32> = diagonal.iter().map(|&d| d as f32).collect();
+    let added = diagonal.iter().zip(hessian.diag()).map(|(d, h)| d - h).collect();
+    let mut filled = hessian.clone();
+    for (to, &d) in filled.diag_mut().iter_mut().zip(&diagonal) {
+        *to = d;
     }
-    Ok(Factor { order, upper: upper.iter().map(|&v| v as f32).collect(), hessian: damped, events })
-}
-
-#[inline(always)]
-fn subtract_scaled(y: &mut [f32], a: f32, x: &[f32]) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y -= a * x;
-    }
-}
-
-/// Quantizes one tile of rows.
-struct Tile<'a> {
-    weight: &'a [f32],
-    codes: &'a mut [u8],
-    grids: &'a mut [GroupGrid],
-}
-
-impl Tile<'_> {
-    fn solve(&mut self, factor: &Factor, scheme: QuantScheme, options: &Options) {
-        let n = factor.order.len();
-        let (size, rows) = (scheme.group_size(n), self.weight.len() / n);
-        let groups = n / size;
-        let importance: Vec<f32> = factor.hessian.diag().to_vec();
-        for (row, grids) in self.weight.chunks(n).zip(self.grids.chunks_mut(groups)) {
-            for (g, grid) in grids.iter_mut().enumerate() {
-                let span = g * size..(g + 1) * size;
-                *grid = choose_grid(
-                    &row[span.clone()],
-                    Some(&importance[span]),
-                    scheme,
-                    Clip::Search(70),
-                );
-            }
-        }
-        let mut work = vec![0.0f32; rows * n];
-        for (row, work) in self.weight.chunks(n).zip(work.chunks_mut(n)) {
-            for (to, &from) in work.iter_mut().zip(&factor.order) {
-                *to = row[from];
-            }
-        }
-        self.sweep(&mut work, factor, scheme, options.block_size);
-        for _ in 0..options.refine {
-            let mut residual = self.residual(factor, scheme);
-            self.refit_scales(&mut residual, factor, scheme);
-            self.descend(&mut residual, factor, scheme);
-        }
-    }
-
-    fn sweep(&mut self, work: &mut [f32], factor: &Factor, scheme: QuantScheme, block: usize) {
-        let n = factor.order.len();
-        let (size, rows) = (scheme.group_size(n), work.len() / n);
-        let (groups, top) = (n / size, f32::from(scheme.max_code()));
-        let upper = &factor.upper;
-        for start in (0..n).step_by(block) {
-            let end = (start + block).min(n);
-            let width = end - start;
-            let mut errors = vec![0.0f32; rows * width];
-            let rows_of = work.chunks_mut(n).zip(errors.chunks_mut(width)).enumerate();
-            for (r, (work, errors)) in rows_of {
-                let (codes, grids) = (&mut self.codes[r * n..], &self.grids[r * groups..]);
-                Arch::new().dispatch(
-                    #[inline(always)]
-                    || {
-                        for i in start..end {
-                            let column = factor.order[i];
-                            let grid = grids[column / size];
-                            let w = work[i];
-                            let code = grid.code(w, top);
-                            codes[column] = code as u8;
-                            let e = (w - grid.value(code)) / upper[i * n + i];
-                            errors[i - start] = e;
-                            subtract_scaled(
-                                &mut work[i + 1..end],
-                                e,
-                                &upper[i * n + i + 1..i * n + end],
-                            );
-                        }
-                    },
-                );
-            }
-            if end < n {
-                gemm_nn(
-                    (rows, n - end, width),
-                    -1.0,
-                    (&errors, width),
-                    (&upper[start * n + end..], n),
-                    true,
-                    (&mut work[end..], n),
-                );
-            }
-        }
-    }
-
-    /// `(W − Ŵ) H`, `[rows, in]`.
-    fn residual(&self, factor: &Factor, scheme: QuantScheme) -> Vec<f32> {
-        let n = factor.order.len();
-        let (size, rows) = (scheme.group_size(n), self.weight.len() / n);
-        let mut delta = vec![0.0f32; rows * n];
-        let groups = delta.chunks_mut(size).zip(self.weight.chunks(size));
-        for ((delta, weight), (codes, grid)) in
-            groups.zip(self.codes.chunks(size).zip(self.grids.iter()))
-        {
-            for ((d, &w), &code) in delta.iter_mut().zip(weight).zip(codes) {
-                *d = w - grid.value(f32::from(code));
-            }
-        }
-        let mut out = vec![0.0f32; rows * n];
-        let h = factor.hessian.as_slice().expect("standard layout");
-        gemm_nn((rows, n, n), 1.0, (&delta, n), (h, n), false, (&mut out, n));
-        out
-    }
-
-    /// Moves each group's scale to the minimum of the objective along it, projected onto the grid.
-    fn refit_scales(&mut self, residual: &mut [f32], factor: &Factor, scheme: QuantScheme) {
-        let n = factor.order.len();
-        let (size, rows) = (scheme.group_size(n), self.weight.len() / n);
-        let groups = n / size;
-        let h = factor.hessian.as_slice().expect("standard layout");
-        let mut levels = vec![0.0f32; rows * size];
-        let mut product = vec![0.0f32; rows * n];
-        for g in 0..groups {
-            let first = g * size;
-            for (r, levels) in levels.chunks_mut(size).enumerate() {
-                let zero = f32::from(self.grids[r * groups + g].zero);
-                for (level, &code) in levels.iter_mut().zip(&self.codes[r * n + first..]) {
-                    *level = f32::from(code) - zero;
-                }
-            }
-            let rows_of_h = &h[first * n..(first + size) * n];
-            gemm_nn(
-                (rows, n, size),
-                1.0,
-                (&levels, size),
-                (rows_of_h, n),
-                false,
-                (&mut product, n),
-            );
-            for r in 0..rows {
-                let levels = &levels[r * size..(r + 1) * size];
-                let at = r * n + first;
-                let dot = |x: &[f32]| -> f64 {
-                    levels.iter().zip(x).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-                };
-                let (slope, curve) = (dot(&residual[at..at + size]), dot(&product[at..at + size]));
-                if curve <= 0.0 {
-                    continue;
-                }
-                let grid = &mut self.grids[r * groups + g];
-                let wanted = f64::from(grid.scale) + slope / curve;
-                if wanted <= 0.0 {
-                    continue;
-                }
-                let scale = scheme.scale_grid.project(wanted as f32);
-                let step = f64::from(scale) - f64::from(grid.scale);
-                // f(s + step) − f(s) = step² curve − 2 step slope
-                if step * step * curve - 2.0 * step * slope < 0.0 {
-                    grid.scale = scale;
-                    let row = r * n..(r + 1) * n;
-                    subtract_scaled(&mut residual[row.clone()], step as f32, &product[row]);
-                }
-            }
-        }
-    }
-
-    /// One sweep over the columns: each code moves to the minimum of the objective along it.
-    fn descend(&mut self, residual: &mut [f32], factor: &Factor, scheme: QuantScheme) {
-        let n = factor.order.len();
-        let size = scheme.group_size(n);
-        let (groups, top) = (n / size, f32::from(scheme.max_code()));
-        let h = factor.hessian.as_slice().expect("standard layout");
-        let rows = residual.chunks_mut(n).zip(self.codes.chunks_mut(n));
-        for ((residual, codes), grids) in rows.zip(self.grids.chunks(groups)) {
-            Arch::new().dispatch(
-                #[inline(always)]
-                || {
-                    for &j in &factor.order {
-                        let grid = grids[j / size];
-                        let code = f32::from(codes[j]);
-                        let ideal = code + residual[j] / (h[j * n + j] * grid.scale);
-                        let moved = ideal.round_ties_even().clamp(0.0, top);
-                        let change = (moved - code) * grid.scale;
-                        if change != 0.0 {
-                            codes[j] = moved as u8;
-                            subtract_scaled(residual, change, &h[j * n..(j + 1) * n]);
-                        }
-                    }
-                },
-            );
-        }
-    }
+    let upper = upper.iter().map(|&v| v as f32).collect();
+    Ok(Factor { order, upper, hessian: filled, diagonal, added, events })
 }
 
 fn quantize(
@@ -323,21 +149,26 @@ fn quantize(
     factor: &Factor,
     scheme: QuantScheme,
     options: &Options,
-) -> QuantizedLinear {
+) -> (QuantizedLinear, Errors) {
     let (out, n) = weight.dim();
     let groups = n / scheme.group_size(n);
     let mut codes = vec![0u8; out * n];
     let mut grids = vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups];
-    weight
+    let errors: Vec<Errors> = weight
         .as_slice()
         .expect("standard layout")
-        .par_chunks(ROW_TILE * n)
-        .zip(codes.par_chunks_mut(ROW_TILE * n))
-        .zip(grids.par_chunks_mut(ROW_TILE * groups))
-        .for_each(|((weight, codes), grids)| {
-            Tile { weight, codes, grids }.solve(factor, scheme, options);
-        });
-    assemble(scheme, (out, n), codes, &grids)
+        .par_chunks(TILE * n)
+        .zip(codes.par_chunks_mut(TILE * n))
+        .zip(grids.par_chunks_mut(TILE * groups))
+        .map(|((weight, codes), grids)| {
+            Tile { weight, codes, grids }.solve(factor, scheme, options)
+        })
+        .collect();
+    let total = errors.iter().fold(Errors::default(), |sum, e| Errors {
+        weight: sum.weight + e.weight,
+        output: sum.output + e.output,
+    });
+    (assemble(scheme, (out, n), codes, &grids), total)
 }
 
 impl Pass for Gptq {
@@ -362,8 +193,9 @@ impl Pass for Gptq {
         for target in targets {
             let site = &block.sites[target.site];
             let (o, n) = (site.out_features as f64, site.in_features as f64);
-            // Sweep, and per round of refinement one residual and one refit of the same size.
-            cost.flops += o * n * n * (1.0 + 4.0 * self.0.refine as f64) + o * n * 700.0;
+            // Sweep (1), residual (2), one product per round (2).
+            let inner = 4.0 * 128.0 * (self.0.refine * self.0.inner) as f64;
+            cost.flops += o * n * n * (3.0 + 2.0 * self.0.refine as f64) + o * n * (700.0 + inner);
             let input = block.input_of(target.site);
             if !seen.contains(&input) {
                 seen.push(input);
@@ -402,11 +234,14 @@ impl Pass for Gptq {
                     factorize(hessian, &self.0, &site.name)?
                 }
             };
-            let quantized = quantize(weight, &factor, scheme, &self.0);
-            let mut entry =
-                report("gptq", &site.name, weight, &quantized.dequantize(), Some(hessian));
-            entry.events.clone_from(&factor.events);
-            sites.push(entry);
+            let (quantized, errors) = quantize(weight, &factor, scheme, &self.0);
+            sites.push(SiteReport {
+                site: site.name.clone(),
+                pass: "gptq".into(),
+                weight_error: relative(errors.weight, squares(weight)),
+                output_error: Some(relative(errors.output, metric(weight, hessian))),
+                events: factor.events.clone(),
+            });
             linear.weight = Weight::Quantized(quantized);
             shared = Some((input, factor));
         }
@@ -417,8 +252,8 @@ impl Pass for Gptq {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{common::metric, rtn::round_to_nearest};
-    use attar_tensor::{Granularity, ScaleGrid, linalg::GramAccumulator, rng::Rng};
+    use crate::rtn::round_to_nearest;
+    use attar_tensor::{Granularity, ScaleGrid, grid::Clip, linalg::GramAccumulator, rng::Rng};
 
     fn correlated(n: usize, tokens: usize, seed: u64) -> Mat {
         let mut rng = Rng::new(seed);
@@ -453,13 +288,14 @@ mod tests {
         for bits in [2, 3, 4] {
             for symmetric in [true, false] {
                 let s = scheme(bits, 64, symmetric);
-                let rtn = loss(&w, &round_to_nearest(&w, s, Clip::MinMax), &h);
+                let rtn = loss(&w, &round_to_nearest(&w, s, Clip::MinMax).0, &h);
                 let mut last = f64::INFINITY;
                 for refine in [0, 1, 3] {
                     let options = Options { refine, ..Options::default() };
                     let factor = factorize(&h, &options, "test").unwrap();
-                    let q = quantize(&w, &factor, s, &options);
+                    let (q, errors) = quantize(&w, &factor, s, &options);
                     let found = loss(&w, &q, &h);
+                    assert!((errors.output / found - 1.0).abs() < 1e-3);
                     assert!(found < rtn && found <= last * 1.0001, "{bits} {found} {rtn} {last}");
                     assert!(q.codes.iter().all(|&c| c <= s.max_code()));
                     last = found;
@@ -498,7 +334,7 @@ mod tests {
         let run = |threads| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let factor = factorize(&h, &options, "test").unwrap();
-                quantize(&w, &factor, scheme(3, 32, true), &options)
+                quantize(&w, &factor, scheme(3, 32, true), &options).0
             })
         };
         assert_eq!(run(1), run(2));

@@ -5,16 +5,17 @@
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Needs, Pass, PassContext,
-    PassDef, PassError, PassReport, Target, Touches, Upstream, Weight,
+    PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
     Mat, QuantScheme, QuantizedLinear,
     grid::{Clip, GroupGrid, choose_grid},
+    linalg::vectorize,
 };
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, options, report};
+use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative};
 
 /// Registration of `rtn`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -47,37 +48,89 @@ struct Options {
 #[derive(Debug)]
 struct Rtn(Options);
 
-/// Rounds a weight to nearest.
-pub(crate) fn round_to_nearest(weight: &Mat, scheme: QuantScheme, clip: Clip) -> QuantizedLinear {
+/// Rounds a weight to nearest; also returns `Σ (w − ŵ)²` and `Σ w²`, f32 within a group, f64 over groups.
+pub(crate) fn round_to_nearest(
+    weight: &Mat,
+    scheme: QuantScheme,
+    clip: Clip,
+) -> (QuantizedLinear, [f64; 2]) {
     let (out, n) = weight.dim();
     let size = scheme.group_size(n);
     let groups = n / size;
     let top = f32::from(scheme.max_code());
     let mut codes = vec![0u8; out * n];
     let mut grids = vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups];
-    weight
+    let sums: Vec<[f64; 2]> = weight
         .as_slice()
         .expect("standard layout")
         .par_chunks(ROW_TILE * n)
         .zip(codes.par_chunks_mut(ROW_TILE * n))
         .zip(grids.par_chunks_mut(ROW_TILE * groups))
-        .for_each(|((weight, codes), grids)| {
-            let rows = weight.chunks(size).zip(codes.chunks_mut(size)).zip(grids);
-            for ((w, codes), grid) in rows {
-                *grid = choose_grid(w, None, scheme, clip);
-                let (inverse, zero) = (1.0 / grid.scale, f32::from(grid.zero));
-                pulp::Arch::new().dispatch(
-                    #[inline(always)]
-                    || {
-                        for (code, &w) in codes.iter_mut().zip(w) {
-                            let v = (w * inverse).round_ties_even() + zero;
-                            *code = v.clamp(0.0, top) as u8;
-                        }
-                    },
-                );
-            }
-        });
-    assemble(scheme, (out, n), codes, &grids)
+        .map(|((weight, codes), grids)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    let mut sum = [0.0f64; 2];
+                    let spans = weight.chunks(size).zip(codes.chunks_mut(size));
+                    for ((w, codes), grid) in spans.zip(grids.iter_mut()) {
+                        *grid = choose_grid(w, None, scheme, clip);
+                        let [error, square] = round_group(w, *grid, top, codes);
+                        sum[0] += f64::from(error);
+                        sum[1] += f64::from(square);
+                    }
+                    sum
+                },
+            )
+        })
+        .collect();
+    let total = sums.iter().fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
+    (assemble(scheme, (out, n), codes, &grids), total)
+}
+
+/// Codes of one group; returns their squared error and the squares of the weights.
+#[inline(always)]
+fn round_group(w: &[f32], grid: GroupGrid, top: f32, codes: &mut [u8]) -> [f32; 2] {
+    const LANES: usize = 32;
+    let (scale, inverse, zero) = (grid.scale, 1.0 / grid.scale, f32::from(grid.zero));
+    // 1.5 · 2²³ plus a small number rounds it to even and leaves it in the low bits, in two's complement;
+    // a conversion of floats to integers is no vector instruction in Rust.
+    const SHIFT: f32 = 12_582_912.0;
+    let (low, high, offset) = (-zero, top - zero, u32::from(grid.zero));
+    let one = |w: f32| {
+        let shifted = (w * inverse).clamp(low, high) + SHIFT;
+        let error = (shifted - SHIFT) * scale - w;
+        (shifted.to_bits().wrapping_add(offset) as u8, error * error)
+    };
+    let (mut errors, mut squares) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let ((whole, tail), (to, to_tail)) = (w.as_chunks::<LANES>(), codes.as_chunks_mut::<LANES>());
+    for (w, to) in whole.iter().zip(to) {
+        for l in 0..LANES {
+            let (code, error) = one(w[l]);
+            to[l] = code;
+            errors[l] += error;
+            squares[l] += w[l] * w[l];
+        }
+    }
+    for (l, (&w, to)) in tail.iter().zip(to_tail).enumerate() {
+        let (code, error) = one(w);
+        *to = code;
+        errors[l] += error;
+        squares[l] += w * w;
+    }
+    [fold(errors), fold(squares)]
+}
+
+/// Sum of lanes by halves.
+#[inline(always)]
+fn fold(mut lanes: [f32; 32]) -> f32 {
+    let mut width = 16;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 impl Pass for Rtn {
@@ -118,11 +171,20 @@ impl Pass for Rtn {
             let linear = &mut state.linears[target.site];
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
-            let quantized = round_to_nearest(weight, scheme, clip);
+            let (quantized, [error, square]) = round_to_nearest(weight, scheme, clip);
             let hessian = stats
                 .input(context.block.input_of(target.site))
                 .and_then(|input| input.hessian.as_ref());
-            sites.push(report("rtn", &site.name, weight, &quantized.dequantize(), hessian));
+            let output_error = hessian.map(|h| {
+                relative(metric(&(&quantized.dequantize() - weight), h), metric(weight, h))
+            });
+            sites.push(SiteReport {
+                site: site.name.clone(),
+                pass: "rtn".into(),
+                weight_error: relative(error, square),
+                output_error,
+                events: Vec::new(),
+            });
             linear.weight = Weight::Quantized(quantized);
         }
         Ok(PassReport { sites })
@@ -132,7 +194,7 @@ impl Pass for Rtn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::metric;
+    use crate::common::squares;
     use attar_tensor::{Granularity, ScaleGrid, rng::Rng};
 
     #[test]
@@ -151,13 +213,15 @@ mod tests {
                     zero_min: 1,
                 };
                 let loss = |clip| {
-                    let q = round_to_nearest(&w, scheme, clip);
+                    let (q, [error, _]) = round_to_nearest(&w, scheme, clip);
                     assert!(q.codes.iter().all(|&c| c <= scheme.max_code()));
                     assert!(q.zeros.iter().all(|&z| z >= 1 && z <= u16::from(scheme.max_code())));
                     for s in &q.scales {
                         assert_eq!(s.to_bits(), scheme.scale_grid.project(*s).to_bits());
                     }
-                    metric(&(&q.dequantize() - &w), &eye) / metric(&w, &eye)
+                    let delta = &q.dequantize() - &w;
+                    assert!((error / squares(&delta) - 1.0).abs() < 1e-4);
+                    metric(&delta, &eye) / metric(&w, &eye)
                 };
                 let (plain, searched) = (loss(Clip::MinMax), loss(Clip::Search(80)));
                 assert!(searched <= plain * 1.0001 && plain < last);

@@ -4,9 +4,7 @@
 //! `scale = (max − min) / (2^b − 1)` with the range widened to hold 0. The search shrinks the range by
 //! factors and keeps the one with the least `Σ_i h_i (w_i − ŵ_i)²`.
 
-use pulp::Arch;
-
-use crate::QuantScheme;
+use crate::{QuantScheme, linalg::vectorize};
 
 /// Scale and zero point of one group.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,6 +79,34 @@ fn error(
     lanes.iter().sum::<f32>() + tail
 }
 
+/// Smallest and largest of the weights and 0, in lanes.
+#[inline(always)]
+fn range(w: &[f32]) -> (f32, f32) {
+    const LANES: usize = 32;
+    let (mut low, mut high) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (whole, tail) = w.as_chunks::<LANES>();
+    // Comparisons instead of `f32::min`, which spends instructions on NaN; weights were checked.
+    for w in whole {
+        for l in 0..LANES {
+            low[l] = if w[l] < low[l] { w[l] } else { low[l] };
+            high[l] = if w[l] > high[l] { w[l] } else { high[l] };
+        }
+    }
+    for (l, &w) in tail.iter().enumerate() {
+        low[l] = low[l].min(w);
+        high[l] = high[l].max(w);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            low[l] = if low[l + width] < low[l] { low[l + width] } else { low[l] };
+            high[l] = if high[l + width] > high[l] { high[l + width] } else { high[l] };
+        }
+        width /= 2;
+    }
+    (low[0], high[0])
+}
+
 /// The grid of a range `low..=high` that holds 0.
 fn grid_of(low: f32, high: f32, scheme: QuantScheme) -> GroupGrid {
     let top = f32::from(scheme.max_code());
@@ -94,21 +120,24 @@ fn grid_of(low: f32, high: f32, scheme: QuantScheme) -> GroupGrid {
     }
 }
 
-/// Chooses the grid of one group. `importance` weighs the columns (e.g. the diagonal of a Hessian).
+/// Chooses the grid of one group. Inlined, so that a caller under [`vectorize`] needs no second dispatch.
+///
+/// `importance` weighs the columns (e.g. the diagonal of a Hessian).
+#[inline(always)]
 pub fn choose_grid(
     w: &[f32],
     importance: Option<&[f32]>,
     scheme: QuantScheme,
     clip: Clip,
 ) -> GroupGrid {
-    let (low, high) = w.iter().fold((0.0f32, 0.0f32), |(l, h), &v| (l.min(v), h.max(v)));
+    let (low, high) = range(w);
     let full = grid_of(low, high, scheme);
     let Clip::Search(steps) = clip else { return full };
     if low >= high {
         return full;
     }
     let top = f32::from(scheme.max_code());
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             let cost = |grid: GroupGrid| {

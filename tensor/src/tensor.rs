@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
-use crate::{DType, Mat};
+use crate::{DType, Mat, linalg::vectorize};
 
 /// A tensor that owns its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,7 +202,7 @@ impl<'a> TensorView<'a> {
                     }
                 }
             },
-            DType::BF16 => pulp::Arch::new().dispatch(
+            DType::BF16 => vectorize(
                 #[inline(always)]
                 || {
                     for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {

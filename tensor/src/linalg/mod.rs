@@ -15,6 +15,7 @@ pub use gemm::{
     matmul_tn_into, par_gemm_nt,
 };
 pub use simd::{
-    abs_max, axpy, dot, exp_in_place, rms_norm_row, silu_mul, softmax_row_in_place, sum_sq,
+    abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,
+    softmax_row_in_place, sum_sq, vectorize,
 };
 pub use syrk::GramAccumulator;

@@ -6,7 +6,28 @@
     reason = "a body that is not inlined loses the vector instructions"
 )]
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
+
+/// Carries a closure into `pulp`'s dispatch. pulp takes closures as `FnOnce`, and the shim through which
+/// a closure that only borrows is called that way is not inlined, so that the body would be compiled
+/// without vector instructions; `FnMut` has no shim.
+struct Body<F>(F);
+
+impl<R, F: FnMut() -> R> WithSimd for Body<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) -> R {
+        (self.0)()
+    }
+}
+
+/// Runs `body` compiled for the vector instructions of this CPU (AVX-512, AVX2 + FMA or the baseline).
+/// The closure and all it calls must be `#[inline(always)]`.
+#[inline(always)]
+pub fn vectorize<R>(body: impl FnMut() -> R) -> R {
+    Arch::new().dispatch(Body(body))
+}
 
 /// Partial results of a reduction: two AVX-512 registers.
 const LANES: usize = 32;
@@ -78,7 +99,7 @@ fn exp(x: f32) -> f32 {
 
 /// Replaces every element by its exponential (relative error under 1e-6).
 pub fn exp_in_place(x: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             for v in x.iter_mut() {
@@ -90,7 +111,7 @@ pub fn exp_in_place(x: &mut [f32]) {
 
 /// Dot product, f32 in 16 lanes.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             let mut lanes = [0.0f32; LANES];
@@ -110,7 +131,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// Largest absolute value; 0 for an empty slice.
 pub fn abs_max(x: &[f32]) -> f32 {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || reduce(x, 0.0, |a, b| larger(a, b.abs()), larger),
     )
@@ -118,7 +139,7 @@ pub fn abs_max(x: &[f32]) -> f32 {
 
 /// Sum of squares, f32 in 16 lanes; 0 for an empty slice.
 pub fn sum_sq(x: &[f32]) -> f32 {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || reduce(x, 0.0, |a, b| a + b * b, |a, b| a + b),
     )
@@ -126,7 +147,7 @@ pub fn sum_sq(x: &[f32]) -> f32 {
 
 /// `y += alpha * x`.
 pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             for (y, &x) in y.iter_mut().zip(x) {
@@ -136,9 +157,23 @@ pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
     );
 }
 
+/// Index of the first NaN or infinity.
+pub fn first_non_finite(x: &[f32]) -> Option<usize> {
+    /// Searched without an early exit, so that the search is a vector loop.
+    const CHUNK: usize = 4096;
+    const INFINITE: u32 = f32::INFINITY.to_bits();
+    let largest_exponent = |largest: u32, v: &f32| largest.max(v.abs().to_bits());
+    let chunk = vectorize(
+        #[inline(always)]
+        || x.chunks(CHUNK).position(|chunk| chunk.iter().fold(0, largest_exponent) >= INFINITE),
+    )?;
+    let start = chunk * CHUNK;
+    x[start..].iter().position(|v| !v.is_finite()).map(|at| start + at)
+}
+
 /// Softmax of one row in place; rows of `-inf` only are not allowed.
 pub fn softmax_row_in_place(x: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             let max = reduce(x, f32::NEG_INFINITY, larger, larger);
@@ -156,7 +191,7 @@ pub fn softmax_row_in_place(x: &mut [f32]) {
 
 /// `gate = silu(gate) * up`, `silu(v) = v / (1 + e^-v)`.
 pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             for (g, &u) in gate.iter_mut().zip(up) {
@@ -168,7 +203,7 @@ pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
 
 /// `out = x / sqrt(mean(x²) + eps) * weight`, one row.
 pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorize(
         #[inline(always)]
         || {
             let square = reduce(x, 0.0, |a, b| a + b * b, |a, b| a + b);

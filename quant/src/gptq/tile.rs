@@ -1,0 +1,444 @@
+//! The column sweep and its refinement on one tile of rows, stored column by column: rows are the lanes of
+//! vector instructions, so that each lane carries its own scale, code and error, and no step is sequential
+//! over rows.
+//!
+//! With `E = W − Ŵ` and `R = E H`, the objective of a row is `e H eᵀ`, and a change `δ` of Ŵ in the columns of
+//! a block B changes it by `δ H_BB δᵀ − 2 δ R_Bᵀ`. Refinement visits blocks of whole groups. Inside a block
+//! the scale of each group moves to the minimum along it and each code to the minimum along its column,
+//! alternating, at the cost of the block's own square of H; then `R −= δ H_B` is one product.
+//! Cost per round: `2·rows·in²` in products and about `2·rows·in·block` in vectors.
+
+use attar_tensor::{
+    QuantScheme,
+    grid::{Clip, GroupGrid, choose_grid},
+    linalg::gemm_tn,
+};
+use pulp::{Arch, Simd, WithSimd};
+
+use super::{Factor, Options};
+
+/// Rows of a tile are padded to a multiple of this, the longest vector.
+const LANES: usize = 16;
+/// Columns of a refinement block, rounded to whole groups.
+const BLOCK: usize = 128;
+/// Groups wider than this are refined in slices, their scale in a pass of its own.
+const WIDE: usize = 512;
+
+/// Squared errors of a tile, f64.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Errors {
+    /// `Σ e²`.
+    pub(super) weight: f64,
+    /// `Σ e H eᵀ` with the Hessian as calibrated.
+    pub(super) output: f64,
+}
+
+/// One tile of rows: what is given and where results go, row-major.
+pub(super) struct Tile<'a> {
+    pub(super) weight: &'a [f32],
+    pub(super) codes: &'a mut [u8],
+    pub(super) grids: &'a mut [GroupGrid],
+}
+
+/// The same tile column by column, padded to whole lanes: `[columns or groups][rows]`.
+struct Work<'a> {
+    factor: &'a Factor,
+    hessian: &'a [f32],
+    scheme: QuantScheme,
+    n: usize,
+    size: usize,
+    rows: usize,
+    /// Codes as floats.
+    codes: Vec<f32>,
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+    /// `E`.
+    error: Vec<f32>,
+    /// `R`.
+    residual: Vec<f32>,
+}
+
+/// One vector of `x` from element `at`.
+#[inline(always)]
+fn load<S: Simd>(x: &[f32], at: usize) -> S::f32s {
+    S::as_simd_f32s(&x[at..at + S::F32_LANES]).0[0]
+}
+
+#[inline(always)]
+fn store<S: Simd>(x: &mut [f32], at: usize, value: S::f32s) {
+    S::as_mut_simd_f32s(&mut x[at..at + S::F32_LANES]).0[0] = value;
+}
+
+/// Codes nearest to `x`, `0..=top`, ties to even: adding 1.5 · 2²³ leaves the rounded integer.
+#[inline(always)]
+fn round_code<S: Simd>(simd: S, x: S::f32s, top: S::f32s) -> S::f32s {
+    let shift = simd.splat_f32s(12_582_912.0);
+    let x = simd.min_f32s(simd.max_f32s(x, simd.splat_f32s(0.0)), top);
+    simd.sub_f32s(simd.add_f32s(x, shift), shift)
+}
+
+/// `y[j] += a · x[j]`.
+#[inline(always)]
+fn add_scaled<S: Simd>(simd: S, y: &mut [S::f32s], a: S::f32s, x: &[f32]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = simd.mul_add_e_f32s(a, simd.splat_f32s(x), *y);
+    }
+}
+
+impl Tile<'_> {
+    pub(super) fn solve(self, factor: &Factor, scheme: QuantScheme, options: &Options) -> Errors {
+        let n = factor.order.len();
+        let size = scheme.group_size(n);
+        let (groups, count) = (n / size, self.weight.len() / n);
+        let rows = count.next_multiple_of(LANES);
+        for (row, grids) in self.weight.chunks(n).zip(self.grids.chunks_mut(groups)) {
+            for (g, grid) in grids.iter_mut().enumerate() {
+                let span = g * size..(g + 1) * size;
+                let importance = Some(&factor.diagonal[span.clone()]);
+                *grid = choose_grid(&row[span], importance, scheme, Clip::Search(70));
+            }
+        }
+        let mut work = Work {
+            factor,
+            hessian: factor.hessian.as_slice().expect("standard layout"),
+            scheme,
+            n,
+            size,
+            rows,
+            codes: vec![0.0; n * rows],
+            scales: vec![1.0; groups * rows],
+            zeros: vec![0.0; groups * rows],
+            error: vec![0.0; n * rows],
+            residual: Vec::new(),
+        };
+        for (r, grids) in self.grids.chunks(groups).enumerate() {
+            for (g, grid) in grids.iter().enumerate() {
+                work.scales[g * rows + r] = grid.scale;
+                work.zeros[g * rows + r] = f32::from(grid.zero);
+            }
+        }
+        // Zero rows of padding stay exactly zero: their codes are their zero points.
+        work.sweep(self.weight, options.block_size);
+        work.fill_error(self.weight);
+        let (h, shape) = (work.hessian, (n, rows, n));
+        work.residual = vec![0.0; n * rows];
+        gemm_tn(shape, 1.0, (h, n), (&work.error, rows), false, (&mut work.residual, rows));
+        for _ in 0..options.refine {
+            if size > WIDE {
+                work.refit_wide();
+                for first in (0..n).step_by(BLOCK) {
+                    work.refine_block(first, (first + BLOCK).min(n), 1, false);
+                }
+            } else {
+                let block = (BLOCK / size).max(1) * size;
+                for first in (0..n).step_by(block) {
+                    work.refine_block(first, (first + block).min(n), options.inner, true);
+                }
+            }
+        }
+        for (r, codes) in self.codes.chunks_mut(n).enumerate() {
+            for (c, code) in codes.iter_mut().enumerate() {
+                *code = work.codes[c * rows + r] as u8;
+            }
+        }
+        for (r, grids) in self.grids.chunks_mut(groups).enumerate() {
+            for (g, grid) in grids.iter_mut().enumerate() {
+                grid.scale = work.scales[g * rows + r];
+            }
+        }
+        work.errors()
+    }
+}
+
+impl Work<'_> {
+    /// Rounds column by column in the factor's order; fills `codes`.
+    fn sweep(&mut self, weight: &[f32], block: usize) {
+        let (n, rows) = (self.n, self.rows);
+        let mut work = vec![0.0f32; n * rows];
+        for (r, row) in weight.chunks(n).enumerate() {
+            for (i, &column) in self.factor.order.iter().enumerate() {
+                work[i * rows + r] = row[column];
+            }
+        }
+        let mut errors = vec![0.0f32; block.min(n) * rows];
+        let upper = &self.factor.upper;
+        for start in (0..n).step_by(block) {
+            let end = (start + block).min(n);
+            let lines = (work.as_mut_slice(), errors.as_mut_slice());
+            Arch::new().dispatch(Sweep { tile: self, lines, span: (start, end) });
+            if end < n {
+                let errors = &errors[..(end - start) * rows];
+                let rest = (&mut work[end * rows..], rows);
+                let upper = (&upper[start * n + end..], n);
+                gemm_tn((n - end, rows, end - start), -1.0, upper, (errors, rows), true, rest);
+            }
+        }
+    }
+
+    fn fill_error(&mut self, weight: &[f32]) {
+        let (n, rows) = (self.n, self.rows);
+        for (r, row) in weight.chunks(n).enumerate() {
+            for (c, &w) in row.iter().enumerate() {
+                let (at, group) = (c * rows + r, c / self.size * rows + r);
+                self.error[at] = w - (self.codes[at] - self.zeros[group]) * self.scales[group];
+            }
+        }
+    }
+
+    /// Refines the columns `first..end` and carries the change to the residual of all columns.
+    fn refine_block(&mut self, first: usize, end: usize, inner: usize, refit: bool) {
+        let (n, rows, width) = (self.n, self.rows, end - first);
+        let mut delta = vec![0.0f32; width * rows];
+        let options = (inner, refit);
+        Arch::new().dispatch(Refine { tile: self, delta: &mut delta, span: (first, end), options });
+        let h = (&self.hessian[first * n..], n);
+        let out = (self.residual.as_mut_slice(), rows);
+        gemm_tn((n, rows, width), -1.0, h, (&delta, rows), true, out);
+    }
+
+    /// As `refit` for groups wider than a block, through products.
+    fn refit_wide(&mut self) {
+        let (n, rows, size) = (self.n, self.rows, self.size);
+        let mut product = vec![0.0f32; n * rows];
+        for first in (0..n).step_by(size) {
+            let zeros = &self.zeros[first / size * rows..][..rows];
+            let codes = &self.codes[first * rows..(first + size) * rows];
+            let levels: Vec<f32> = codes
+                .chunks(rows)
+                .flat_map(|codes| codes.iter().zip(zeros).map(|(code, zero)| code - zero))
+                .collect();
+            let h = (&self.hessian[first * n..], n);
+            let out = (product.as_mut_slice(), rows);
+            gemm_tn((n, rows, size), 1.0, h, (&levels, rows), false, out);
+            for r in 0..rows {
+                let (mut slope, mut curve) = (0.0f32, 0.0f32);
+                for c in 0..size {
+                    let (level, at) = (levels[c * rows + r], (first + c) * rows + r);
+                    slope += level * self.residual[at];
+                    curve += level * product[at];
+                }
+                let scale = &mut self.scales[first / size * rows + r];
+                let step = step_scale(self.scheme, scale, slope, curve);
+                for c in 0..n {
+                    self.residual[c * rows + r] -= step * product[c * rows + r];
+                }
+                for c in 0..size {
+                    self.error[(first + c) * rows + r] -= step * levels[c * rows + r];
+                }
+            }
+        }
+    }
+
+    fn errors(&self) -> Errors {
+        let mut errors = Errors::default();
+        let columns = self.error.chunks(self.rows).zip(self.residual.chunks(self.rows));
+        for (c, (error, residual)) in columns.enumerate() {
+            let (mut square, mut output) = (0.0f64, 0.0f64);
+            for (&e, &x) in error.iter().zip(residual) {
+                square += f64::from(e) * f64::from(e);
+                output += f64::from(e) * f64::from(x);
+            }
+            errors.weight += square;
+            // Dead columns were given a diagonal that calibration did not see.
+            errors.output += output - f64::from(self.factor.added[c]) * square;
+        }
+        errors
+    }
+}
+
+/// Moves a scale to the minimum of `step² curve − 2 step slope`, projected onto the grid, and returns the
+/// step; zero where that would not lower it.
+#[inline(always)]
+fn step_scale(scheme: QuantScheme, scale: &mut f32, slope: f32, curve: f32) -> f32 {
+    let wanted = *scale + slope / curve;
+    if curve > 0.0 && wanted > 0.0 && wanted.is_finite() {
+        let projected = scheme.scale_grid.project(wanted);
+        let step = projected - *scale;
+        if step * step * curve - 2.0 * step * slope < 0.0 {
+            *scale = projected;
+            return step;
+        }
+    }
+    0.0
+}
+
+/// One block of the sweep, columns `span` of the factor's order.
+struct Sweep<'t, 'a> {
+    tile: &'t mut Work<'a>,
+    /// Weights not yet rounded, and the errors of this block, `[columns][rows]`.
+    lines: (&'t mut [f32], &'t mut [f32]),
+    span: (usize, usize),
+}
+
+impl WithSimd for Sweep<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { tile, lines: (work, errors), span: (start, end) } = self;
+        let (n, rows, size) = (tile.n, tile.rows, tile.size);
+        let top = simd.splat_f32s(f32::from(tile.scheme.max_code()));
+        let mut local = vec![simd.splat_f32s(0.0); end - start];
+        for r in (0..rows).step_by(S::F32_LANES) {
+            for (i, local) in local.iter_mut().enumerate() {
+                *local = load::<S>(work, (start + i) * rows + r);
+            }
+            for i in start..end {
+                let column = tile.factor.order[i];
+                let group = column / size * rows + r;
+                let (scale, zero) = (load::<S>(&tile.scales, group), load::<S>(&tile.zeros, group));
+                let upper = &tile.factor.upper[i * n..i * n + end];
+                let (here, behind) = local[i - start..].split_first_mut().expect("column i");
+                let code = simd.add_f32s(simd.div_f32s(*here, scale), zero);
+                let code = round_code(simd, code, top);
+                store::<S>(&mut tile.codes, column * rows + r, code);
+                let value = simd.mul_f32s(simd.sub_f32s(code, zero), scale);
+                let inverse = simd.splat_f32s(-1.0 / upper[i]);
+                let minus = simd.mul_f32s(simd.sub_f32s(*here, value), inverse);
+                add_scaled(simd, behind, minus, &upper[i + 1..]);
+                store::<S>(errors, (i - start) * rows + r, simd.neg_f32s(minus));
+            }
+        }
+    }
+}
+
+/// Refinement of the columns `span`; their change goes to `delta`.
+struct Refine<'t, 'a> {
+    tile: &'t mut Work<'a>,
+    delta: &'t mut [f32],
+    span: (usize, usize),
+    /// Repetitions, and whether scales move.
+    options: (usize, bool),
+}
+
+impl WithSimd for Refine<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { tile, delta, span: (first, end), options: (inner, refit) } = self;
+        let (width, rows) = (end - first, tile.rows);
+        let zeros = vec![simd.splat_f32s(0.0); width];
+        let (mut residual, mut product, mut old) = (zeros.clone(), zeros.clone(), zeros);
+        for r in (0..rows).step_by(S::F32_LANES) {
+            for at in 0..width {
+                residual[at] = load::<S>(&tile.residual, (first + at) * rows + r);
+                old[at] = tile.values(simd, first + at, r);
+            }
+            for _ in 0..inner {
+                let step = tile.size.min(width);
+                for group in (first..end).step_by(step) {
+                    let span = (first, end);
+                    if refit {
+                        tile.refit(simd, &mut residual, &mut product, span, group, r);
+                    }
+                    tile.descend(simd, &mut residual, span, (group, group + step), r);
+                }
+            }
+            for at in 0..width {
+                let place = (first + at) * rows + r;
+                let change = simd.sub_f32s(tile.values(simd, first + at, r), old[at]);
+                store::<S>(delta, at * rows + r, change);
+                let error = simd.sub_f32s(load::<S>(&tile.error, place), change);
+                store::<S>(&mut tile.error, place, error);
+            }
+        }
+    }
+}
+
+impl Work<'_> {
+    /// Ŵ of one column.
+    #[inline(always)]
+    fn values<S: Simd>(&self, simd: S, column: usize, r: usize) -> S::f32s {
+        let group = column / self.size * self.rows + r;
+        let level = simd.sub_f32s(
+            load::<S>(&self.codes, column * self.rows + r),
+            load::<S>(&self.zeros, group),
+        );
+        simd.mul_f32s(level, load::<S>(&self.scales, group))
+    }
+
+    /// Moves the scale of the group that begins at `group` to the minimum along it.
+    #[inline(always)]
+    fn refit<S: Simd>(
+        &mut self,
+        simd: S,
+        residual: &mut [S::f32s],
+        product: &mut [S::f32s],
+        (first, end): (usize, usize),
+        group: usize,
+        r: usize,
+    ) {
+        /// Columns added to the product at once.
+        const TOGETHER: usize = 4;
+        let (n, rows) = (self.n, self.rows);
+        let at = group / self.size * rows + r;
+        let zero = load::<S>(&self.zeros, at);
+        let none = simd.splat_f32s(0.0);
+        let columns = group..group + self.size;
+        product.fill(none);
+        for from in columns.clone().step_by(TOGETHER) {
+            // A group that is no multiple of four repeats its last row with level zero.
+            let column = |k: usize| (from + k).min(columns.end - 1);
+            let mut levels = [none; TOGETHER];
+            for (k, level) in levels.iter_mut().enumerate().take(columns.end - from) {
+                *level = simd.sub_f32s(load::<S>(&self.codes, (from + k) * rows + r), zero);
+            }
+            let row = |k: usize| &self.hessian[column(k) * n + first..column(k) * n + end];
+            let (h0, h1, h2, h3) = (row(0), row(1), row(2), row(3));
+            for ((((p, &a), &b), &c), &d) in product.iter_mut().zip(h0).zip(h1).zip(h2).zip(h3) {
+                let sum = simd.mul_add_e_f32s(levels[0], simd.splat_f32s(a), *p);
+                let sum = simd.mul_add_e_f32s(levels[1], simd.splat_f32s(b), sum);
+                let sum = simd.mul_add_e_f32s(levels[2], simd.splat_f32s(c), sum);
+                *p = simd.mul_add_e_f32s(levels[3], simd.splat_f32s(d), sum);
+            }
+        }
+        let (mut slope, mut curve) = (none, none);
+        for column in columns {
+            let level = simd.sub_f32s(load::<S>(&self.codes, column * rows + r), zero);
+            slope = simd.mul_add_e_f32s(level, residual[column - first], slope);
+            curve = simd.mul_add_e_f32s(level, product[column - first], curve);
+        }
+        let (mut slopes, mut curves, mut steps) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        store::<S>(&mut slopes, 0, slope);
+        store::<S>(&mut curves, 0, curve);
+        for l in 0..S::F32_LANES {
+            let scale = &mut self.scales[at + l];
+            steps[l] = step_scale(self.scheme, scale, slopes[l], curves[l]);
+        }
+        let minus = simd.neg_f32s(load::<S>(&steps, 0));
+        for (x, &p) in residual.iter_mut().zip(product.iter()) {
+            *x = simd.mul_add_e_f32s(minus, p, *x);
+        }
+    }
+
+    /// Each code of the columns `from..to` moves to the minimum along its column.
+    #[inline(always)]
+    fn descend<S: Simd>(
+        &mut self,
+        simd: S,
+        residual: &mut [S::f32s],
+        (first, end): (usize, usize),
+        (from, to): (usize, usize),
+        r: usize,
+    ) {
+        let (n, rows, size) = (self.n, self.rows, self.size);
+        let top = simd.splat_f32s(f32::from(self.scheme.max_code()));
+        let one = simd.splat_f32s(1.0);
+        for column in from..to {
+            let scale = load::<S>(&self.scales, column / size * rows + r);
+            let at = column * rows + r;
+            let code = load::<S>(&self.codes, at);
+            let h = &self.hessian[column * n + first..column * n + end];
+            let inverse = simd.splat_f32s(1.0 / h[column - first]);
+            let gain = simd.mul_f32s(inverse, simd.div_f32s(one, scale));
+            let ideal = simd.mul_add_e_f32s(residual[column - first], gain, code);
+            let moved = round_code(simd, ideal, top);
+            let minus = simd.mul_f32s(simd.sub_f32s(code, moved), scale);
+            if simd.reduce_max_f32s(simd.abs_f32s(minus)) > 0.0 {
+                store::<S>(&mut self.codes, at, moved);
+                add_scaled(simd, residual, minus, h);
+            }
+        }
+    }
+}
