@@ -11,7 +11,7 @@ use attar_tensor::Mat;
 use crate::{Error, packed::Opened, progress};
 
 /// Activations kept in memory; larger streams go to an anonymous file in the temporary directory.
-pub(crate) const STREAM_LIMIT: usize = 96 << 20;
+pub(crate) const STREAM_LIMIT: usize = 192 << 20;
 
 pub(crate) fn spill() -> Spill {
     Spill { limit: STREAM_LIMIT, open: Arc::new(tempfile::tempfile) }

@@ -15,6 +15,8 @@ use crate::{FormatError, hash_file, safetensors::SafetensorsWriter};
 pub const MANIFEST: &str = "attar_manifest.json";
 /// Report of the compression.
 pub const REPORT: &str = "report.json";
+/// Marks a directory as being written by us, and is locked while it is.
+const MARKER: &str = ".attar-partial";
 /// Data of one shard at most, bytes.
 const SHARD_BYTES: usize = 5_000_000_000;
 
@@ -24,14 +26,17 @@ const SHARD_BYTES: usize = 5_000_000_000;
 pub struct ArtifactRoot {
     target: PathBuf,
     partial: PathBuf,
+    /// Holds the lock until the root is gone.
+    _marker: fs::File,
     sealed: bool,
 }
 
 impl ArtifactRoot {
-    /// Creates `<target>.partial`.
+    /// Creates `<target>.partial`. One that a killed run left behind is replaced.
     ///
     /// # Errors
-    /// When the target exists and is not empty, or the place cannot be written.
+    /// When the target exists and is not empty, the place cannot be written, `<target>.partial` was not
+    /// made by us, or another process is writing it.
     pub fn create(target: &Path) -> Result<Self, FormatError> {
         if fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_some()) {
             return Err(FormatError::invalid(
@@ -45,11 +50,44 @@ impl ArtifactRoot {
         let mut name = target.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let partial = target.with_file_name(name);
+        let marker = partial.join(MARKER);
         if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(FormatError::io(&partial))?;
+            let empty = fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
+            if !empty && !marker.exists() {
+                return Err(FormatError::invalid(
+                    &partial,
+                    "exists, but was not made by attar; move it away or choose another --out",
+                ));
+            }
         }
         fs::create_dir_all(&partial).map_err(FormatError::io(&partial))?;
-        Ok(Self { target: target.to_path_buf(), partial, sealed: false })
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&marker)
+            .map_err(FormatError::io(&marker))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(FormatError::invalid(
+                    &partial,
+                    "is being written by another attar process; wait for it or choose another --out",
+                ));
+            }
+            // A filesystem without locks cannot tell; the marker still says whose the directory is.
+            Err(fs::TryLockError::Error(_)) => {}
+        }
+        let listed = fs::read_dir(&partial).map_err(FormatError::io(&partial))?;
+        for entry in listed {
+            let path = entry.map_err(FormatError::io(&partial))?.path();
+            if path == marker {
+                continue;
+            }
+            if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
+                .map_err(FormatError::io(&path))?;
+        }
+        Ok(Self { target: target.to_path_buf(), partial, _marker: file, sealed: false })
     }
 
     /// Where files are written for now.
@@ -67,6 +105,7 @@ impl ArtifactRoot {
         }
         fs::rename(&self.partial, &self.target).map_err(FormatError::io(&self.target))?;
         self.sealed = true;
+        let _ = fs::remove_file(self.target.join(MARKER));
         if let Some(parent) = self.target.parent().filter(|p| !p.as_os_str().is_empty())
             && let Ok(folder) = fs::File::open(parent)
         {
@@ -173,7 +212,7 @@ fn file_table(folder: &Path) -> Result<Map<String, Value>, FormatError> {
     for entry in fs::read_dir(folder).map_err(FormatError::io(folder))? {
         let entry = entry.map_err(FormatError::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.path().is_file() && name != MANIFEST && name != REPORT {
+        if entry.path().is_file() && name != MANIFEST && name != REPORT && name != MARKER {
             names.push(name);
         }
     }
@@ -244,6 +283,21 @@ mod tests {
         bytes[last] ^= 1;
         fs::write(&weights, bytes).unwrap();
         assert_eq!(check_manifest(&out).unwrap().len(), 1);
+        assert!(!out.join(MARKER).exists());
+        // What is not ours is left alone; what a killed run left is replaced; a running one is not disturbed.
+        let other = dir.path().join("other");
+        let partial = dir.path().join("other.partial");
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("thesis.tex"), "years of work").unwrap();
+        let error = ArtifactRoot::create(&other).unwrap_err().to_string();
+        assert!(error.contains("not made by attar") && partial.join("thesis.tex").exists());
+        fs::write(partial.join(MARKER), "").unwrap();
+        let root = ArtifactRoot::create(&other).unwrap();
+        assert!(!partial.join("thesis.tex").exists());
+        let error = ArtifactRoot::create(&other).unwrap_err().to_string();
+        assert!(error.contains("another attar process"), "{error}");
+        drop(root);
+        assert!(!partial.exists());
         // A path below a file cannot be created, whoever asks.
         assert!(ArtifactRoot::create(&weights.join("below")).is_err());
     }

@@ -219,7 +219,8 @@ impl<'a> BlockRun<'a> {
                 })
                 .collect::<Result<_, std::io::Error>>()?;
             for (window, (x, beside)) in (first..last).zip(&done) {
-                if from != to {
+                // Only the transitions out of stages 1 and 3 add to the residual stream.
+                if (from..to).any(|stage| stage % 2 == 1) {
                     self.stream.write(window, x)?;
                 }
                 if let Some(mid) = &mut new_mid {

@@ -3,7 +3,7 @@
 use attar_tensor::{QuantScheme, ScaleGrid};
 use serde_json::{Value, json};
 
-use super::{Entry, Parsed, granularity, integer, one_scheme};
+use super::{Entry, Parsed, Pattern, granularity, integer, one_scheme};
 
 pub(super) fn write(linears: &[Entry], dense: &[String]) -> Result<Value, String> {
     let scheme = one_scheme("awq", linears)?;
@@ -27,11 +27,11 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let bits = integer(quant, "bits").or_else(|_| integer(quant, "w_bit"))?;
     let group = integer(quant, "group_size").or_else(|_| integer(quant, "q_group_size"))?;
     let scheme = QuantScheme {
-        bits: bits as u8,
+        bits: super::bits(bits)?,
         granularity: granularity(group)?,
         symmetric: !quant.get("zero_point").and_then(Value::as_bool).unwrap_or(true),
         scale_grid: ScaleGrid::F16,
         zero_min: 0,
     };
-    Ok(Parsed { layout: "awq", schemes: vec![(vec!["Linear".into()], scheme)] })
+    Ok(Parsed { layout: "awq", rules: vec![(Pattern::Any, Some(scheme))] })
 }

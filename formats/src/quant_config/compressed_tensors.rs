@@ -3,7 +3,7 @@
 use attar_tensor::{Granularity, QuantScheme, ScaleGrid};
 use serde_json::{Map, Value, json};
 
-use super::{Entry, Parsed};
+use super::{Entry, Parsed, Pattern};
 
 fn weights(scheme: QuantScheme) -> Value {
     let (strategy, group) = match scheme.granularity {
@@ -79,7 +79,14 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
         .get("config_groups")
         .and_then(Value::as_object)
         .ok_or("compressed-tensors config has no config_groups")?;
-    let mut schemes = Vec::new();
+    // A name counts before an expression, and that before the class; `ignore` before all.
+    let (mut rules, mut regexes, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+    for target in quant.get("ignore").and_then(Value::as_array).into_iter().flatten() {
+        match target.as_str() {
+            Some("Linear") | None => {}
+            Some(target) => rules.push((pattern(target)?, None)),
+        }
+    }
     for (name, group) in groups {
         let weights = group
             .get("weights")
@@ -93,7 +100,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
         }
         let bits = weights
             .get("num_bits")
-            .and_then(Value::as_u64)
+            .and_then(Value::as_i64)
             .ok_or(format!("{name}: no num_bits"))?;
         let granularity = match (
             weights.get("strategy").and_then(Value::as_str),
@@ -103,28 +110,32 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
             (_, Some(size)) if size > 0 => Granularity::Group(size as usize),
             (strategy, _) => return Err(format!("{name}: strategy {strategy:?} cannot be read")),
         };
-        let targets = group
-            .get("targets")
-            .and_then(Value::as_array)
-            .map(|list| {
-                list.iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>()
-            })
-            .unwrap_or_default();
-        // A regular expression stands for whatever linears carry packed parts.
-        let targets = targets
-            .into_iter()
-            .map(|t| if t.starts_with("re:") { "Linear".to_owned() } else { t })
-            .collect();
-        schemes.push((
-            targets,
-            QuantScheme {
-                bits: bits as u8,
-                granularity,
-                symmetric: weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true),
-                scale_grid: ScaleGrid::F32,
-                zero_min: 0,
-            },
-        ));
+        let scheme = QuantScheme {
+            bits: super::bits(bits)?,
+            granularity,
+            symmetric: weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true),
+            scale_grid: ScaleGrid::F32,
+            zero_min: 0,
+        };
+        let targets = group.get("targets").and_then(Value::as_array);
+        for target in targets.into_iter().flatten().filter_map(Value::as_str) {
+            match pattern(target)? {
+                Pattern::Any => classes.push((Pattern::Any, Some(scheme))),
+                found @ Pattern::Name(_) => rules.push((found, Some(scheme))),
+                found @ Pattern::Regex(_) => regexes.push((target.to_owned(), found, scheme)),
+            }
+        }
     }
-    Ok(Parsed { layout: "compressed-tensors", schemes })
+    regexes.sort_by(|a, b| a.0.cmp(&b.0));
+    rules.extend(regexes.into_iter().map(|(_, pattern, scheme)| (pattern, Some(scheme))));
+    rules.extend(classes);
+    Ok(Parsed { layout: "compressed-tensors", rules })
+}
+
+fn pattern(target: &str) -> Result<Pattern, String> {
+    match target.strip_prefix("re:") {
+        Some(regex) => Pattern::regex(regex),
+        None if target == "Linear" => Ok(Pattern::Any),
+        None => Ok(Pattern::Name(target.to_owned())),
+    }
 }

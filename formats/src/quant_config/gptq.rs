@@ -3,7 +3,7 @@
 use attar_tensor::{QuantScheme, ScaleGrid};
 use serde_json::{Map, Value, json};
 
-use super::{Entry, Parsed, granularity, integer, one_scheme};
+use super::{Entry, Parsed, Pattern, bits, granularity, integer, one_scheme};
 
 pub(super) fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value, String> {
     let scheme = one_scheme(layout, linears)?;
@@ -30,17 +30,32 @@ pub(super) fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result
 }
 
 pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
-    let scheme = QuantScheme {
-        bits: integer(quant, "bits")? as u8,
-        granularity: granularity(integer(quant, "group_size")?)?,
-        symmetric: quant.get("sym").and_then(Value::as_bool).unwrap_or(true),
-        scale_grid: ScaleGrid::F32,
-        zero_min: 0,
-    };
     let layout = match quant.get("checkpoint_format").and_then(Value::as_str) {
         None | Some("gptq") => "gptq",
         Some("gptq_v2") => "gptq_v2",
         Some(other) => return Err(format!("GPTQ checkpoint_format `{other}` cannot be read")),
     };
-    Ok(Parsed { layout, schemes: vec![(vec!["Linear".into()], scheme)] })
+    let scheme = |rule: Option<&Value>| -> Result<QuantScheme, String> {
+        let from = |key: &str| rule.filter(|rule| rule.get(key).is_some()).unwrap_or(quant);
+        Ok(QuantScheme {
+            bits: bits(integer(from("bits"), "bits")?)?,
+            granularity: granularity(integer(from("group_size"), "group_size")?)?,
+            symmetric: from("sym").get("sym").and_then(Value::as_bool).unwrap_or(true),
+            scale_grid: ScaleGrid::F32,
+            zero_min: 0,
+        })
+    };
+    // GPTQModel's `dynamic`: in order, `-:` leaves a linear dense, everything else overrides.
+    let mut rules = Vec::new();
+    let dynamic = quant.get("dynamic").and_then(Value::as_object);
+    for (pattern, rule) in dynamic.into_iter().flatten() {
+        if let Some(pattern) = pattern.strip_prefix("-:") {
+            rules.push((Pattern::regex(pattern)?, None));
+        } else {
+            let pattern = Pattern::regex(pattern.strip_prefix("+:").unwrap_or(pattern))?;
+            rules.push((pattern, Some(scheme(Some(rule))?)));
+        }
+    }
+    rules.push((Pattern::Any, Some(scheme(None)?)));
+    Ok(Parsed { layout, rules })
 }

@@ -23,25 +23,47 @@ pub fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value,
     }
 }
 
+/// Which linears a rule holds for.
+#[derive(Debug, Clone)]
+enum Pattern {
+    /// The linear of this full name.
+    Name(String),
+    /// Names that the expression matches from their first character (Python's `re.match`).
+    Regex(fancy_regex::Regex),
+    /// Every linear.
+    Any,
+}
+
+impl Pattern {
+    fn regex(text: &str) -> Result<Self, String> {
+        fancy_regex::Regex::new(&format!("^(?:{text})"))
+            .map(Self::Regex)
+            .map_err(|error| format!("`{text}` is not a regular expression: {error}"))
+    }
+
+    fn matches(&self, linear: &str) -> bool {
+        match self {
+            Self::Name(name) => name == linear,
+            // An expression that backtracks without end matches nothing.
+            Self::Regex(regex) => regex.is_match(linear).unwrap_or(false),
+            Self::Any => true,
+        }
+    }
+}
+
 /// A parsed config: the layout's name, and the scheme of a linear found in it.
 #[derive(Debug, Clone)]
 pub struct Parsed {
     /// `compressed-tensors`, `gptq`, `gptq_v2` or `awq`.
     pub layout: &'static str,
-    /// Schemes with the targets they hold for; the first match counts.
-    schemes: Vec<(Vec<String>, QuantScheme)>,
+    /// The first rule that matches counts; `None` says that the linear is not quantized.
+    rules: Vec<(Pattern, Option<QuantScheme>)>,
 }
 
 impl Parsed {
     /// The scheme of a linear whose packed parts are present.
     pub fn scheme_of(&self, linear: &str) -> Option<QuantScheme> {
-        let named = |targets: &[String]| targets.iter().any(|t| t == linear);
-        let generic = |targets: &[String]| targets.iter().any(|t| t == "Linear");
-        self.schemes
-            .iter()
-            .find(|(targets, _)| named(targets))
-            .or_else(|| self.schemes.iter().find(|(targets, _)| generic(targets)))
-            .map(|(_, scheme)| *scheme)
+        self.rules.iter().find(|(pattern, _)| pattern.matches(linear)).and_then(|(_, s)| *s)
     }
 
     /// Suffix of the tensor whose presence marks a linear as quantized.
@@ -87,6 +109,14 @@ fn one_scheme(layout: &str, linears: &[Entry]) -> Result<QuantScheme, String> {
     }
 }
 
+/// Bits that the layouts of this crate hold.
+fn bits(value: i64) -> Result<u8, String> {
+    match value {
+        2 | 3 | 4 | 8 => Ok(value as u8),
+        other => Err(format!("{other} bits cannot be read, only 2, 3, 4 and 8")),
+    }
+}
+
 fn granularity(group_size: i64) -> Result<attar_tensor::Granularity, String> {
     match group_size {
         -1 => Ok(attar_tensor::Granularity::Channel),
@@ -129,8 +159,56 @@ mod tests {
             }
         }
         assert!(parse(&serde_json::json!({})).unwrap().is_none());
+        let odd = serde_json::json!({"quant_method": "gptq", "bits": 260, "group_size": 128});
+        let error = parse(&serde_json::json!({"quantization_config": odd})).unwrap_err();
+        assert!(error.contains("260 bits"), "{error}");
         assert!(
             parse(&serde_json::json!({"quantization_config": {"quant_method": "fp8"}})).is_err()
         );
+    }
+
+    #[test]
+    fn rules_of_foreign_gptq_files_are_followed() {
+        let quant = serde_json::json!({
+            "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": true,
+            "dynamic": {
+                "-:.*\\.0\\..*down_proj": {},
+                "+:.*down_proj": {"bits": 8, "group_size": 32},
+                ".*\\.(?!q)._proj": {"bits": 3},
+            },
+        });
+        let parsed =
+            parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
+        let found = |name: &str| parsed.scheme_of(name).map(|s| (s.bits, s.granularity));
+        assert_eq!(found("model.layers.0.mlp.down_proj"), None);
+        assert_eq!(found("model.layers.1.mlp.down_proj"), Some((8, Granularity::Group(32))));
+        assert_eq!(found("model.layers.1.self_attn.k_proj"), Some((3, Granularity::Group(128))));
+        assert_eq!(found("model.layers.1.self_attn.q_proj"), Some((4, Granularity::Group(128))));
+    }
+
+    #[test]
+    fn groups_of_foreign_compressed_tensors_files_keep_their_order_of_precedence() {
+        let group = |targets: &[&str], bits: u8| {
+            serde_json::json!({"targets": targets, "weights": {
+                "num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": 64,
+            }})
+        };
+        let quant = serde_json::json!({
+            "quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {
+                "group_0": group(&["Linear"], 4),
+                "group_1": group(&["re:.*down_proj$"], 8),
+                "group_2": group(&["model.layers.0.mlp.down_proj"], 3),
+            },
+            "ignore": ["lm_head", "re:.*gate_proj"],
+        });
+        let parsed =
+            parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
+        let bits = |name: &str| parsed.scheme_of(name).map(|s| s.bits);
+        assert_eq!(bits("model.layers.0.mlp.down_proj"), Some(3));
+        assert_eq!(bits("model.layers.1.mlp.down_proj"), Some(8));
+        assert_eq!(bits("model.layers.1.mlp.up_proj"), Some(4));
+        assert_eq!(bits("model.layers.1.mlp.gate_proj"), None);
+        assert_eq!(bits("lm_head"), None);
     }
 }
