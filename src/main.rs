@@ -3,6 +3,14 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the binary is what prints")]
 
+/// Prints a line; a reader that has gone away (`attar inspect ... | head`) is no error.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 mod args;
 mod commands;
 mod compile;

@@ -1,6 +1,9 @@
 //! The command line as scripts use it, on the demo model.
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
+mod headers;
+mod refusals;
+
 use std::{
     fs,
     path::{Path, PathBuf},

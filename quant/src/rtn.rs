@@ -163,7 +163,7 @@ impl Pass for Rtn {
         state: &mut BlockState,
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
-        let clip = if self.0.clip == Range::Mse { Clip::Search(80) } else { Clip::MinMax };
+        let clip = if self.0.clip == Range::Mse { Clip::Search(40) } else { Clip::MinMax };
         let mut sites = Vec::new();
         for target in targets {
             let site = &context.block.sites[target.site];
@@ -223,7 +223,7 @@ mod tests {
                     assert!((error / squares(&delta) - 1.0).abs() < 1e-4);
                     metric(&delta, &eye) / metric(&w, &eye)
                 };
-                let (plain, searched) = (loss(Clip::MinMax), loss(Clip::Search(80)));
+                let (plain, searched) = (loss(Clip::MinMax), loss(Clip::Search(40)));
                 assert!(searched <= plain * 1.0001 && plain < last);
                 last = plain;
             }

@@ -55,18 +55,23 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
     let vocab = original.decoder.spec.vocab;
     let windows = corpus::evaluation(&text, Some(&tokenizer), CONTEXT, None, vocab)?;
     let greedy = Sampling { temperature: 0.0, seed: 0 };
-    println!(
+    say!(
         "TinyStories-656K: 656,000 parameters, group 128, perplexity over {} tokens at context {CONTEXT}\n",
         windows.ids.len() * (CONTEXT - 1)
     );
-    println!(
+    say!(
         "{:<10} {:>10} {:>8} {:>12} {:>10} {:>8}",
-        "recipe", "bits/wt", "MB", "perplexity", "KL (nats)", "top-1"
+        "recipe",
+        "bits/wt",
+        "MB",
+        "perplexity",
+        "KL (nats)",
+        "top-1"
     );
     let (base, _) = measure::evaluate(&original, None, &windows, None, CONTEXT, Score::All)?;
     let mb =
         |model: &Opened| -> Result<f64, Error> { Ok(model.checkpoint.file_bytes()? as f64 / 1e6) };
-    println!(
+    say!(
         "{:<10} {:>10.3} {:>8.3} {:>12.3} {:>10} {:>8}",
         "original",
         original.bits_per_weight(),
@@ -98,7 +103,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
         let model = Opened::open(&out)?;
         let (eval, _) =
             measure::evaluate(&model, Some(&original), &windows, None, CONTEXT, Score::All)?;
-        println!(
+        say!(
             "{:<10} {:>10.3} {:>8.3} {:>12.3} {:>10.4} {:>7.1}%",
             preset,
             model.bits_per_weight(),
@@ -111,10 +116,10 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             texts.push((preset, continue_text(&model, PROMPT, 48, greedy)?));
         }
     }
-    println!();
+    say!();
     for (name, text) in texts {
-        println!("{name}: {text}\n");
+        say!("{name}: {text}\n");
     }
-    println!("artifacts: {}", args.out.display());
+    say!("artifacts: {}", args.out.display());
     Ok(true)
 }

@@ -81,10 +81,10 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
             out["source_bytes"] = json!(reference.checkpoint.file_bytes()?);
         }
         out["layout"] = json!(model.layout());
-        println!("{}", serde_json::to_string_pretty(&out)?);
+        say!("{}", serde_json::to_string_pretty(&out)?);
     } else {
-        println!("{}", line(&eval));
-        println!(
+        say!("{}", line(&eval));
+        say!(
             "{:.3} bits per weight, {:.2} MB",
             model.bits_per_weight(),
             model.checkpoint.file_bytes()? as f64 / 1e6

@@ -26,7 +26,7 @@ pub(crate) fn inspect(args: &Inspect) -> Result<bool, Error> {
             .collect();
         let sites: Vec<_> =
             schemes.iter().map(|(name, label)| json!({"site": name, "scheme": label})).collect();
-        println!(
+        say!(
             "{}",
             serde_json::to_string_pretty(&json!({
                 "family": spec.family, "layers": spec.layers, "hidden": spec.hidden,
@@ -37,7 +37,7 @@ pub(crate) fn inspect(args: &Inspect) -> Result<bool, Error> {
         );
         return Ok(true);
     }
-    println!(
+    say!(
         "{}: {} layers, hidden {}, {} / {} heads of {}, vocabulary {}, context {}{}",
         spec.family,
         spec.layers,
@@ -49,7 +49,7 @@ pub(crate) fn inspect(args: &Inspect) -> Result<bool, Error> {
         spec.context,
         if spec.tied { ", tied embedding" } else { "" }
     );
-    println!(
+    say!(
         "layout {}, {:.3} bits per weight, {} tensors, {:.2} MB",
         model.layout().unwrap_or("dense"),
         model.bits_per_weight(),
@@ -59,11 +59,11 @@ pub(crate) fn inspect(args: &Inspect) -> Result<bool, Error> {
     let width = headers.iter().map(|h| h.name.len()).max().unwrap_or(0);
     for h in headers {
         let shape = format!("{:?}", h.shape);
-        println!("{:<width$}  {:<5} {:<16} {:>12}", h.name, h.dtype, shape, h.bytes());
+        say!("{:<width$}  {:<5} {:<16} {:>12}", h.name, h.dtype, shape, h.bytes());
     }
     for (site, label) in &schemes {
         if let Some(label) = label {
-            println!("{site}: {label}");
+            say!("{site}: {label}");
         }
     }
     Ok(true)

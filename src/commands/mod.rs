@@ -44,7 +44,7 @@ fn compress(args: &Compress) -> Result<bool, Error> {
             .iter()
             .map(|(path, report)| json!({"artifact": path, "report": report}))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&json!({"artifacts": list}))?);
+        say!("{}", serde_json::to_string_pretty(&json!({"artifacts": list}))?);
     } else {
         for (path, report) in &reports {
             print_report(path, report);
@@ -55,7 +55,7 @@ fn compress(args: &Compress) -> Result<bool, Error> {
 
 fn print_report(path: &std::path::Path, report: &Report) {
     let mb = |bytes: u64| bytes as f64 / 1e6;
-    println!(
+    say!(
         "{}: {}, {:.2} MB of {:.2} MB, {:.3} bits per weight",
         path.display(),
         report.layout,
@@ -64,7 +64,7 @@ fn print_report(path: &std::path::Path, report: &Report) {
         report.bits_per_weight
     );
     for note in &report.notes {
-        println!("  note: {note}");
+        say!("  note: {note}");
     }
     let worst = report.sites.iter().filter(|site| site.bits.is_some()).max_by(|a, b| {
         let error = |s: &attar_eval::report::SiteEntry| {
@@ -77,13 +77,13 @@ fn print_report(path: &std::path::Path, report: &Report) {
             Some(error) => ("output", error),
             None => ("weight", worst.result.weight_error),
         };
-        println!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
+        say!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
     }
     if let Some(eval) = &report.eval {
-        println!("  {}", evaluate::line(eval));
+        say!("  {}", evaluate::line(eval));
     }
     let t = &report.timings;
-    println!(
+    say!(
         "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, write {:.1}, verify {:.1}; peak {:.0} MB (predicted {:.0} MB)",
         t.total,
         t.read,
@@ -100,9 +100,9 @@ fn print_report(path: &std::path::Path, report: &Report) {
 fn plan(args: &Plan) -> Result<bool, Error> {
     let job = compile::prepare(&args.what)?;
     if args.what.json {
-        println!("{}", serde_json::to_string_pretty(&job.plan)?);
+        say!("{}", serde_json::to_string_pretty(&job.plan)?);
     } else {
-        println!("{}", job.plan);
+        say!("{}", job.plan);
     }
     Ok(true)
 }
@@ -111,19 +111,23 @@ fn verify_artifact(args: &Verify) -> Result<bool, Error> {
     let source = args.source.as_deref().map(Checkpoint::open).transpose()?;
     let result = verify::verify(&args.path, source.as_ref(), true)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&result)?);
+        say!("{}", serde_json::to_string_pretty(&result)?);
     } else {
-        println!("{} quantized linears, {} dense", result.quantized, result.dense);
+        say!("{} quantized linears, {} dense", result.quantized, result.dense);
         for line in &result.kernels {
-            println!(
+            say!(
                 "kernel {} on {} ({} linears): nmse {:.2e}, allowed {:.0e}",
-                line.kernel, line.layout, line.linears, line.worst_nmse, line.max_nmse
+                line.kernel,
+                line.layout,
+                line.linears,
+                line.worst_nmse,
+                line.max_nmse
             );
         }
         for problem in &result.problems {
-            println!("PROBLEM {problem}");
+            say!("PROBLEM {problem}");
         }
-        println!("{}", if result.problems.is_empty() { "verified" } else { "verification FAILED" });
+        say!("{}", if result.problems.is_empty() { "verified" } else { "verification FAILED" });
     }
     Ok(result.problems.is_empty())
 }
@@ -147,9 +151,9 @@ fn gate(args: &Gate) -> Result<bool, Error> {
             .map_err(|error| format!("{}: {error}", path.display()))?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&verdict)?);
+        say!("{}", serde_json::to_string_pretty(&verdict)?);
     } else {
-        println!("{}", verdict.table());
+        say!("{}", verdict.table());
     }
     Ok(verdict.pass)
 }
@@ -194,23 +198,23 @@ pub(crate) fn continue_text(
 fn generate(args: &Run) -> Result<bool, Error> {
     let model = Opened::open(&args.path)?;
     let sampling = Sampling { temperature: args.temperature, seed: args.seed };
-    println!("{}", continue_text(&model, &args.prompt, args.tokens, sampling)?);
+    say!("{}", continue_text(&model, &args.prompt, args.tokens, sampling)?);
     Ok(true)
 }
 
 fn passes(schema: bool) -> Result<bool, Error> {
     let passes = registry::passes();
     if schema {
-        println!("{}", serde_json::to_string_pretty(&attar_ir::recipe::json_schema(&passes))?);
+        say!("{}", serde_json::to_string_pretty(&attar_ir::recipe::json_schema(&passes))?);
         return Ok(true);
     }
-    println!("passes:");
+    say!("passes:");
     for pass in passes {
-        println!("  {:<8} {} ({})", pass.name, pass.summary, pass.paper);
+        say!("  {:<8} {} ({})", pass.name, pass.summary, pass.paper);
     }
-    println!("presets:");
+    say!("presets:");
     for (name, summary) in attar_ir::recipe::PRESETS {
-        println!("  {name:<8} {summary}");
+        say!("  {name:<8} {summary}");
     }
     Ok(true)
 }

@@ -1,6 +1,9 @@
 //! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate`.
 #![allow(clippy::print_stdout, reason = "an example prints its result")]
-use attar_tensor::linalg::{GramAccumulator, gemm_nt};
+use attar_tensor::{
+    linalg::{GramAccumulator, gemm_nt, gemm_tn},
+    rng::Rng,
+};
 use std::time::Instant;
 
 fn main() {
@@ -13,7 +16,8 @@ fn main() {
         (2048, 2816, 1024),
         (2048, 2048, 2048),
     ] {
-        let (a, b) = (vec![0.5f32; m * k], vec![0.25f32; n * k]);
+        let mut rng = Rng::new(1);
+        let (a, b) = (rng.normals(m * k), rng.normals(n * k));
         let mut out = vec![0.0f32; m * n];
         let mut best = f64::INFINITY;
         for _ in 0..6 {
@@ -23,8 +27,20 @@ fn main() {
         }
         println!("nt {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
     }
+    for (m, n, k) in [(1024, 256, 1024), (2816, 256, 2816), (2816, 256, 128)] {
+        let mut rng = Rng::new(1);
+        let (a, b) = (rng.normals(m * k), rng.normals(n * k));
+        let mut out = vec![0.0f32; m * n];
+        let mut best = f64::INFINITY;
+        for _ in 0..6 {
+            let start = Instant::now();
+            gemm_tn((m, n, k), 1.0, (&a, m), (&b, n), true, (&mut out, n));
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        println!("tn {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
+    }
     for n in [1024, 2816] {
-        let x = vec![0.5f32; 1024 * n];
+        let x = Rng::new(2).normals(2048 * n);
         let mut gram = GramAccumulator::new(n);
         let mut best = f64::INFINITY;
         for _ in 0..4 {
@@ -32,6 +48,6 @@ fn main() {
             gram.add(&x);
             best = best.min(start.elapsed().as_secs_f64());
         }
-        println!("gram {n}: {:.1} GFLOP/s (n² per row)", (1024 * n * n) as f64 / best / 1e9);
+        println!("gram {n}: {:.1} GFLOP/s (n² per row)", (2048 * n * n) as f64 / best / 1e9);
     }
 }

@@ -20,7 +20,7 @@ pub struct GroupGrid {
 pub enum Clip {
     /// The whole range.
     MinMax,
-    /// The shrunken range with the least weighted squared error, over this many steps of 1 %.
+    /// The shrunken range with the least weighted squared error, over this many steps of 2 %.
     Search(u32),
 }
 
@@ -147,7 +147,7 @@ pub fn choose_grid(
             let (mut best, mut least) = (full, cost(full));
             for step in 0..steps {
                 // A symmetric range may grow too: -8..7 reaches further below zero than above.
-                let shrink = 1.07 - 0.01 * step as f32;
+                let shrink = 1.07 - 0.02 * step as f32;
                 let grid = grid_of(low * shrink, high * shrink, scheme);
                 let found = cost(grid);
                 if found < least {
@@ -190,7 +190,7 @@ mod tests {
                     let s = scheme(bits, symmetric);
                     let top = f32::from(s.max_code());
                     let plain = loss(&w, choose_grid(&w, None, s, Clip::MinMax), top);
-                    let grid = choose_grid(&w, None, s, Clip::Search(70));
+                    let grid = choose_grid(&w, None, s, Clip::Search(35));
                     let searched = loss(&w, grid, top);
                     assert!(searched <= plain * 1.0001);
                     assert!(grid.zero >= 1 && f32::from(grid.zero) <= top);

@@ -15,6 +15,8 @@ pub(super) fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result
         "sym": scheme.symmetric,
         "lm_head": linears.iter().any(|(name, _)| name == "lm_head"),
         "checkpoint_format": layout,
+        "method": "gptq",
+        "format": layout,
         "pack_dtype": "int32",
         "meta": {"quantizer": [concat!("attar:", env!("CARGO_PKG_VERSION"))]},
     });

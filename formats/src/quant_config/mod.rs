@@ -177,8 +177,7 @@ mod tests {
                 ".*\\.(?!q)._proj": {"bits": 3},
             },
         });
-        let parsed =
-            parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
+        let parsed = parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
         let found = |name: &str| parsed.scheme_of(name).map(|s| (s.bits, s.granularity));
         assert_eq!(found("model.layers.0.mlp.down_proj"), None);
         assert_eq!(found("model.layers.1.mlp.down_proj"), Some((8, Granularity::Group(32))));
@@ -202,8 +201,7 @@ mod tests {
             },
             "ignore": ["lm_head", "re:.*gate_proj"],
         });
-        let parsed =
-            parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
+        let parsed = parse(&serde_json::json!({"quantization_config": quant})).unwrap().unwrap();
         let bits = |name: &str| parsed.scheme_of(name).map(|s| s.bits);
         assert_eq!(bits("model.layers.0.mlp.down_proj"), Some(3));
         assert_eq!(bits("model.layers.1.mlp.down_proj"), Some(8));

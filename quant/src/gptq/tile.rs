@@ -95,7 +95,7 @@ impl Tile<'_> {
             for (g, grid) in grids.iter_mut().enumerate() {
                 let span = g * size..(g + 1) * size;
                 let importance = Some(&factor.diagonal[span.clone()]);
-                *grid = choose_grid(&row[span], importance, scheme, Clip::Search(70));
+                *grid = choose_grid(&row[span], importance, scheme, Clip::Search(35));
             }
         }
         let mut work = Work {

@@ -9,7 +9,7 @@ use super::microkernel::{Operand, Product, multiply};
 use crate::Mat;
 
 /// Rows of a strip of G.
-const STRIP: usize = 384;
+const STRIP: usize = 640;
 /// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows:
 /// batches given to [`GramAccumulator::add`] are best a multiple of it.
 pub const ROWS: usize = 2048;
