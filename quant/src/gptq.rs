@@ -201,8 +201,11 @@ impl Pass for Gptq {
                 seen.push(input);
                 cost.flops += n * n * n * 2.0 / 3.0;
             }
+            // The damped Hessian and its inverse factor in f64, then both in f32 beside tiles of f32.
             let factor = site.in_features * site.in_features;
-            cost.peak_bytes = cost.peak_bytes.max(factor * 24 + site.weights() * 5);
+            let tile = 5 * 4 * TILE.min(site.out_features) * site.in_features;
+            let solving = (16 * factor).max(8 * factor + tile) + site.weights() * 2;
+            cost.peak_bytes = cost.peak_bytes.max(solving);
         }
         cost
     }
