@@ -82,7 +82,7 @@ def main():
         calib = [] if preset.startswith("rtn") else ["--ids", a.ids, "--samples", str(a.samples), "--context", str(a.context)]
         r = measure([a.attar, "compress", a.model, "--preset", preset, *calib, "--threads", str(a.threads), "--json", "--out", str(d), *extra], a, log)
         report = tail_json(log); r.update(tool="attar", algorithm=preset.split("-")[0], samples=0 if preset.startswith("rtn") else a.samples, artifact_mb=round(folder_bytes(d) / 1e6, 1) if d.exists() else None,
-                                          phases=next((report[k] for k in ("phases", "times", "timing", "seconds") if isinstance(report, dict) and k in report), None))
+                                          phases=report["artifacts"][0]["report"]["timings"] if isinstance(report, dict) and report.get("artifacts") else None)
         out["rows"].append(r); print(json.dumps(r), flush=True); return r
 
     def peer(algorithm, samples):

@@ -418,6 +418,9 @@ pub(crate) fn compile(
             timings: time,
         };
         artifact::put_json(&folder.join(artifact::REPORT), &serde_json::to_value(&report)?)?;
+        let page = folder.join(artifact::REPORT_PAGE);
+        std::fs::write(&page, attar_eval::html::page(&report))
+            .map_err(|error| format!("{}: {error}", page.display()))?;
         reports.push((out.join(emit.dir.as_deref().unwrap_or("")), report));
     }
     root.seal()?;

@@ -1,6 +1,7 @@
 //! What compression cost: perplexity, divergence from the original, reports, and gates over reports.
 
 pub mod gate;
+pub mod html;
 pub mod metrics;
 pub mod report;
 

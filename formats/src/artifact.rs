@@ -15,6 +15,8 @@ use crate::{FormatError, hash_file, safetensors::SafetensorsWriter};
 pub const MANIFEST: &str = "attar_manifest.json";
 /// Report of the compression.
 pub const REPORT: &str = "report.json";
+/// The same for people.
+pub const REPORT_PAGE: &str = "report.html";
 /// Marks a directory as being written by us, and is locked while it is.
 const MARKER: &str = ".attar-partial";
 /// Data of one shard at most, bytes.
@@ -197,7 +199,7 @@ pub fn put_json(path: &Path, value: &Value) -> Result<(), FormatError> {
 }
 
 /// Writes the manifest: `facts` plus size and blake3 of every file of the folder except the manifest and
-/// the report (whose timings differ from run to run).
+/// the reports (whose timings differ from run to run).
 ///
 /// # Errors
 /// When a file cannot be read or the manifest not written.
@@ -212,7 +214,9 @@ fn file_table(folder: &Path) -> Result<Map<String, Value>, FormatError> {
     for entry in fs::read_dir(folder).map_err(FormatError::io(folder))? {
         let entry = entry.map_err(FormatError::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.path().is_file() && name != MANIFEST && name != REPORT && name != MARKER {
+        if entry.path().is_file()
+            && ![MANIFEST, REPORT, REPORT_PAGE, MARKER].contains(&name.as_str())
+        {
             names.push(name);
         }
     }

@@ -142,6 +142,7 @@ impl Checkpoint {
                 || name == INDEX
                 || name == crate::artifact::MANIFEST
                 || name == crate::artifact::REPORT
+                || name == crate::artifact::REPORT_PAGE
                 || name == "quantize_config.json"
                 || [".safetensors", ".bin", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"]
                     .iter()

@@ -1,9 +1,11 @@
 //! Running blocks on activations: the pieces that calibration, evaluation and generation share.
 
+use std::cell::RefCell;
+
 use attar_ir::{BlockState, Site, Weight};
 use attar_tensor::{
     Mat, TensorSource,
-    linalg::{first_non_finite, gemm_nt, rms_norm_row, silu_mul},
+    linalg::{PackedRows, first_non_finite, gemm_nt, rms_norm_row, silu_mul},
 };
 use rayon::prelude::*;
 
@@ -25,6 +27,24 @@ impl LinearOp for Mat {
         let (n, k) = self.dim();
         let w = self.as_slice().expect("weights are in standard layout");
         gemm_nt((m, n, k), 1.0, (x, k), (w, k), false, (out, n));
+    }
+}
+
+/// A weight that many windows are multiplied with.
+struct PackedWeight(PackedRows);
+
+impl PackedWeight {
+    fn new(weight: &Mat) -> Self {
+        let (n, k) = weight.dim();
+        let rows = weight.as_slice().expect("weights are in standard layout");
+        Self(PackedRows::new((rows, k), n, k))
+    }
+}
+
+impl LinearOp for PackedWeight {
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let (k, n) = (x.len() / m.max(1), out.len() / m.max(1));
+        self.0.gemm_nt(m, (x, k), (out, n));
     }
 }
 
@@ -113,9 +133,12 @@ impl<'a> BlockOps<'a> {
             .iter()
             .enumerate()
             .map(|(site, linear)| {
-                wanted.contains(&site).then(|| match &linear.weight {
-                    Weight::Dense(weight) => Box::new(weight) as Box<dyn LinearOp + 'a>,
-                    Weight::Quantized(weight) => Box::new(weight.dequantize()),
+                wanted.contains(&site).then(|| {
+                    let packed = match &linear.weight {
+                        Weight::Dense(weight) => PackedWeight::new(weight),
+                        Weight::Quantized(weight) => PackedWeight::new(&weight.dequantize()),
+                    };
+                    Box::new(packed) as Box<dyn LinearOp + 'a>
                 })
             })
             .collect();
@@ -128,11 +151,22 @@ impl<'a> BlockOps<'a> {
     }
 
     pub(crate) fn apply(&self, site: usize, out_features: usize, x: &[f32], m: usize) -> Vec<f32> {
-        let mut out = vec![0.0; m * out_features];
-        self.linears[site]
-            .as_ref()
-            .expect("a stage names the sites it runs")
-            .matmul(x, m, &mut out);
+        let mut out = Vec::new();
+        self.apply_into(site, out_features, x, m, &mut out);
+        out
+    }
+
+    /// As `apply`, into a buffer whose memory is used again.
+    pub(crate) fn apply_into(
+        &self,
+        site: usize,
+        out_features: usize,
+        x: &[f32],
+        m: usize,
+        out: &mut Vec<f32>,
+    ) {
+        out.resize(m * out_features, 0.0);
+        self.linears[site].as_ref().expect("a stage names the sites it runs").matmul(x, m, out);
         if let Some(bias) = &self.biases[site] {
             for row in out.chunks_mut(out_features) {
                 for (value, bias) in row.iter_mut().zip(bias) {
@@ -140,8 +174,12 @@ impl<'a> BlockOps<'a> {
                 }
             }
         }
-        out
     }
+}
+
+thread_local! {
+    /// Activations inside a block; windows come one after the other, and fresh memory costs page faults.
+    static BUFFERS: RefCell<[Vec<f32>; 4]> = const { RefCell::new([const { Vec::new() }; 4]) };
 }
 
 /// What runs one window through one block, step by step.
@@ -156,12 +194,17 @@ pub(crate) const SITES_OF: [&[usize]; 4] = [&[0, 1, 2], &[3], &[4, 5], &[6]];
 
 impl Walk<'_> {
     pub(crate) fn norm(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
+        let mut out = Vec::new();
+        self.norm_into(weight, x, &mut out);
+        out
+    }
+
+    fn norm_into(&self, weight: &[f32], x: &[f32], out: &mut Vec<f32>) {
         let hidden = self.decoder.spec.hidden;
-        let mut out = vec![0.0; x.len()];
+        out.resize(x.len(), 0.0);
         for (x, out) in x.chunks(hidden).zip(out.chunks_mut(hidden)) {
             rms_norm_row(x, weight, self.decoder.spec.rms_eps, out);
         }
-        out
     }
 
     /// From stage `stage` to the next: `x` is the residual stream, `mid` what lies beside it at stages
@@ -175,39 +218,41 @@ impl Walk<'_> {
                 *x += y;
             }
         };
+        let mut buffers = BUFFERS.take();
+        let [h, a, b, c] = &mut buffers;
         match stage {
             0 => {
-                let h = self.norm(&ops.norms[0], x);
-                let mut q = ops.apply(0, out(0), &h, m);
-                let mut k = ops.apply(1, out(1), &h, m);
-                let v = ops.apply(2, out(2), &h, m);
+                self.norm_into(&ops.norms[0], x, h);
+                ops.apply_into(0, out(0), h, m, a);
+                ops.apply_into(1, out(1), h, m, b);
+                ops.apply_into(2, out(2), h, m, c);
                 let (qn, kn) = match &ops.qk_norm {
                     Some((q, k)) => (Some(q.as_slice()), Some(k.as_slice())),
                     None => (None, None),
                 };
-                place_heads(spec, self.rope, qn, 0, out(0), &mut q);
-                place_heads(spec, self.rope, kn, 0, out(1), &mut k);
-                *mid = vec![0.0; q.len()];
-                attend(spec, spec.window[self.index], 0, (&q, &k, &v), mid);
+                place_heads(spec, self.rope, qn, 0, out(0), a);
+                place_heads(spec, self.rope, kn, 0, out(1), b);
+                mid.resize(a.len(), 0.0);
+                attend(spec, spec.window[self.index], 0, (a, b, c), mid);
             }
             1 => {
-                let y = ops.apply(3, out(3), mid, m);
-                add(x, &y);
+                ops.apply_into(3, out(3), mid, m, a);
+                add(x, a);
                 mid.clear();
             }
             2 => {
-                let h = self.norm(&ops.norms[1], x);
-                let mut gate = ops.apply(4, out(4), &h, m);
-                let up = ops.apply(5, out(5), &h, m);
-                silu_mul(&mut gate, &up);
-                *mid = gate;
+                self.norm_into(&ops.norms[1], x, h);
+                ops.apply_into(4, out(4), h, m, mid);
+                ops.apply_into(5, out(5), h, m, a);
+                silu_mul(mid, a);
             }
             _ => {
-                let y = ops.apply(6, out(6), mid, m);
-                add(x, &y);
+                ops.apply_into(6, out(6), mid, m, a);
+                add(x, a);
                 mid.clear();
             }
         }
+        BUFFERS.set(buffers);
     }
 }
 

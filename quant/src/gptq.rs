@@ -308,6 +308,30 @@ mod tests {
     }
 
     #[test]
+    fn every_width_of_group_is_refined() {
+        for (n, granularity) in [
+            (640, Granularity::Channel),
+            (1280, Granularity::Group(640)),
+            (96, Granularity::Group(24)),
+            (384, Granularity::Group(192)),
+        ] {
+            let h = correlated(n, 2 * n, 7);
+            let w = Mat::from_shape_vec((21, n), Rng::new(5).normals(21 * n)).unwrap();
+            let s = QuantScheme { granularity, ..scheme(3, 64, true) };
+            let mut last = f64::INFINITY;
+            for refine in [0, 1, 2] {
+                let options = Options { refine, ..Options::default() };
+                let factor = factorize(&h, &options, "test").unwrap();
+                let (q, errors) = quantize(&w, &factor, s, &options);
+                let found = loss(&w, &q, &h);
+                assert!((errors.output / found - 1.0).abs() < 1e-3, "{n} {errors:?} {found}");
+                assert!(found < last, "{n} {refine}: {found} {last}");
+                last = found;
+            }
+        }
+    }
+
+    #[test]
     fn dead_columns_and_singular_hessians_are_events() {
         let n = 64;
         let mut h = Mat::zeros((n, n));

@@ -132,9 +132,8 @@ pub(super) fn predict(facts: &Facts<'_>) -> (Memory, usize, Work) {
                 }
                 // What a linear feeds on without a norm between lies beside the residual stream.
                 let beside = 4 * tokens * input.width;
-                let no_norm = |fold: &Fold| {
-                    fold.input == at && matches!(fold.producer, Producer::Rows(_))
-                };
+                let no_norm =
+                    |fold: &Fold| fold.input == at && matches!(fold.producer, Producer::Rows(_));
                 if beside <= stream_in_memory && block.folds.iter().any(no_norm) {
                     stage.beside = beside;
                 }
@@ -168,7 +167,8 @@ pub(super) fn predict(facts: &Facts<'_>) -> (Memory, usize, Work) {
         let reads = block.inputs.len() - 1;
         if advances && block.index == last_observed {
             // Nobody reads what the last observed block puts out.
-            let last = block.sites.iter().enumerate().filter(|(at, _)| block.input_of(*at) == reads);
+            let last =
+                block.sites.iter().enumerate().filter(|(at, _)| block.input_of(*at) == reads);
             let weights: usize = last.map(|(_, site)| site.weights()).sum();
             work.forward -= 2.0 * weights as f64 * tokens as f64;
         }
@@ -191,7 +191,8 @@ pub(super) fn predict(facts: &Facts<'_>) -> (Memory, usize, Work) {
     let spills = 4 * tokens * graph.hidden > stream_in_memory;
     memory.stream = worst.beside + if spills { 0 } else { stream };
     let beside = 4 * tokens * widest;
-    let scratch = if spills { stream } else { 0 } + if beside > stream_in_memory { beside } else { 0 };
+    let scratch =
+        if spills { stream } else { 0 } + if beside > stream_in_memory { beside } else { 0 };
     (memory, scratch, work)
 }
 

@@ -335,9 +335,9 @@ impl WithSimd for Refine<'_, '_> {
                     tile.descend(simd, &mut residual, span, (group, group + step), r);
                 }
             }
-            for at in 0..width {
+            for (at, &old) in old.iter().enumerate() {
                 let place = (first + at) * rows + r;
-                let change = simd.sub_f32s(tile.values(simd, first + at, r), old[at]);
+                let change = simd.sub_f32s(tile.values(simd, first + at, r), old);
                 store::<S>(delta, at * rows + r, change);
                 let error = simd.sub_f32s(load::<S>(&tile.error, place), change);
                 store::<S>(&mut tile.error, place, error);

@@ -12,7 +12,7 @@ use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
-use super::microkernel::{Operand, Product, multiply};
+use super::microkernel::{Operand, Product, multiply, pack_panels};
 use crate::Mat;
 
 /// Fewest rows of `out` for which operands are packed.
@@ -92,7 +92,40 @@ pub fn gemm_nt(
     (out, ldo): (&mut [f32], usize),
 ) {
     let (a, b) = (along_depth(a), along_depth(b));
-    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, below: None });
+    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, panels: None, below: None });
+}
+
+/// The rows of `b [n, k]` packed once for many products `a · bᵀ`, in place of the rows themselves.
+#[derive(Debug, Clone)]
+pub struct PackedRows {
+    n: usize,
+    k: usize,
+    data: Vec<f32>,
+    start: usize,
+}
+
+impl PackedRows {
+    /// Packs `b [n, k]`.
+    pub fn new(b: Rows<'_>, n: usize, k: usize) -> Self {
+        let (data, start) = pack_panels(along_depth(b), n, k);
+        Self { n, k, data, start }
+    }
+
+    /// `out [m, n] = a [m, k] · bᵀ`.
+    pub fn gemm_nt(&self, m: usize, a: Rows<'_>, (out, ldo): (&mut [f32], usize)) {
+        let a = along_depth(a);
+        multiply(Product {
+            shape: (m, self.n, self.k),
+            alpha: 1.0,
+            a,
+            b: a,
+            add: false,
+            out,
+            ldo,
+            panels: Some(&self.data[self.start..]),
+            below: None,
+        });
+    }
 }
 
 /// `out [m, n] (+)= alpha · a [m, k] · b [k, n]`; see [`gemm_nt`].
@@ -108,7 +141,7 @@ pub fn gemm_nn(
     (out, ldo): (&mut [f32], usize),
 ) {
     let (a, b) = (along_depth(a), across_depth(b));
-    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, below: None });
+    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, panels: None, below: None });
 }
 
 /// `out [m, n] (+)= alpha · (a [k, m])ᵀ · b [k, n]`; see [`gemm_nt`].
@@ -124,7 +157,7 @@ pub fn gemm_tn(
     (out, ldo): (&mut [f32], usize),
 ) {
     let (a, b) = (across_depth(a), across_depth(b));
-    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, below: None });
+    run(shape.0 < THIN, Product { shape, alpha, a, b, add, out, ldo, panels: None, below: None });
 }
 
 /// [`gemm_nt`] with blocks of rows of `out` spread over rayon's current pool; the same bits.
@@ -145,7 +178,7 @@ pub fn par_gemm_nt(
         let first = task * ROWS_PER_TASK;
         let shape = (ROWS_PER_TASK.min(m - first), n, k);
         let a = along_depth((&a[first * lda..], lda));
-        run(m < THIN, Product { shape, alpha, a, b, add, out, ldo, below: None });
+        run(m < THIN, Product { shape, alpha, a, b, add, out, ldo, panels: None, below: None });
     });
 }
 
@@ -196,11 +229,17 @@ fn into(
     }
     let shape = (m, n, k);
     if let Some(to) = out.as_slice_mut() {
-        run(m < THIN, Product { shape, alpha, a, b, add, out: to, ldo: n, below: None });
+        run(
+            m < THIN,
+            Product { shape, alpha, a, b, add, out: to, ldo: n, panels: None, below: None },
+        );
     } else {
         let mut product = Mat::zeros((m, n));
         let to = product.as_slice_mut().expect("fresh matrices are contiguous");
-        run(m < THIN, Product { shape, alpha, a, b, add: false, out: to, ldo: n, below: None });
+        run(
+            m < THIN,
+            Product { shape, alpha, a, b, add: false, out: to, ldo: n, panels: None, below: None },
+        );
         if add { out += &product } else { out.assign(&product) }
     }
 }
@@ -319,6 +358,11 @@ mod tests {
             if m > 1 {
                 assert!((out[n] - 1.0).abs() < f32::EPSILON, "padding is left alone");
             }
+            let mut packed = vec![1.0; m * ldo];
+            PackedRows::new((&b, ldb), n, k).gemm_nt(m, (&a, lda), (&mut packed, ldo));
+            let got: Vec<f32> =
+                (0..m).flat_map(|i| packed[i * ldo..i * ldo + n].to_vec()).collect();
+            assert!(distance(&got, &want).nmse < 1e-10, "packed {m} {n} {k}");
             let bt = Mat::from_shape_fn((k, n), |(l, j)| b[j * ldb + l]);
             let am = Mat::from_shape_fn((m, k), |(i, l)| a[i * lda + l]);
             assert!(distance(matmul_nn(&am, &bt).as_slice().unwrap(), &want).nmse < 1e-10);

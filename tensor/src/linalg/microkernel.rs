@@ -44,6 +44,8 @@ pub(super) struct Product<'a> {
     pub(super) add: bool,
     pub(super) out: &'a mut [f32],
     pub(super) ldo: usize,
+    /// B packed beforehand by [`pack_panels`]; `b` is then not read.
+    pub(super) panels: Option<&'a [f32]>,
     /// `Some(d)`: elements with `column > row + d` are not wanted and may be left unwritten.
     pub(super) below: Option<usize>,
 }
@@ -235,8 +237,13 @@ impl Product<'_> {
         (i0, block, j, l0, depth): (usize, usize, usize, usize, usize),
     ) {
         let columns = W.min(self.shape.1 - j);
-        pack::<I, W>(isa, self.b, j, columns, l0, &mut packed_b[..W * depth]);
-        let (b, _) = I::as_simd_f32s(&packed_b[..W * depth]);
+        let panel = if let Some(panels) = self.panels {
+            &panels[l0 * self.shape.1.next_multiple_of(I::F32_LANES) + j * depth..]
+        } else {
+            pack::<I, W>(isa, self.b, j, columns, l0, &mut packed_b[..W * depth]);
+            &*packed_b
+        };
+        let (b, _) = I::as_simd_f32s(&panel[..W * depth]);
         let (b, _) = b.as_chunks::<NV>();
         for (p, i) in (0..block).step_by(MR).enumerate() {
             let rows = MR.min(block - i);
@@ -291,6 +298,71 @@ impl Product<'_> {
             }
         }
     }
+}
+
+/// Packs every panel of B, `[n, k]` by `b`, in the order in which `Product::run` visits them.
+struct Pack<'a, I> {
+    isa: I,
+    b: Operand<'a>,
+    shape: (usize, usize),
+    dest: &'a mut [f32],
+}
+
+impl<I: Isa> Pack<'_, I> {
+    #[inline(always)]
+    fn run<const W1: usize, const W2: usize, const W3: usize>(self) {
+        let Self { isa, b, shape: (n, k), dest } = self;
+        let width = n.next_multiple_of(W1);
+        for l0 in (0..k).step_by(KC) {
+            let depth = KC.min(k - l0);
+            let mut j = 0;
+            while j < n {
+                let to = &mut dest[l0 * width + j * depth..];
+                let left = n - j;
+                if left > W2 {
+                    pack::<I, W3>(isa, b, j, W3.min(left), l0, &mut to[..W3 * depth]);
+                    j += W3;
+                } else if left > W1 {
+                    pack::<I, W2>(isa, b, j, W2.min(left), l0, &mut to[..W2 * depth]);
+                    j += W2;
+                } else {
+                    pack::<I, W1>(isa, b, j, left, l0, &mut to[..W1 * depth]);
+                    j += W1;
+                }
+            }
+        }
+    }
+}
+
+impl<I: Isa> WithSimd for Pack<'_, I> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match I::F32_LANES {
+            16 => self.run::<16, 32, 48>(),
+            8 => self.run::<8, 16, 24>(),
+            _ => self.run::<1, 2, 3>(),
+        }
+    }
+}
+
+/// All of B for [`Product::panels`], beginning at a cache line from the returned index on.
+pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
+    let mut data = vec![0.0f32; n.next_multiple_of(LINE) * k + LINE];
+    let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
+    let (shape, dest) = ((n, k), &mut data[start..]);
+    match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(isa) => Simd::vectorize(isa, Pack { isa, b, shape, dest }),
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(isa) => Simd::vectorize(isa, Pack { isa, b, shape, dest }),
+        _ => {
+            let isa = pulp::Scalar::new();
+            Simd::vectorize(isa, Pack { isa, b, shape, dest });
+        }
+    }
+    (data, start)
 }
 
 struct Entry<'a, I> {

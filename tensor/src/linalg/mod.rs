@@ -11,8 +11,8 @@ pub mod syrk;
 
 pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper, solve_spd};
 pub use gemm::{
-    gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into, matmul_tn,
-    matmul_tn_into, par_gemm_nt,
+    PackedRows, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into,
+    matmul_tn, matmul_tn_into, par_gemm_nt,
 };
 pub use simd::{
     abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,

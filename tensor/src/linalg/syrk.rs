@@ -73,6 +73,7 @@ impl GramAccumulator {
                     add: false,
                     out: &mut out,
                     ldo: columns,
+                    panels: None,
                     below: Some(row),
                 });
                 let lines = sum.chunks_exact_mut(columns).zip(out.chunks_exact(columns));
