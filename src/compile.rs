@@ -402,7 +402,9 @@ pub(crate) fn compile(
         }
         time.verify += started.elapsed().as_secs_f64();
         let opened = Opened::open(&folder)?;
+        let started = Instant::now();
         let eval = measure.map(|measure| accuracy(job, &opened, measure)).transpose()?;
+        time.eval += started.elapsed().as_secs_f64();
         time.total = begun.elapsed().as_secs_f64();
         let report = Report {
             attar: env!("CARGO_PKG_VERSION").into(),

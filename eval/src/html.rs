@@ -205,6 +205,7 @@ fn time(out: &mut String, t: &Timings) -> std::fmt::Result {
         ("passes", t.solve),
         ("write", t.write),
         ("verify", t.verify),
+        ("eval", t.eval),
     ];
     let known: f64 = phases.iter().map(|(_, s)| s).sum();
     let total = t.total.max(known).max(1e-9);
@@ -221,8 +222,8 @@ fn time(out: &mut String, t: &Timings) -> std::fmt::Result {
              <rect x=\"{1}\" y=\"36\" width=\"10\" height=\"10\" fill=\"{0}\"/>\
              <text x=\"{2}\" y=\"46\" font-size=\"13\" fill=\"#1d2733\">{name} {seconds:.1}</text>",
             COLOURS[at],
-            at * 145,
-            at * 145 + 15
+            at * 128,
+            at * 128 + 15
         )?;
         x += width;
     }

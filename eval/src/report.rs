@@ -34,6 +34,9 @@ pub struct Timings {
     pub write: f64,
     /// Reading back and checking.
     pub verify: f64,
+    /// Measuring accuracy.
+    #[serde(default)]
+    pub eval: f64,
     /// Everything.
     pub total: f64,
 }

@@ -199,26 +199,25 @@ impl<'a> BlockRun<'a> {
             None
         };
         self.timing.forward += started.elapsed();
-        let batch = rayon::current_num_threads();
-        for first in (0..self.stream.windows()).step_by(batch) {
+        let batch = rayon::current_num_threads().min(self.stream.windows());
+        let mut slots = vec![(Vec::new(), Vec::new()); batch];
+        let mut normed = Vec::new();
+        for first in (0..self.stream.windows()).step_by(batch.max(1)) {
             let started = Instant::now();
             let last = (first + batch).min(self.stream.windows());
             let (stream, mid) = (&*self.stream, &old_mid);
-            let done: Vec<(Vec<f32>, Vec<f32>)> = (first..last)
-                .into_par_iter()
-                .map(|window| {
-                    let mut x = stream.read(window)?;
-                    let mut beside = match mid {
-                        Some(mid) => mid.read(window)?,
-                        None => Vec::new(),
-                    };
-                    for stage in from..to {
-                        walk.step(stage, &ops, &mut x, &mut beside);
-                    }
-                    Ok((x, beside))
-                })
-                .collect::<Result<_, std::io::Error>>()?;
-            for (window, (x, beside)) in (first..last).zip(&done) {
+            let slots = &mut slots[..last - first];
+            slots.par_iter_mut().enumerate().try_for_each(|(at, (x, beside))| {
+                stream.read_into(first + at, x)?;
+                if let Some(mid) = mid {
+                    mid.read_into(first + at, beside)?;
+                }
+                for stage in from..to {
+                    walk.step(stage, &ops, x, beside);
+                }
+                Ok::<_, std::io::Error>(())
+            })?;
+            for (window, (x, beside)) in (first..last).zip(&*slots) {
                 // Only the transitions out of stages 1 and 3 add to the residual stream.
                 if (from..to).any(|stage| stage % 2 == 1) {
                     self.stream.write(window, x)?;
@@ -230,9 +229,12 @@ impl<'a> BlockRun<'a> {
             self.timing.forward += started.elapsed();
             let started = Instant::now();
             if let Some(observer) = &mut observer {
-                for (x, beside) in &done {
+                for (x, beside) in &*slots {
                     match to {
-                        0 | 2 => observer.add(&walk.norm(&ops.norms[to / 2], x)),
+                        0 | 2 => {
+                            walk.norm_into(&ops.norms[to / 2], x, &mut normed);
+                            observer.add(&normed);
+                        }
                         _ => observer.add(beside),
                     }
                 }

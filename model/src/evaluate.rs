@@ -199,7 +199,7 @@ impl Walk<'_> {
         out
     }
 
-    fn norm_into(&self, weight: &[f32], x: &[f32], out: &mut Vec<f32>) {
+    pub(crate) fn norm_into(&self, weight: &[f32], x: &[f32], out: &mut Vec<f32>) {
         let hidden = self.decoder.spec.hidden;
         out.resize(x.len(), 0.0);
         for (x, out) in x.chunks(hidden).zip(out.chunks_mut(hidden)) {
@@ -208,7 +208,7 @@ impl Walk<'_> {
     }
 
     /// From stage `stage` to the next: `x` is the residual stream, `mid` what lies beside it at stages
-    /// 1 (attention output) and 3 (MLP activation).
+    /// 1 (attention output) and 3 (MLP activation); at 0 and 2 its content means nothing.
     pub(crate) fn step(&self, stage: usize, ops: &BlockOps<'_>, x: &mut [f32], mid: &mut Vec<f32>) {
         let spec = &self.decoder.spec;
         let m = x.len() / spec.hidden;
@@ -238,7 +238,6 @@ impl Walk<'_> {
             1 => {
                 ops.apply_into(3, out(3), mid, m, a);
                 add(x, a);
-                mid.clear();
             }
             2 => {
                 self.norm_into(&ops.norms[1], x, h);
@@ -249,7 +248,6 @@ impl Walk<'_> {
             _ => {
                 ops.apply_into(6, out(6), mid, m, a);
                 add(x, a);
-                mid.clear();
             }
         }
         BUFFERS.set(buffers);

@@ -96,13 +96,25 @@ impl Stream {
     /// # Errors
     /// When the scratch file cannot be read.
     pub fn read(&self, window: usize) -> io::Result<Vec<f32>> {
+        let mut out = Vec::new();
+        self.read_into(window, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`Stream::read`], into memory that is used again.
+    ///
+    /// # Errors
+    /// As [`Stream::read`].
+    pub fn read_into(&self, window: usize, out: &mut Vec<f32>) -> io::Result<()> {
         let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        out.resize(end - start, 0.0);
         match &self.store {
-            Store::Memory(values) => Ok(values[start..end].to_vec()),
+            Store::Memory(values) => {
+                out.copy_from_slice(&values[start..end]);
+                Ok(())
+            }
             Store::File(file) => {
-                let mut out = vec![0.0f32; end - start];
-                file.read_exact_at(bytemuck::cast_slice_mut(&mut out), start as u64 * 4)?;
-                Ok(out)
+                file.read_exact_at(bytemuck::cast_slice_mut(out), start as u64 * 4)
             }
         }
     }

@@ -84,7 +84,7 @@ fn print_report(path: &std::path::Path, report: &Report) {
     }
     let t = &report.timings;
     say!(
-        "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, write {:.1}, verify {:.1}; peak {:.0} MB (predicted {:.0} MB)",
+        "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, write {:.1}, verify {:.1}, eval {:.1}; peak {:.0} MB (predicted {:.0} MB)",
         t.total,
         t.read,
         t.forward,
@@ -92,6 +92,7 @@ fn print_report(path: &std::path::Path, report: &Report) {
         t.solve,
         t.write,
         t.verify,
+        t.eval,
         report.measured_peak_bytes.map_or(f64::NAN, mb),
         mb(report.predicted_peak_bytes)
     );

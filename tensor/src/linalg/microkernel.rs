@@ -18,6 +18,7 @@
 use std::cell::RefCell;
 
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 /// Products that are summed in registers before they reach `out`.
 pub(super) const KC: usize = 512;
@@ -300,35 +301,33 @@ impl Product<'_> {
     }
 }
 
-/// Packs every panel of B, `[n, k]` by `b`, in the order in which `Product::run` visits them.
+/// Packs the panels of B, `[n, k]` by `b`, at the depths from `l0` on, in the order in which `Product::run`
+/// visits them.
 struct Pack<'a, I> {
     isa: I,
     b: Operand<'a>,
-    shape: (usize, usize),
+    n: usize,
+    l0: usize,
+    depth: usize,
     dest: &'a mut [f32],
 }
 
 impl<I: Isa> Pack<'_, I> {
     #[inline(always)]
     fn run<const W1: usize, const W2: usize, const W3: usize>(self) {
-        let Self { isa, b, shape: (n, k), dest } = self;
-        let width = n.next_multiple_of(W1);
-        for l0 in (0..k).step_by(KC) {
-            let depth = KC.min(k - l0);
-            let mut j = 0;
-            while j < n {
-                let to = &mut dest[l0 * width + j * depth..];
-                let left = n - j;
-                if left > W2 {
-                    pack::<I, W3>(isa, b, j, W3.min(left), l0, &mut to[..W3 * depth]);
-                    j += W3;
-                } else if left > W1 {
-                    pack::<I, W2>(isa, b, j, W2.min(left), l0, &mut to[..W2 * depth]);
-                    j += W2;
-                } else {
-                    pack::<I, W1>(isa, b, j, left, l0, &mut to[..W1 * depth]);
-                    j += W1;
-                }
+        let Self { isa, b, n, l0, depth, dest } = self;
+        let mut j = 0;
+        while j < n {
+            let (to, left) = (&mut dest[j * depth..], n - j);
+            if left > W2 {
+                pack::<I, W3>(isa, b, j, W3.min(left), l0, &mut to[..W3 * depth]);
+                j += W3;
+            } else if left > W1 {
+                pack::<I, W2>(isa, b, j, W2.min(left), l0, &mut to[..W2 * depth]);
+                j += W2;
+            } else {
+                pack::<I, W1>(isa, b, j, left, l0, &mut to[..W1 * depth]);
+                j += W1;
             }
         }
     }
@@ -347,21 +346,40 @@ impl<I: Isa> WithSimd for Pack<'_, I> {
     }
 }
 
-/// All of B for [`Product::panels`], beginning at a cache line from the returned index on.
+/// All of B for [`Product::panels`], beginning at a cache line from the returned index on. Runs on rayon's
+/// current pool.
 pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
-    let mut data = vec![0.0f32; n.next_multiple_of(LINE) * k + LINE];
+    let arch = Arch::new();
+    let lanes = match arch {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(_) => 16,
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => 8,
+        _ => 1,
+    };
+    let width = n.next_multiple_of(lanes);
+    let mut data = vec![0.0f32; width * k + LINE];
     let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
-    let (shape, dest) = ((n, k), &mut data[start..]);
-    match Arch::new() {
-        #[cfg(target_arch = "x86_64")]
-        Arch::V4(isa) => Simd::vectorize(isa, Pack { isa, b, shape, dest }),
-        #[cfg(target_arch = "x86_64")]
-        Arch::V3(isa) => Simd::vectorize(isa, Pack { isa, b, shape, dest }),
-        _ => {
-            let isa = pulp::Scalar::new();
-            Simd::vectorize(isa, Pack { isa, b, shape, dest });
-        }
-    }
+    data[start..start + width * k].par_chunks_mut((width * KC).max(1)).enumerate().for_each(
+        |(block, dest)| {
+            let l0 = block * KC;
+            let depth = KC.min(k - l0);
+            match arch {
+                #[cfg(target_arch = "x86_64")]
+                Arch::V4(isa) => {
+                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
+                }
+                #[cfg(target_arch = "x86_64")]
+                Arch::V3(isa) => {
+                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
+                }
+                _ => {
+                    let isa = pulp::Scalar::new();
+                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
+                }
+            }
+        },
+    );
     (data, start)
 }
 
