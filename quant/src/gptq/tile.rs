@@ -119,7 +119,7 @@ impl Tile<'_> {
         }
         // Zero rows of padding stay exactly zero: their codes are their zero points.
         work.sweep(self.weight, options.block_size);
-        work.fill_error(self.weight);
+        work.fill_error();
         let (h, shape) = (work.hessian, (n, rows, n));
         work.residual = vec![0.0; n * rows];
         gemm_tn(shape, 1.0, (h, n), (&work.error, rows), false, (&mut work.residual, rows));
@@ -136,9 +136,12 @@ impl Tile<'_> {
                 }
             }
         }
-        for (r, codes) in self.codes.chunks_mut(n).enumerate() {
-            for (c, code) in codes.iter_mut().enumerate() {
-                *code = work.codes[c * rows + r] as u8;
+        for (first, codes) in self.codes.chunks_mut(LANES * n).enumerate() {
+            for c in 0..n {
+                let from = &work.codes[c * rows + first * LANES..][..LANES];
+                for (&code, row) in from.iter().zip(codes.chunks_mut(n)) {
+                    row[c] = code as u8;
+                }
             }
         }
         for (r, grids) in self.grids.chunks_mut(groups).enumerate() {
@@ -151,14 +154,20 @@ impl Tile<'_> {
 }
 
 impl Work<'_> {
-    /// Rounds column by column in the factor's order; fills `codes`.
+    /// Rounds column by column in the factor's order; fills `codes` and puts the weights into `error`.
     fn sweep(&mut self, weight: &[f32], block: usize) {
         let (n, rows) = (self.n, self.rows);
-        let mut work = vec![0.0f32; n * rows];
-        for (r, row) in weight.chunks(n).enumerate() {
-            for (i, &column) in self.factor.order.iter().enumerate() {
-                work[i * rows + r] = row[column];
+        for (first, lines) in weight.chunks(LANES * n).enumerate() {
+            for c in 0..n {
+                let to = &mut self.error[c * rows + first * LANES..][..LANES];
+                for (to, row) in to.iter_mut().zip(lines.chunks(n)) {
+                    *to = row[c];
+                }
             }
+        }
+        let mut work = Vec::with_capacity(n * rows);
+        for &column in &self.factor.order {
+            work.extend_from_slice(&self.error[column * rows..(column + 1) * rows]);
         }
         let mut errors = vec![0.0f32; block.min(n) * rows];
         let upper = &self.factor.upper;
@@ -175,12 +184,16 @@ impl Work<'_> {
         }
     }
 
-    fn fill_error(&mut self, weight: &[f32]) {
-        let (n, rows) = (self.n, self.rows);
-        for (r, row) in weight.chunks(n).enumerate() {
-            for (c, &w) in row.iter().enumerate() {
-                let (at, group) = (c * rows + r, c / self.size * rows + r);
-                self.error[at] = w - (self.codes[at] - self.zeros[group]) * self.scales[group];
+    /// Subtracts Ŵ from the weights that the sweep left in `error`.
+    fn fill_error(&mut self) {
+        let rows = self.rows;
+        let columns = self.error.chunks_mut(rows).zip(self.codes.chunks(rows));
+        for (c, (error, codes)) in columns.enumerate() {
+            let group = c / self.size * rows;
+            let (scales, zeros) = (&self.scales[group..][..rows], &self.zeros[group..][..rows]);
+            for (((e, &code), &scale), &zero) in error.iter_mut().zip(codes).zip(scales).zip(zeros)
+            {
+                *e -= (code - zero) * scale;
             }
         }
     }
