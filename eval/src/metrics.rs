@@ -5,7 +5,11 @@
 //! positions with the same most likely token. Sums in f64. Intervals are percentile bootstraps over
 //! windows, paired because both models see the same windows.
 
-use attar_tensor::{Mat, rng::Rng};
+use attar_tensor::{
+    Mat,
+    linalg::{exp_in_place, vectorize},
+    rng::Rng,
+};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -84,17 +88,75 @@ pub struct Evaluator {
     windows: Vec<Window>,
 }
 
-fn log_partition(row: &[f32]) -> (f64, usize) {
-    let (mut top, mut max) = (0, f32::NEG_INFINITY);
-    for (i, &v) in row.iter().enumerate() {
-        if v > max {
-            (top, max) = (i, v);
+/// Partial sums of a reduction over a row.
+const LANES: usize = 16;
+
+/// One row of logits: `log Σ e^v`, the index of the largest, and `e^(v − max)` of every entry with its sum.
+struct Row {
+    log_partition: f64,
+    top: usize,
+    exps: Vec<f32>,
+    sum: f64,
+}
+
+impl Row {
+    /// Exponentials in f32 (relative error under 1e-6), their sum in f64.
+    fn new(row: &[f32]) -> Self {
+        let mut exps = row.to_vec();
+        let (max, sum) = vectorize(
+            #[inline(always)]
+            || {
+                let mut max = [f32::NEG_INFINITY; LANES];
+                let (chunks, tail) = exps.as_chunks::<LANES>();
+                for chunk in chunks {
+                    for l in 0..LANES {
+                        max[l] = if chunk[l] > max[l] { chunk[l] } else { max[l] };
+                    }
+                }
+                let max = max.iter().chain(tail).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+                for v in &mut exps {
+                    *v -= max;
+                }
+                exp_in_place(&mut exps);
+                (max, reduce(&exps, &exps, |e, _| e))
+            },
+        );
+        let top = row.iter().position(|&v| v >= max).unwrap_or(0);
+        Self { log_partition: f64::from(max) + sum.ln(), top, exps, sum }
+    }
+
+    /// `Σ p (log p − log q)` with p of `self` and q of `other`, nats, from the logits of both.
+    fn divergence(&self, logits: &[f32], other: &Self, other_logits: &[f32]) -> f64 {
+        let shift = self.log_partition - other.log_partition;
+        let mut differences = logits.to_vec();
+        let total = vectorize(
+            #[inline(always)]
+            || {
+                for (d, q) in differences.iter_mut().zip(other_logits) {
+                    *d -= q;
+                }
+                // The shift is taken off in f64 before the weighted sum, so that nothing cancels in it.
+                reduce(&self.exps, &differences, |e, d| e * (d - shift))
+            },
+        );
+        total / self.sum
+    }
+}
+
+/// `Σ f(a, b)` in f64, in lanes of fixed order.
+#[inline(always)]
+fn reduce(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let ((a, tail_a), (b, tail_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            lanes[l] += f(f64::from(a[l]), f64::from(b[l]));
         }
     }
-    let mut shifted: Vec<f32> = row.iter().map(|v| v - max).collect();
-    attar_tensor::linalg::exp_in_place(&mut shifted);
-    let sum: f64 = shifted.iter().map(|&v| f64::from(v)).sum();
-    (f64::from(max) + sum.ln(), top)
+    for ((lane, &a), &b) in lanes.iter_mut().zip(tail_a).zip(tail_b) {
+        *lane += f(f64::from(a), f64::from(b));
+    }
+    lanes.iter().sum()
 }
 
 impl Evaluator {
@@ -127,24 +189,17 @@ impl Evaluator {
             .map(|t| {
                 let row = logits.row(t);
                 let row = row.as_slice().expect("rows are contiguous");
-                let (z, top) = log_partition(row);
+                let q = Row::new(row);
                 let next = ids[t + 1] as usize;
-                let mut window =
-                    Window { count: 1.0, nll: z - f64::from(row[next]), ..Window::default() };
+                let nll = q.log_partition - f64::from(row[next]);
+                let mut window = Window { count: 1.0, nll, ..Window::default() };
                 if let Some(reference) = reference {
-                    let p = reference.row(t);
-                    let p = p.as_slice().expect("rows are contiguous");
-                    let (zp, top_p) = log_partition(p);
-                    window.reference_nll = zp - f64::from(p[next]);
-                    window.same = f64::from(u8::from(top == top_p));
-                    window.kl = p
-                        .iter()
-                        .zip(row)
-                        .map(|(&p, &q)| {
-                            let lp = f64::from(p) - zp;
-                            lp.exp() * (lp - (f64::from(q) - z))
-                        })
-                        .sum();
+                    let logits = reference.row(t);
+                    let logits = logits.as_slice().expect("rows are contiguous");
+                    let p = Row::new(logits);
+                    window.reference_nll = p.log_partition - f64::from(logits[next]);
+                    window.same = f64::from(u8::from(q.top == p.top));
+                    window.kl = p.divergence(logits, &q, row);
                 }
                 window
             })
