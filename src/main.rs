@@ -3,11 +3,17 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the binary is what prints")]
 
-/// Prints a line; a reader that has gone away (`attar inspect ... | head`) is no error.
+/// Prints a line. A reader that has gone away (`attar inspect ... | head`) is no error; output that is lost
+/// otherwise (a full disk) must not look like success.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($text)*);
+        if let Err(error) = writeln!(std::io::stdout(), $($text)*)
+            && error.kind() != std::io::ErrorKind::BrokenPipe
+        {
+            eprintln!("error: standard output: {error}");
+            std::process::exit(2);
+        }
     }};
 }
 

@@ -161,3 +161,12 @@ fn an_output_that_cannot_be_written_is_refused_before_any_work() {
         assert!(code == 2 && error.contains("/proc/attar-out"), "{error}");
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_is_lost_is_no_success() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_attar"));
+    let status = command.arg("passes").stdout(full).stderr(std::process::Stdio::null());
+    assert_eq!(status.status().unwrap().code(), Some(2));
+}

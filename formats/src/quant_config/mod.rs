@@ -41,12 +41,12 @@ impl Pattern {
             .map_err(|error| format!("`{text}` is not a regular expression: {error}"))
     }
 
-    fn matches(&self, linear: &str) -> bool {
+    /// `None` when an expression backtracks beyond its limit.
+    fn matches(&self, linear: &str) -> Option<bool> {
         match self {
-            Self::Name(name) => name == linear,
-            // An expression that backtracks without end matches nothing.
-            Self::Regex(regex) => regex.is_match(linear).unwrap_or(false),
-            Self::Any => true,
+            Self::Name(name) => Some(name == linear),
+            Self::Regex(regex) => regex.is_match(linear).ok(),
+            Self::Any => Some(true),
         }
     }
 }
@@ -63,7 +63,10 @@ pub struct Parsed {
 impl Parsed {
     /// The scheme of a linear whose packed parts are present.
     pub fn scheme_of(&self, linear: &str) -> Option<QuantScheme> {
-        self.rules.iter().find(|(pattern, _)| pattern.matches(linear)).and_then(|(_, s)| *s)
+        // A rule that cannot be decided decides: a later one could give the wrong scheme.
+        let decides = |(pattern, _): &&(Pattern, _)| pattern.matches(linear) != Some(false);
+        let (pattern, scheme) = self.rules.iter().find(decides)?;
+        pattern.matches(linear).and(*scheme)
     }
 
     /// Suffix of the tensor whose presence marks a linear as quantized.
