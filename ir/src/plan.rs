@@ -8,12 +8,14 @@ mod check;
 mod error;
 mod predict;
 mod render;
+mod variant;
 
 use attar_tensor::{DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
 use serde::Serialize;
 
 pub use error::{PlanError, PlanErrors};
 pub use predict::{Memory, Work};
+pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;
 use crate::{Contract, Form, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream};
@@ -30,6 +32,8 @@ pub struct PassGraph<'a> {
     graph: ModelGraph,
     passes: Vec<Box<dyn Pass>>,
     recipe: &'a Recipe,
+    /// Places of the steps and of the emits in the recipe that this is a variant of.
+    numbers: (Vec<usize>, Vec<usize>),
     layouts: &'a [&'a dyn LayoutSpec],
     source: &'a [TensorHeader],
     calibration_tokens: usize,
@@ -53,7 +57,23 @@ impl<'a> PassGraph<'a> {
     ) -> Self {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
         let stream_in_memory = STREAM_IN_MEMORY;
-        Self { graph, passes, recipe, layouts, source, calibration_tokens, stream_in_memory }
+        let numbers = Default::default();
+        Self {
+            graph,
+            passes,
+            recipe,
+            numbers,
+            layouts,
+            source,
+            calibration_tokens,
+            stream_in_memory,
+        }
+    }
+
+    /// Calls steps and emits by their places in the recipe that this is a variant of.
+    pub fn numbered(mut self, variant: &Variant) -> Self {
+        self.numbers = (variant.steps.clone(), variant.emits.clone());
+        self
     }
 
     /// Sets how many bytes of activations stay in memory.
@@ -76,9 +96,14 @@ impl<'a> PassGraph<'a> {
 pub struct PlanStep {
     /// `step[i] (pass)`.
     pub label: String,
+    /// Place in the recipe.
+    pub number: usize,
     /// Name of the pass.
     pub pass: String,
-    /// What the pass promised.
+    /// The pass's own options, as written.
+    #[serde(skip)]
+    pub options: toml::Table,
+    /// What the pass promised, with the `upstream` that the step asks for.
     #[serde(skip)]
     pub contract: Contract,
     /// Targets per block, `targets[block.index]`; the epilogue comes last.

@@ -12,10 +12,13 @@ pub use pattern::{matches, nearest, selects};
 pub use preset::PRESETS;
 pub use schema::json_schema;
 
-use crate::{Pass, PassDef};
+use crate::{Pass, PassDef, Upstream};
 
 /// Keys of a `[[step]]` that are read here; all others are options of the pass.
-pub const STEP_KEYS: &[&str] = &["pass", "id", "after", "sites", "keep", "scheme"];
+pub const STEP_KEYS: &[&str] = &["pass", "id", "after", "sites", "keep", "scheme", "upstream"];
+
+/// What `after` names to begin at the checkpoint.
+pub const SOURCE: &str = "source";
 
 /// Sites that a step leaves alone unless it says otherwise.
 pub const DEFAULT_KEEP: &[&str] = &["lm_head", "embed_tokens"];
@@ -99,7 +102,7 @@ pub struct Step {
     pub pass: String,
     /// Name of this step, for `after` and `of`.
     pub id: Option<String>,
-    /// The step that this one follows; the one before it when absent.
+    /// The step that this one follows, or [`SOURCE`]; the one before it when absent.
     pub after: Option<String>,
     /// Patterns of the sites to work on, see [`selects`].
     pub sites: Vec<String>,
@@ -107,6 +110,8 @@ pub struct Step {
     pub keep: Vec<String>,
     /// Quantization numbers, for steps that quantize.
     pub scheme: Option<SchemeSpec>,
+    /// Which activations the statistics come from; the pass chooses when absent.
+    pub upstream: Option<Upstream>,
     /// The pass's own options, read by [`PassDef::build`].
     pub options: toml::Table,
 }
@@ -121,6 +126,7 @@ impl Step {
             sites: vec!["*".to_owned()],
             keep: DEFAULT_KEEP.iter().map(|&k| k.to_owned()).collect(),
             scheme: None,
+            upstream: None,
             options: toml::Table::new(),
         }
     }
@@ -143,7 +149,7 @@ pub struct Emit {
     pub container: String,
     /// Subdirectory of the output; the plan chooses when absent.
     pub dir: Option<String>,
-    /// The step whose result is written; the last one when absent.
+    /// The step whose result is written; every step that no other follows when absent.
     pub of: Option<String>,
 }
 

@@ -311,6 +311,7 @@ impl Pass for Awq {
                 let columns: Vec<f32> =
                     (0..mean.len()).map(|c| scale[fold.map.producer_of(c)]).collect();
                 stats.inputs[fold.input].as_mut().expect("present above").fold(&columns);
+                state.scale_input(fold.input, &columns);
                 for &site in consumers {
                     events[site].push(Event::Chosen { name: "alpha".into(), value: alpha });
                 }

@@ -9,7 +9,7 @@ use super::{
     PlannedEmit, SitePlan, predict,
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
-use crate::{Block, Form, ModelGraph, Needs, Numeric, Producer, Site, Target, Touches};
+use crate::{Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Target, Touches};
 
 /// The emitted name of the embedding.
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -18,12 +18,28 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
-    let PassGraph { graph, passes, recipe, layouts, source, calibration_tokens, stream_in_memory } =
-        input;
+    let PassGraph {
+        graph,
+        passes,
+        recipe,
+        numbers,
+        layouts,
+        source,
+        calibration_tokens,
+        stream_in_memory,
+    } = input;
     let mut errors = Vec::new();
-    let labels: Vec<_> = recipe.steps.iter().enumerate().map(|(i, s)| s.label(i)).collect();
-    check_chain(recipe, &mut errors);
-    let emits = resolve_emits(recipe, layouts, &labels, &mut errors);
+    // Steps and emits are called by their places in the recipe as it was written.
+    let place = |list: &[usize], at: usize| list.get(at).copied().unwrap_or(at);
+    let labels: Vec<_> =
+        recipe.steps.iter().enumerate().map(|(i, s)| s.label(place(&numbers.0, i))).collect();
+    if recipe.steps.is_empty() {
+        errors.push(PlanError::NoSteps);
+    }
+    if recipe.emits.is_empty() && !labels.is_empty() {
+        errors.push(PlanError::NeverEmitted { steps: labels.join(", ") });
+    }
+    let emits = resolve_emits(recipe, layouts, &numbers.1, &mut errors);
 
     let selected: Vec<Vec<Place>> = recipe
         .steps
@@ -31,7 +47,14 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .zip(&labels)
         .map(|(step, label)| select(&graph, step, label, &mut errors))
         .collect();
-    let contracts: Vec<_> = passes.iter().map(|pass| pass.contract()).collect();
+    let contracts: Vec<_> = passes
+        .iter()
+        .zip(&recipe.steps)
+        .map(|(pass, step)| {
+            let own = pass.contract();
+            Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own }
+        })
+        .collect();
     let quantizes: Vec<_> =
         contracts.iter().map(|c| c.produces.numeric == Some(Numeric::Quantized)).collect();
 
@@ -41,6 +64,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             (None, true) => errors.push(PlanError::SchemeMissing { step: label.clone() }),
             (Some(_), false) => errors.push(PlanError::SchemeUnused { step: label.clone() }),
             _ => {}
+        }
+    }
+    for ((step, label), contract) in recipe.steps.iter().zip(&labels).zip(&contracts) {
+        if step.upstream.is_some() && contract.needs.is_empty() {
+            errors.push(PlanError::UpstreamUnused { step: label.clone() });
         }
     }
     let scheme_of = |step: usize, site: &Site| -> Option<QuantScheme> {
@@ -145,7 +173,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         }
         steps.push(PlanStep {
             label: label.clone(),
+            number: place(&numbers.0, index),
             pass: recipe.steps[index].pass.clone(),
+            options: recipe.steps[index].options.clone(),
             contract: *contract,
             sites: targets.iter().map(Vec::len).sum(),
             targets,
@@ -227,65 +257,18 @@ fn block_at(graph: &ModelGraph, index: usize) -> &Block {
     graph.blocks.get(index).unwrap_or(&graph.epilogue)
 }
 
-/// `id`s are unique, `after` names the step before.
-fn check_chain(recipe: &Recipe, errors: &mut Vec<PlanError>) {
-    if recipe.steps.is_empty() {
-        errors.push(PlanError::NoSteps);
-    }
-    for (index, step) in recipe.steps.iter().enumerate() {
-        let earlier = &recipe.steps[..index];
-        if let Some(id) = &step.id
-            && let Some(first) = earlier.iter().position(|s| s.id.as_ref() == Some(id))
-        {
-            errors.push(PlanError::DuplicateId { index, id: id.clone(), first });
-        }
-        if let Some(after) = &step.after {
-            let path = format!("step[{index}].after");
-            let which = "earlier step";
-            check_reference(earlier, path, which, "step before it", after, errors);
-        }
-    }
-}
-
-/// `id` must be the last of `steps`.
-fn check_reference(
-    steps: &[Step],
-    path: String,
-    which: &'static str,
-    expected: &'static str,
-    id: &str,
-    errors: &mut Vec<PlanError>,
-) {
-    match steps.iter().rposition(|step| step.id.as_deref() == Some(id)) {
-        Some(at) if at + 1 == steps.len() => {}
-        Some(_) => errors.push(PlanError::Branch { path, id: id.to_owned(), expected }),
-        None => {
-            let ids = steps.iter().filter_map(|step| step.id.as_deref());
-            let hint =
-                nearest(id, ids).map_or(String::new(), |id| format!("; did you mean `{id}`?"));
-            errors.push(PlanError::UnknownStep { path, which, id: id.to_owned(), hint });
-        }
-    }
-}
-
 fn resolve_emits<'a>(
     recipe: &Recipe,
     layouts: &'a [&'a dyn LayoutSpec],
-    labels: &[String],
+    numbers: &[usize],
     errors: &mut Vec<PlanError>,
 ) -> Vec<ResolvedEmit<'a>> {
-    if recipe.emits.is_empty() && !labels.is_empty() {
-        errors.push(PlanError::NeverEmitted { steps: labels.join(", ") });
-    }
     let mut resolved: Vec<ResolvedEmit<'a>> = Vec::new();
-    for (index, emit) in recipe.emits.iter().enumerate() {
+    for (at, emit) in recipe.emits.iter().enumerate() {
+        let index = numbers.get(at).copied().unwrap_or(at);
         if !CONTAINERS.contains(&emit.container.as_str()) {
             let container = emit.container.clone();
             errors.push(PlanError::UnknownContainer { emit: index, container });
-        }
-        if let Some(of) = &emit.of {
-            let path = format!("emit[{index}].of");
-            check_reference(&recipe.steps, path, "step", "last step", of, errors);
         }
         let Some(spec) = layouts.iter().find(|layout| layout.id().0 == emit.layout) else {
             let names = || layouts.iter().map(|layout| layout.id().0);

@@ -118,15 +118,17 @@ pub enum PlanError {
         /// The nearest id.
         hint: String,
     },
-    /// More than a chain.
-    #[error("{path}: `{id}` is not the {expected}; branching graphs come with a later version")]
-    Branch {
-        /// Key path.
-        path: String,
-        /// The id.
-        id: String,
-        /// What a chain would name here.
-        expected: &'static str,
+    /// The checkpoint's name on a step.
+    #[error("step[{index}].id: `source` means the checkpoint; choose another id")]
+    ReservedId {
+        /// The step.
+        index: usize,
+    },
+    /// An upstream on a step that reads no statistics.
+    #[error("{step}: reads no statistics, so its `upstream` would be ignored; take it away")]
+    UpstreamUnused {
+        /// The step.
+        step: String,
     },
     /// Work for nothing.
     #[error("the result of {steps} is never emitted; add an [[emit]] with a layout")]

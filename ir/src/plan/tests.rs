@@ -206,7 +206,10 @@ fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
     let graph = graph();
     let headers = source(&graph);
     let layouts: [&dyn LayoutSpec; 3] = [&CT, &GPTQ, &AWQ];
-    PassGraph::new(graph, passes.collect(), recipe, &layouts, &headers, tokens).check()
+    let variant = variants(recipe)?.remove(0);
+    PassGraph::new(graph, passes.collect(), &variant.recipe, &layouts, &headers, tokens)
+        .numbered(&variant)
+        .check()
 }
 
 fn plan(text: &str) -> Result<Plan, PlanErrors> {
@@ -353,7 +356,6 @@ fn everything_wrong_is_told_at_once() {
 [[step]]
 pass = \"awq\"
 sites = \"mpl.*\"
-after = \"start\"
 [[step]]
 pass = \"gptq\"
 sites = \"self_attn.*\"
@@ -434,12 +436,12 @@ fn refusals() {
         (
             "of an earlier step",
             format!("{awq}id = \"scale\"\n{GPTQ_STEP}{EMIT}of = \"scale\"\n"),
-            "emit[0].of: `scale` is not the last step; branching graphs come with a later version",
+            "the result of step[1] (gptq) is never emitted",
         ),
         (
-            "branch",
-            format!("{awq}id = \"a\"\n{awq}id = \"b\"\n{GPTQ_STEP}after = \"a\"\n{EMIT}"),
-            "step[2].after: `a` is not the step before it; branching graphs come with a later version",
+            "upstream of no use",
+            format!("{rtn}{EMIT}").replace("scheme", "upstream = \"original\"\nscheme"),
+            "step[0] (rtn): reads no statistics, so its `upstream` would be ignored",
         ),
         (
             "duplicate id",

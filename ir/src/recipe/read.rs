@@ -3,6 +3,8 @@
 use attar_tensor::Granularity;
 use toml::{Table, Value};
 
+use crate::Upstream;
+
 use super::{Calibration, Emit, GateSpec, Recipe, RecipeError, STEP_KEYS, SchemeSpec, Step};
 
 type Result<T> = std::result::Result<T, RecipeError>;
@@ -82,6 +84,15 @@ fn step(mut table: Keys) -> Result<Step> {
         sites: table.strings("sites")?.unwrap_or(default.sites),
         keep: table.strings("keep")?.unwrap_or(default.keep),
         scheme: table.table("scheme")?.map(scheme).transpose()?,
+        upstream: match table.string("upstream")?.as_deref() {
+            None => None,
+            Some("original") => Some(Upstream::Original),
+            Some("compressed") => Some(Upstream::Compressed),
+            Some(other) => {
+                let reason = format!("expected `original` or `compressed`, got `{other}`");
+                return Err(RecipeError::invalid(table.path("upstream"), reason));
+            }
+        },
         options: table.table,
     })
 }
@@ -290,6 +301,11 @@ pub(super) fn write(recipe: &Recipe) -> String {
             put_some(&mut numbers, "symmetric", scheme.symmetric);
             put(&mut table, "scheme", numbers);
         }
+        let upstream = step.upstream.map(|upstream| match upstream {
+            Upstream::Original => "original",
+            Upstream::Compressed => "compressed",
+        });
+        put_some(&mut table, "upstream", upstream);
         for (key, value) in &step.options {
             put(&mut table, key, value.clone());
         }
@@ -326,6 +342,7 @@ calibration = { text = ["calib.txt"], samples = 16, context = 256, seed = 3 }
 pass = "awq"
 sites = "mlp.*"
 grid = 20
+upstream = "original"
 [[step]]
 pass = "gptq"
 id = "solve"
@@ -346,6 +363,7 @@ max_kl_mean = 0.05
         let recipe = Recipe::parse(EXAMPLE).unwrap();
         assert_eq!(recipe.calibration.samples, 16);
         assert_eq!(recipe.steps[0].sites, ["mlp.*"]);
+        assert_eq!(recipe.steps[0].upstream, Some(Upstream::Original));
         assert_eq!(recipe.steps[0].options["grid"].as_integer(), Some(20));
         let scheme = recipe.steps[1].scheme.unwrap();
         assert_eq!((scheme.granularity, scheme.symmetric), (Granularity::Channel, None));
@@ -404,6 +422,10 @@ max_kl_mean = 0.05
             (
                 "[[emit]]\nlayout = \"gptq\"\ndir = \"../x\"",
                 "emit[0].dir: expected a path below the output directory, got `../x`",
+            ),
+            (
+                "[[step]]\npass = \"gptq\"\nupstream = \"origin\"",
+                "step[0].upstream: expected `original` or `compressed`, got `origin`",
             ),
             ("[gate]\nmax_kl = 0.1", "gate: unknown key `max_kl`; did you mean `max_kl_mean`?"),
             (

@@ -76,7 +76,9 @@ fn step(def: &PassDef, strings: &Value) -> Value {
     let own = json!({
         "pass": { "const": def.name },
         "id": { "type": "string" },
-        "after": { "type": "string" },
+        "after": { "type": "string", "description": "id of the step that this one follows, or `source`" },
+        "upstream": { "enum": ["original", "compressed"],
+            "description": "which activations the statistics come from" },
         "sites": strings,
         "keep": strings,
     });
@@ -123,7 +125,7 @@ mod tests {
     #[allow(dead_code, reason = "only its schema is read")]
     struct Options {
         percdamp: f64,
-        upstream: Option<crate::Upstream>,
+        reads: Option<crate::Upstream>,
         block: Option<u32>,
     }
 
@@ -152,7 +154,7 @@ mod tests {
         assert_eq!(step["required"], json!(["pass", "percdamp"]));
         assert_eq!(step["additionalProperties"], false);
         // References of options point to the root.
-        assert!(step["properties"]["upstream"].to_string().contains("#/$defs/Upstream"));
+        assert!(step["properties"]["reads"].to_string().contains("#/$defs/Upstream"));
         assert!(schema["$defs"].get("Upstream").is_some() && step.get("$defs").is_none());
     }
 
