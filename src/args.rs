@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Compress the embedded model with several passes and print size against accuracy.
     Demo(Demo),
+    /// List, check or prune a work directory (`compress --scratch DIR`).
+    Cache(Cache),
     /// List passes and presets, or print the recipe's JSON Schema.
     Passes {
         /// Print the JSON Schema of recipes.
@@ -91,15 +93,102 @@ pub(crate) struct Compress {
     /// Tokens per window of that measurement.
     #[arg(long, default_value_t = 512)]
     pub(crate) eval_context: usize,
+    /// Work directory: results, statistics and activations that do not fit into memory. It is kept, and
+    /// later runs take from it what they need [default: OUT.scratch, removed when the artifact is there].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) scratch: Option<PathBuf>,
+    /// Store the activations between blocks at most once per so many seconds; a killed run goes on from
+    /// the last ones.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
+    pub(crate) checkpoint_every: f64,
+    /// Prune a kept work directory to this size afterwards (20GB, 500MiB, ...), least recently used first.
+    #[arg(long, value_name = "SIZE", requires = "scratch", value_parser = size)]
+    pub(crate) cache_limit: Option<u64>,
+    /// Progress on standard error.
+    #[arg(long, value_enum, default_value = "bar")]
+    pub(crate) progress: ProgressArg,
+}
+
+/// Kinds of progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressArg {
+    /// A bar, on a terminal only.
+    Bar,
+    /// One JSON object a line for each part of the work, with its begin and end.
+    Json,
+}
+
+/// Bytes as people write them.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: f64 = digits
+        .trim()
+        .parse()
+        .map_err(|_| format!("`{text}` is no size; write e.g. 6GiB, 500MB or a number of bytes"))?;
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("`{other}` is no unit of size; use kB, MB, GB, KiB, MiB, GiB")),
+    };
+    let bytes = number * unit;
+    if bytes.is_finite() && (0.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err(format!("`{text}` is out of range"))
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Cache {
+    #[command(subcommand)]
+    pub(crate) action: CacheAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheAction {
+    /// What lies in a work directory, least recently used first.
+    List {
+        /// Work directory.
+        dir: PathBuf,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Hash every object; exit 1 when one is damaged.
+    Verify {
+        /// Work directory.
+        dir: PathBuf,
+    },
+    /// Remove the least recently used objects until the rest fits.
+    Prune {
+        /// Work directory.
+        dir: PathBuf,
+        /// Bytes that may stay (0, 20GB, 500MiB, ...).
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        limit: u64,
+    },
 }
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Plan {
     #[command(flatten)]
     pub(crate) what: What,
+    /// Print the graph of steps and variants in Graphviz' language.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) dot: bool,
     /// Ignored; accepted so that a compress command line can be planned as it is.
     #[arg(long, hide = true)]
     pub(crate) out: Option<PathBuf>,
+    /// Ignored likewise.
+    #[arg(long, hide = true)]
+    pub(crate) scratch: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

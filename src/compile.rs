@@ -1,38 +1,102 @@
 //! The walk: what do we have, what will we do, do it, write it, read it back.
 
+mod keys;
+mod output;
+mod walk;
+
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    time::Instant,
+    sync::Arc,
+    time::Duration,
 };
 
 use attar_eval::{
     Report, Score,
-    report::{SiteEntry, Timings},
+    report::{Phase, SiteEntry, Timings},
 };
 use attar_formats::{
     Checkpoint, CorpusSource, Tokenizer, Windows,
     artifact::{self, ArtifactRoot, ArtifactWriter},
     corpus, quant_config,
+    stage::Stage,
 };
 use attar_ir::{
-    Block, BlockState, BlockStats, PassContext, Weight,
-    plan::{Origin, PassGraph, Plan, PlannedEmit, Round},
+    Needs,
+    plan::{self, PassGraph, Plan, PlanErrors, Variant},
     recipe::{Emit, Recipe},
 };
-use attar_model::{BlockRun, Decoder, Stream, embed, observe_block};
-use attar_tensor::{DType, Tensor, TensorSource};
+use attar_model::{Decoder, Spill};
+use attar_tensor::TensorSource;
 use serde_json::{Map, Value, json};
 
-use crate::{Error, args::What, measure, packed::Opened, progress, registry, verify};
+use self::{
+    keys::Ground,
+    output::Output,
+    walk::{Surroundings, Walk},
+};
+use crate::{Error, args::What, measure, packed::Opened, progress, registry, trace::Trace, verify};
 
 /// A proven plan with everything it was proven on.
 pub(crate) struct Job {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) decoder: Decoder,
+    /// The recipe as a whole, every default filled in.
     pub(crate) recipe: Recipe,
-    pub(crate) plan: Plan,
-    corpus: Option<CorpusSource>,
+    /// Its variants, each with its proof; one when the recipe is a chain.
+    pub(crate) variants: Vec<(Variant, Plan)>,
+    pub(crate) corpus: Option<CorpusSource>,
+}
+
+impl Job {
+    /// True when any variant reads statistics.
+    pub(crate) fn calibrates(&self) -> bool {
+        self.variants.iter().any(|(_, plan)| plan.calibrates())
+    }
+
+    /// Where activations go that do not fit.
+    fn spill(&self, stage: Option<&Stage>) -> Spill {
+        match stage {
+            Some(stage) => {
+                let place = stage.scratch();
+                Spill {
+                    limit: measure::STREAM_LIMIT,
+                    open: Arc::new(move || tempfile::tempfile_in(&place)),
+                }
+            }
+            None => measure::spill(),
+        }
+    }
+}
+
+/// How a compression is run.
+#[derive(Debug, Clone)]
+pub(crate) struct Options<'a> {
+    /// Where the artifacts appear.
+    pub(crate) out: &'a Path,
+    pub(crate) measure: Option<Measure>,
+    /// Work directory that is kept; `<out>.scratch` until the end when absent.
+    pub(crate) scratch: Option<&'a Path>,
+    /// Activations are stored once per so much time.
+    pub(crate) checkpoint_every: Duration,
+    /// Bytes that a kept work directory may hold afterwards.
+    pub(crate) cache_limit: Option<u64>,
+    /// Progress as JSON lines.
+    pub(crate) json_progress: bool,
+}
+
+impl<'a> Options<'a> {
+    /// Nothing but the place.
+    pub(crate) fn new(out: &'a Path) -> Self {
+        Self {
+            out,
+            measure: None,
+            scratch: None,
+            checkpoint_every: Duration::from_secs(30),
+            cache_limit: None,
+            json_progress: false,
+        }
+    }
 }
 
 /// An accuracy measurement asked for with the compression.
@@ -84,7 +148,7 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
     let decoder = Decoder::read(checkpoint.config(), &checkpoint)
         .map_err(|error| format!("{}: {error}", what.checkpoint.display()))?;
     let (mut recipe, base) = recipe_of(what)?;
-    let passes = recipe.resolve(&registry::passes())?;
+    recipe.resolve(&registry::passes())?;
     let calibration = &recipe.calibration;
     let corpus = if let Some(ids) = &what.ids {
         Some(CorpusSource::Ids(ids.clone()))
@@ -100,333 +164,344 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
     let context = calibration.context.min(decoder.spec.context);
     let tokens = if corpus.is_some() { calibration.samples * context } else { 0 };
     let layouts = registry::layouts();
-    let plan = PassGraph::new(
-        decoder.graph.clone(),
-        passes,
-        &recipe,
-        &layouts,
-        checkpoint.headers(),
-        tokens,
-    )
-    .with_stream_in_memory(measure::STREAM_LIMIT)
-    .check()?;
-    Ok(Job { checkpoint, decoder, recipe, plan, corpus })
-}
-
-/// One artifact while it is written.
-struct Output<'a> {
-    emit: &'a PlannedEmit,
-    writer: ArtifactWriter,
-    written: BTreeSet<String>,
-}
-
-impl Output<'_> {
-    fn put(&mut self, name: &str, tensor: &Tensor) -> Result<(), Error> {
-        self.writer.put(name, &tensor.view())?;
-        self.written.insert(name.to_owned());
-        Ok(())
-    }
-
-    /// Writes what a block's passes made or changed.
-    fn put_block(
-        &mut self,
-        block: &Block,
-        state: &BlockState,
-        source: &Checkpoint,
-    ) -> Result<(), Error> {
-        let layout = attar_kernels::layout(self.emit.layout.0).ok_or("the plan checked layouts")?;
-        let stored = |name: &str| source.header(name).map_or(DType::F32, |h| h.dtype);
-        for (at, (site, linear)) in block.sites.iter().zip(&state.linears).enumerate() {
-            let weight = format!("{}.weight", site.name);
-            match &linear.weight {
-                Weight::Quantized(quantized) => {
-                    let packed = layout
-                        .pack(quantized, site.dtype)
-                        .map_err(|error| format!("{}: {error}", site.name))?;
-                    for (suffix, tensor) in &packed.parts {
-                        self.put(&format!("{}.{suffix}", site.name), tensor)?;
+    let (mut variants, mut errors) = (Vec::new(), Vec::new());
+    for mut variant in plan::variants(&recipe)? {
+        let passes = variant.recipe.resolve(&registry::passes())?;
+        let checked = PassGraph::new(
+            decoder.graph.clone(),
+            passes,
+            &variant.recipe,
+            &layouts,
+            checkpoint.headers(),
+            tokens,
+        )
+        .numbered(&variant)
+        .with_stream_in_memory(measure::STREAM_LIMIT)
+        .check();
+        match checked {
+            Ok(plan) => variants.push((variant, plan)),
+            // Steps that variants share are refused once.
+            Err(PlanErrors(found)) => {
+                for error in found {
+                    if !errors.contains(&error) {
+                        errors.push(error);
                     }
                 }
-                Weight::Dense(values) if state.weight_changed[at] => {
-                    let shape = vec![site.out_features, site.in_features];
-                    let values = values.as_slice().ok_or("weights are in standard layout")?;
-                    self.put(&weight, &Tensor::from_f32(stored(&weight), shape, values)?)?;
-                }
-                Weight::Dense(_) => {}
-            }
-            if let (true, Some(bias)) = (state.bias_changed[at], &linear.bias) {
-                let name = format!("{}.bias", site.name);
-                self.put(&name, &Tensor::from_f32(stored(&name), vec![bias.len()], bias)?)?;
             }
         }
-        for (at, (norm, values)) in block.norms.iter().zip(&state.norms).enumerate() {
-            if state.norm_changed[at] {
-                let dtype = stored(&norm.tensor);
-                self.put(&norm.tensor, &Tensor::from_f32(dtype, vec![values.len()], values)?)?;
-            }
-        }
-        Ok(())
     }
-
-    /// Copies every tensor that no pass changed.
-    fn put_rest(&mut self, source: &Checkpoint) -> Result<(), Error> {
-        for tensor in &self.emit.tensors {
-            if self.written.contains(&tensor.name) {
-                continue;
-            }
-            if let Origin::Source(name) = &tensor.origin {
-                self.writer.put(&tensor.name, &source.read(name)?)?;
-                source.release(name);
-            }
-        }
-        Ok(())
+    if !errors.is_empty() {
+        return Err(PlanErrors(errors).into());
     }
+    Ok(Job { checkpoint, decoder, recipe, variants, corpus })
 }
 
-/// Applies one step's targets and files what it reports.
-fn apply(
-    job: &Job,
-    index: usize,
-    stage: Option<usize>,
-    block: &Block,
-    state: &mut BlockState,
-    stats: &mut BlockStats,
-    sites: &mut Vec<SiteEntry>,
-) -> Result<f64, Error> {
-    let targets: Vec<_> = job.plan.steps[index].targets[block.index]
-        .iter()
-        .copied()
-        .filter(|target| stage.is_none_or(|stage| block.input_of(target.site) == stage))
-        .collect();
-    if targets.is_empty() {
-        return Ok(0.0);
-    }
-    let started = Instant::now();
-    let context = PassContext { block, seed: job.recipe.calibration.seed };
-    let report = job.plan.passes[index].apply(&context, &targets, state, stats)?;
-    let seconds = started.elapsed().as_secs_f64();
-    for result in report.sites {
-        let scheme = block
-            .sites
-            .iter()
-            .zip(&state.linears)
-            .find(|(site, _)| site.name == result.site)
-            .and_then(|(_, linear)| linear.weight.as_quantized())
-            .map(|quantized| quantized.scheme);
-        sites.push(SiteEntry {
-            result,
-            scheme: scheme.map(attar_tensor::QuantScheme::label),
-            bits: scheme.map(|scheme| scheme.bits),
-            seconds,
-        });
-    }
-    Ok(seconds)
+/// Everything that the bytes of one artifact depend on, for its manifest.
+fn facts(
+    variant: &Variant,
+    layout: &str,
+    sources: &BTreeMap<String, String>,
+    windows: Option<&Windows>,
+) -> Map<String, Value> {
+    let recipe = variant.recipe.to_toml();
+    let mut facts = Map::new();
+    facts.insert("attar".into(), json!(env!("CARGO_PKG_VERSION")));
+    facts.insert("layout".into(), json!(layout));
+    facts.insert("sources".into(), json!(sources));
+    facts.insert("recipe_blake3".into(), json!(attar_formats::hash_bytes(recipe.as_bytes())));
+    facts.insert("recipe".into(), json!(recipe));
+    facts.insert("calibration_blake3".into(), json!(windows.map(|w| &w.hash)));
+    facts.insert("calibration_tokens".into(), json!(windows.map(Windows::tokens)));
+    facts
 }
 
-/// Runs every round of one block and leaves the stream behind it.
-fn run_rounds(
-    job: &Job,
-    block: &Block,
-    state: &mut BlockState,
-    mut stream: Option<&mut Stream>,
-    sites: &mut Vec<SiteEntry>,
-    time: &mut Timings,
-) -> Result<(), Error> {
-    // What the last observed block puts out is read by nobody.
-    let feeds = |block: &Block| job.plan.rounds(block.index).iter().any(Round::observes);
-    let advance = job.decoder.graph.all_blocks().skip(block.index + 1).any(feeds);
-    let rounds = job.plan.rounds(block.index);
-    let inputs = block.inputs.len();
-    let add = |time: &mut Timings, timing: attar_model::Timing| {
-        time.forward += timing.forward.as_secs_f64();
-        time.statistics += timing.statistics.as_secs_f64();
+fn read_windows(job: &Job) -> Result<Option<Windows>, Error> {
+    let Some(source) = job.corpus.as_ref().filter(|_| job.calibrates()) else { return Ok(None) };
+    let tokenizer = match source {
+        CorpusSource::Text(_) => Some(Tokenizer::open(job.checkpoint.folder())?),
+        CorpusSource::Ids(_) => None,
     };
-    let mut advanced = false;
-    for (at, round) in rounds.iter().enumerate() {
-        let staged = !round.whole && at + 1 == rounds.len();
-        if let (true, Some(stream)) = (staged, stream.as_deref_mut()) {
-            let mut run = BlockRun::begin(
-                &job.decoder,
-                block.index,
-                &job.checkpoint,
-                stream,
-                Some(measure::spill()),
-            )?;
-            for stage in 0..inputs {
-                let mut stats = BlockStats::empty(inputs);
-                if !round.needs[stage].is_empty() {
-                    stats.inputs[stage] = Some(run.observe(stage, state, round.needs[stage])?);
-                }
-                for &step in &round.steps {
-                    time.solve += apply(job, step, Some(stage), block, state, &mut stats, sites)?;
-                }
-            }
-            if advance {
-                add(time, run.finish(state)?);
-            } else {
-                add(time, run.timing);
-            }
-            advanced = true;
-            continue;
-        }
-        let mut stats = BlockStats::empty(inputs);
-        if let (true, Some(stream)) = (round.observes(), stream.as_deref()) {
-            let needs = round.needs.iter().fold(attar_ir::Needs::empty(), |a, b| a | *b);
-            let (found, timing) =
-                observe_block(&job.decoder, block.index, &job.checkpoint, state, stream, needs)?;
-            stats = found;
-            add(time, timing);
-        }
-        for &step in &round.steps {
-            time.solve += apply(job, step, None, block, state, &mut stats, sites)?;
-        }
-    }
-    if let (false, true, Some(stream)) = (advanced, advance, stream) {
-        let run = BlockRun::begin(
-            &job.decoder,
-            block.index,
-            &job.checkpoint,
-            stream,
-            Some(measure::spill()),
-        )?;
-        add(time, run.finish(state)?);
-    }
-    Ok(())
+    let config = &job.recipe.calibration;
+    let (context, vocab) =
+        (config.context.min(job.decoder.spec.context), job.decoder.spec.vocab);
+    let windows = corpus::calibration(source, tokenizer.as_ref(), context, config.samples, vocab)?;
+    Ok(Some(windows))
 }
 
-/// Compresses and writes every artifact; returns one report per emit with the folder it lies in.
-pub(crate) fn compile(
+/// `<out>.scratch`, beside the output.
+fn default_scratch(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(".scratch");
+    out.with_file_name(name)
+}
+
+/// Compresses and writes every artifact; returns one report per emit with the folder it lies in. Run
+/// again after a kill or an error, it goes on where it stopped; run again after it has finished, it checks
+/// what lies there.
+pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, Report)>, Error> {
+    let mut trace = Trace::new(options.json_progress);
+    let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
+    if let Some(reports) = finished(job, options.out, &mut trace)? {
+        if options.scratch.is_none() && scratch.exists() {
+            // A run that was killed between its last two acts.
+            Stage::open(&scratch)?.destroy()?;
+        }
+        return Ok(reports);
+    }
+    // The places are tried before any work is done.
+    let root = ArtifactRoot::create(options.out)?;
+    let stage = job.calibrates().then(|| Stage::open(&scratch)).transpose()?;
+    let reports = produce(job, options, &root, stage.as_ref(), &mut trace).map_err(|error| {
+        match &stage {
+            Some(stage) => Error::from(format!(
+                "{error}\n  what is done so far lies in {}; the same command goes on from there",
+                stage.root().display()
+            )),
+            None => error,
+        }
+    })?;
+    let begun = trace.begin(Phase::Seal, "rename");
+    root.seal()?;
+    if let Some(stage) = stage {
+        match (options.scratch, options.cache_limit) {
+            (None, _) => stage.destroy()?,
+            (Some(_), Some(limit)) => {
+                let gone = stage.prune(limit)?;
+                if !gone.is_empty() {
+                    trace.note(&format!("{} objects of the work directory pruned", gone.len()));
+                }
+            }
+            (Some(_), None) => {}
+        }
+    }
+    trace.end(Phase::Seal, "rename", begun);
+    Ok(reports)
+}
+
+/// The reports of artifacts that this very job has made already, after a look at their hashes.
+fn finished(
     job: &Job,
     out: &Path,
-    measure: Option<&Measure>,
-) -> Result<Vec<(PathBuf, Report)>, Error> {
-    let begun = Instant::now();
-    let mut time = Timings::default();
-    let plan = &job.plan;
-    // The place is tried before any work is done.
-    let root = ArtifactRoot::create(out)?;
-    let config = &job.recipe.calibration;
-    let windows: Option<Windows> = match &job.corpus {
-        Some(corpus) if plan.calibrates() => {
-            let tokenizer = match corpus {
-                CorpusSource::Text(_) => Some(Tokenizer::open(job.checkpoint.folder())?),
-                CorpusSource::Ids(_) => None,
-            };
-            let context = config.context.min(job.decoder.spec.context);
-            let vocab = job.decoder.spec.vocab;
-            Some(corpus::calibration(corpus, tokenizer.as_ref(), context, config.samples, vocab)?)
-        }
-        _ => None,
+    trace: &mut Trace,
+) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
+    let emits = || {
+        job.variants.iter().flat_map(|(variant, plan)| {
+            plan.emits.iter().map(move |emit| (variant, emit))
+        })
     };
+    let folder = |dir: &Option<String>| out.join(dir.as_deref().unwrap_or(""));
+    if !emits().all(|(_, emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
+        return Ok(None);
+    }
+    let sources = trace.run(Phase::Read, "hashes", || job.checkpoint.hashes()).0?;
+    let windows = read_windows(job)?;
+    let mut reports = Vec::new();
+    for (variant, emit) in emits() {
+        let folder = folder(&emit.dir);
+        let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
+        let facts = facts(variant, emit.layout.0, &sources, windows.as_ref());
+        if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
+            return Ok(None);
+        }
+        let wrong = trace.run(Phase::Verify, emit.layout.0, || artifact::check_manifest(&folder));
+        if let Some(wrong) = wrong.0?.first() {
+            return Err(format!(
+                "{}: was made by this command, but {wrong}; remove it or choose another --out",
+                folder.display()
+            )
+            .into());
+        }
+        let report = attar_formats::read_json(&folder.join(artifact::REPORT))?;
+        reports.push((folder, serde_json::from_value(report)?));
+    }
+    ArtifactRoot::clear_marker(out)?;
+    trace.note("the artifact is there already, made from the same inputs; its hashes are right");
+    Ok(Some(reports))
+}
+
+fn produce(
+    job: &Job,
+    options: &Options<'_>,
+    root: &ArtifactRoot,
+    stage: Option<&Stage>,
+    trace: &mut Trace,
+) -> Result<Vec<(PathBuf, Report)>, Error> {
+    let mut time = Timings::default();
+    let windows = read_windows(job)?;
+    let (sources, seconds) = trace.run(Phase::Read, "hashes", || job.checkpoint.hashes());
+    let sources = sources?;
+    time.read += seconds;
+    let ground = Ground {
+        salt: salt(&sources)?,
+        windows: windows.as_ref().map(|w| w.hash.clone()).unwrap_or_default(),
+        seed: job.recipe.calibration.seed,
+    };
+    let original = keys::original_needs(job.variants.iter().map(|(_, plan)| plan));
+    let mut made = Vec::new();
+    for (variant, plan) in &job.variants {
+        let walked = walk_variant(
+            job,
+            options,
+            root,
+            stage,
+            (variant, plan),
+            (&ground, &original, &sources, windows.as_ref()),
+            trace,
+            &mut time,
+        )?;
+        made.push((plan, walked));
+    }
+    let mut reports = Vec::new();
+    for (plan, (folders, sites, reused)) in made {
+        for (emit, folder) in folders {
+            let what = emit.dir.as_deref().unwrap_or(emit.layout.0);
+            let begun = trace.begin(Phase::Verify, what);
+            let checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
+            if !checked.problems.is_empty() {
+                return Err(format!(
+                    "what was written does not verify: {}",
+                    checked.problems.join("; ")
+                )
+                .into());
+            }
+            time.verify += trace.end(Phase::Verify, what, begun);
+            let opened = Opened::open(&folder)?;
+            let begun = trace.begin(Phase::Eval, what);
+            let eval =
+                options.measure.as_ref().map(|m| accuracy(job, &opened, m)).transpose()?;
+            if eval.is_some() {
+                time.eval += trace.end(Phase::Eval, what, begun);
+            }
+            time.total = trace.total();
+            let report = Report {
+                attar: env!("CARGO_PKG_VERSION").into(),
+                layout: emit.layout.0.into(),
+                file_bytes: opened.checkpoint.file_bytes()?,
+                source_bytes: job.checkpoint.file_bytes()?,
+                bits_per_weight: opened.bits_per_weight(),
+                sites: sites.clone(),
+                eval,
+                notes: plan.notes.clone(),
+                predicted_peak_bytes: plan.memory.peak() as u64,
+                measured_peak_bytes: peak_memory(),
+                timings: time,
+                timeline: trace.spans.clone(),
+                reused,
+            };
+            let begun = trace.begin(Phase::Seal, what);
+            artifact::put_json(&folder.join(artifact::REPORT), &serde_json::to_value(&report)?)?;
+            let page = folder.join(artifact::REPORT_PAGE);
+            std::fs::write(&page, attar_eval::html::page(&report))
+                .map_err(|error| format!("{}: {error}", page.display()))?;
+            trace.end(Phase::Seal, what, begun);
+            reports.push((options.out.join(emit.dir.as_deref().unwrap_or("")), report));
+        }
+    }
+    Ok(reports)
+}
+
+/// What makes results of one build differ from those of another: the binary itself, the instruction set it
+/// found, and config.json.
+fn salt(sources: &BTreeMap<String, String>) -> Result<String, Error> {
+    let binary = std::env::current_exe().map_err(|error| format!("the running binary: {error}"))?;
+    let config = sources.get("config.json").map_or("", String::as_str);
+    Ok(format!("{} {} {config}", attar_formats::hash_file(&binary)?, isa()))
+}
+
+/// The best instruction set of this machine: sums are taken in its order.
+fn isa() -> &'static str {
+    use attar_kernels::cpu::Isa;
+    let best = Isa::ALL.into_iter().rev().find(|isa| isa.supported());
+    best.unwrap_or(Isa::Scalar).kernel_name()
+}
+
+/// Folders with their emits, lines of the report, results reused and all.
+type Walked<'a> =
+    (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize, usize));
+
+fn walk_variant<'a>(
+    job: &'a Job,
+    options: &Options<'_>,
+    root: &ArtifactRoot,
+    stage: Option<&Stage>,
+    (variant, plan): (&'a Variant, &'a Plan),
+    (ground, original, sources, windows): (
+        &Ground,
+        &[Vec<Needs>],
+        &BTreeMap<String, String>,
+        Option<&Windows>,
+    ),
+    trace: &mut Trace,
+    time: &mut Timings,
+) -> Result<Walked<'a>, Error> {
+    let mut damaged = Vec::new();
+    let file = |name: &str| -> String {
+        let file = job.checkpoint.file_of(name).and_then(Path::file_name);
+        let hash = file.and_then(|file| sources.get(file.to_string_lossy().as_ref()));
+        hash.cloned().unwrap_or_default()
+    };
+    let begun = trace.begin(Phase::Store, "what is there");
+    let has = |key: &str| stage.is_some_and(|stage| keys::whole(stage, key, &mut damaged));
+    let blocks = keys::blocks(ground, plan, original, &file, has);
+    time.store += trace.end(Phase::Store, "what is there", begun);
+    for key in damaged {
+        trace.note(&format!("object {key} of the work directory is damaged; its work is done again"));
+    }
+    let units = || blocks.iter().flat_map(|b| &b.rounds).flat_map(|round| &round.units);
+    let reused = (units().filter(|unit| unit.cached).count(), units().count());
     let mut outputs = Vec::new();
     for emit in &plan.emits {
         let folder = match &emit.dir {
             Some(dir) => root.partial().join(dir),
             None => root.partial().to_path_buf(),
         };
-        let headers = emit.tensors.iter().map(attar_ir::plan::OutputTensor::header).collect();
+        let headers = emit.tensors.iter().map(plan::OutputTensor::header).collect();
         let writer = ArtifactWriter::create(&folder, headers)?;
         outputs.push(Output { emit, writer, written: BTreeSet::new() });
     }
-    let started = Instant::now();
-    let sources = job.checkpoint.hashes()?;
-    let mut stream = match &windows {
-        Some(windows) => {
-            let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
-            let mut stream =
-                Stream::new(&lengths, job.decoder.spec.hidden, Some(&measure::spill()))?;
-            for (at, ids) in windows.ids.iter().enumerate() {
-                stream.write(at, &embed(&job.decoder, &job.checkpoint, ids)?)?;
-            }
-            job.checkpoint.release(&job.decoder.graph.embedding);
-            Some(stream)
-        }
-        None => None,
-    };
-    time.read += started.elapsed().as_secs_f64();
-    let mut sites = Vec::new();
     let bar = progress::bar(job.decoder.spec.layers + 1, "compressing");
+    let around = Surroundings {
+        job,
+        plan,
+        recipe: &variant.recipe,
+        windows,
+        stage,
+        ground,
+        blocks: &blocks,
+        checkpoint_every: options.checkpoint_every,
+    };
+    let mut walk = Walk::new(around, trace, time);
     for block in job.decoder.graph.all_blocks() {
-        let rounds = plan.rounds(block.index);
-        let epilogue = block.attention.is_none();
-        if rounds.is_empty() && (epilogue || stream.is_none()) {
+        if blocks[block.index].rounds.is_empty() {
+            bar.inc(1);
             continue;
         }
-        bar.set_message(block.prefix.trim_end_matches('.').to_owned());
-        let started = Instant::now();
-        let mut state = job.decoder.load_block(block.index, &job.checkpoint)?;
-        time.read += started.elapsed().as_secs_f64();
-        run_rounds(job, block, &mut state, stream.as_mut(), &mut sites, &mut time)?;
-        let started = Instant::now();
+        bar.set_message(walk::name_of(block).to_owned());
+        let state = walk.run_block(block)?;
+        let begun = walk.trace.begin(Phase::Emit, walk::name_of(block));
         for output in &mut outputs {
             output.put_block(block, &state, &job.checkpoint)?;
         }
-        time.write += started.elapsed().as_secs_f64();
+        walk.time.write += walk.trace.end(Phase::Emit, walk::name_of(block), begun);
         bar.inc(1);
     }
     bar.finish_and_clear();
-    drop(stream);
+    let sites = walk.finish()?;
+    let begun = trace.begin(Phase::Emit, "files");
     let mut folders = Vec::new();
     for mut output in outputs {
-        let started = Instant::now();
         output.put_rest(&job.checkpoint)?;
         let layout = output.emit.layout.0;
         for file in job.checkpoint.auxiliary_files()? {
             output.writer.copy_file(&file)?;
         }
-        output.writer.put_json("config.json", &config_json(job, layout)?)?;
+        output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         let folder = output.writer.finish()?;
-        let mut facts = Map::new();
-        let recipe = job.recipe.to_toml();
-        facts.insert("attar".into(), json!(env!("CARGO_PKG_VERSION")));
-        facts.insert("layout".into(), json!(layout));
-        facts.insert("sources".into(), json!(sources));
-        facts.insert("recipe_blake3".into(), json!(attar_formats::hash_bytes(recipe.as_bytes())));
-        facts.insert("recipe".into(), json!(recipe));
-        facts.insert("calibration_blake3".into(), json!(windows.as_ref().map(|w| &w.hash)));
-        facts.insert("calibration_tokens".into(), json!(windows.as_ref().map(Windows::tokens)));
-        artifact::write_manifest(&folder, facts)?;
-        time.write += started.elapsed().as_secs_f64();
+        artifact::write_manifest(&folder, facts(variant, layout, sources, windows))?;
         folders.push((output.emit, folder));
     }
-    let mut reports = Vec::new();
-    for (emit, folder) in folders {
-        let started = Instant::now();
-        let checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
-        if !checked.problems.is_empty() {
-            return Err(format!(
-                "what was written does not verify: {}",
-                checked.problems.join("; ")
-            )
-            .into());
-        }
-        time.verify += started.elapsed().as_secs_f64();
-        let opened = Opened::open(&folder)?;
-        let started = Instant::now();
-        let eval = measure.map(|measure| accuracy(job, &opened, measure)).transpose()?;
-        time.eval += started.elapsed().as_secs_f64();
-        time.total = begun.elapsed().as_secs_f64();
-        let report = Report {
-            attar: env!("CARGO_PKG_VERSION").into(),
-            layout: emit.layout.0.into(),
-            file_bytes: opened.checkpoint.file_bytes()?,
-            source_bytes: job.checkpoint.file_bytes()?,
-            bits_per_weight: opened.bits_per_weight(),
-            sites: sites.clone(),
-            eval,
-            notes: plan.notes.clone(),
-            predicted_peak_bytes: plan.memory.peak() as u64,
-            measured_peak_bytes: peak_memory(),
-            timings: time,
-        };
-        artifact::put_json(&folder.join(artifact::REPORT), &serde_json::to_value(&report)?)?;
-        let page = folder.join(artifact::REPORT_PAGE);
-        std::fs::write(&page, attar_eval::html::page(&report))
-            .map_err(|error| format!("{}: {error}", page.display()))?;
-        reports.push((out.join(emit.dir.as_deref().unwrap_or("")), report));
-    }
-    root.seal()?;
-    Ok(reports)
+    time.write += trace.end(Phase::Emit, "files", begun);
+    Ok((folders, sites, reused))
 }
 
 fn accuracy(
@@ -444,17 +519,17 @@ fn accuracy(
     Ok(found.0)
 }
 
-fn config_json(job: &Job, layout: &str) -> Result<Value, Error> {
+fn config_json(job: &Job, plan: &Plan, layout: &str) -> Result<Value, Error> {
     let mut config = job.checkpoint.config().clone();
     let (mut quantized, mut dense) = (Vec::new(), Vec::new());
-    for site in &job.plan.sites {
+    for site in &plan.sites {
         match site.scheme {
             Some(scheme) => quantized.push((site.name.clone(), scheme)),
             None => dense.push(site.name.clone()),
         }
     }
     config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;
-    if job.plan.untied {
+    if plan.untied {
         config["tie_word_embeddings"] = json!(false);
     }
     Ok(config)

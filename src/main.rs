@@ -24,6 +24,7 @@ mod measure;
 mod packed;
 mod progress;
 mod registry;
+mod trace;
 mod verify;
 
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 
 mod headers;
 mod refusals;
+mod resume;
 
 use std::{
     fs,

@@ -17,6 +17,12 @@ pub struct SiteEntry {
     pub bits: Option<u8>,
     /// Wall time of the pass on the sites of this stage, seconds.
     pub seconds: f64,
+    /// The step of the recipe, `step[i] (pass)`.
+    #[serde(default)]
+    pub step: String,
+    /// Name of the statistic that was read, by content.
+    #[serde(default)]
+    pub statistics: Option<String>,
 }
 
 /// Where the wall time went, seconds.
@@ -30,6 +36,9 @@ pub struct Timings {
     pub statistics: f64,
     /// Passes.
     pub solve: f64,
+    /// Results into the work directory, and back.
+    #[serde(default)]
+    pub store: f64,
     /// Packing, writing, hashing.
     pub write: f64,
     /// Reading back and checking.
@@ -39,6 +48,41 @@ pub struct Timings {
     pub eval: f64,
     /// Everything.
     pub total: f64,
+}
+
+/// What a part of the run was for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Hashing and loading.
+    Read,
+    /// Forwards and statistics.
+    Calibrate,
+    /// Passes.
+    Solve,
+    /// Results, statistics and activations into the work directory, and back.
+    Store,
+    /// Packing and writing artifacts.
+    Emit,
+    /// Reading back and checking.
+    Verify,
+    /// Measuring accuracy.
+    Eval,
+    /// Report, and the rename that makes the artifact exist.
+    Seal,
+}
+
+/// A stretch of the time line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Span {
+    /// What for.
+    pub phase: Phase,
+    /// Block, or whatever else tells it from others.
+    pub what: String,
+    /// Seconds after the beginning.
+    pub start: f64,
+    /// Seconds after the beginning.
+    pub end: f64,
 }
 
 /// The report of one artifact.
@@ -67,4 +111,10 @@ pub struct Report {
     pub measured_peak_bytes: Option<u64>,
     /// Wall time.
     pub timings: Timings,
+    /// What happened when.
+    #[serde(default)]
+    pub timeline: Vec<Span>,
+    /// Results taken from the work directory instead of being computed, and all of them.
+    #[serde(default)]
+    pub reused: (usize, usize),
 }

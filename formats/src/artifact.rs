@@ -92,6 +92,20 @@ impl ArtifactRoot {
         Ok(Self { target: target.to_path_buf(), partial, _marker: file, sealed: false })
     }
 
+    /// Takes away the mark of a run that was killed after its artifact existed, before its last act.
+    ///
+    /// # Errors
+    /// When it is there and cannot be removed.
+    pub fn clear_marker(target: &Path) -> Result<(), FormatError> {
+        let marker = target.join(MARKER);
+        match fs::remove_file(&marker) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(FormatError::io(&marker)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Where files are written for now.
     pub fn partial(&self) -> &Path {
         &self.partial

@@ -169,6 +169,12 @@ impl Checkpoint {
         Ok(out)
     }
 
+    /// The file that holds a tensor.
+    pub fn file_of(&self, name: &str) -> Option<&Path> {
+        let at = self.headers.binary_search_by(|h| h.name.as_str().cmp(name)).ok()?;
+        Some(self.files[self.owner[at]].path())
+    }
+
     /// Bytes of the weight files.
     ///
     /// # Errors

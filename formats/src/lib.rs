@@ -6,6 +6,7 @@ pub mod hf;
 mod mmap;
 pub mod quant_config;
 pub mod safetensors;
+pub mod stage;
 pub mod tokenizer;
 
 use std::path::{Path, PathBuf};

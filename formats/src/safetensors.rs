@@ -289,6 +289,17 @@ impl SafetensorsWriter {
     /// # Errors
     /// When a tensor is missing or the disk refuses.
     pub fn finish(self) -> Result<(), FormatError> {
+        for (path, file) in &self.shards {
+            file.sync_all().map_err(FormatError::io(path))?;
+        }
+        self.close()
+    }
+
+    /// As [`SafetensorsWriter::finish`], but leaves it to the system when the bytes reach the disk.
+    ///
+    /// # Errors
+    /// When a tensor is missing.
+    pub fn close(self) -> Result<(), FormatError> {
         if let Some(slot) = self.slots.iter().find(|slot| !slot.written) {
             let path = &self.shards[slot.shard].0;
             return Err(FormatError::invalid(
@@ -296,9 +307,32 @@ impl SafetensorsWriter {
                 format!("tensor {} was never written", slot.header.name),
             ));
         }
-        for (path, file) in &self.shards {
-            file.sync_all().map_err(FormatError::io(path))?;
+        Ok(())
+    }
+
+    /// Writes a part of a declared tensor, `offset` bytes from its beginning; the whole counts as written
+    /// with its last byte.
+    ///
+    /// # Errors
+    /// As [`TensorSink::write`], or when the part reaches beyond the tensor.
+    pub fn write_part(&mut self, name: &str, offset: u64, bytes: &[u8]) -> Result<(), SourceError> {
+        let at = self.slots.binary_search_by(|slot| slot.header.name.as_str().cmp(name)).map_err(
+            |_| SourceError::Missing { name: name.into(), place: "the declared output".into() },
+        )?;
+        let slot = &mut self.slots[at];
+        let (end, size) = (offset + bytes.len() as u64, slot.header.bytes() as u64);
+        if end > size {
+            return Err(SourceError::Invalid {
+                name: name.into(),
+                reason: format!("a part ends at byte {end} of {size}"),
+            });
         }
+        let (path, file) = &self.shards[slot.shard];
+        file.write_all_at(bytes, slot.offset + offset).map_err(|source| SourceError::Io {
+            name: format!("{name} (to {})", path.display()),
+            source,
+        })?;
+        slot.written |= end == size;
         Ok(())
     }
 }

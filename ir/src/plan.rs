@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+mod graph;
 mod predict;
 mod render;
 mod variant;
@@ -14,6 +15,7 @@ use attar_tensor::{DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
 use serde::Serialize;
 
 pub use error::{PlanError, PlanErrors};
+pub use graph::{dot, text, to_json};
 pub use predict::{Memory, Work};
 pub use variant::{Variant, variants};
 

@@ -132,7 +132,7 @@ impl Step {
     }
 
     /// `step[i] (pass)`, as errors write it.
-    pub(crate) fn label(&self, index: usize) -> String {
+    pub fn label(&self, index: usize) -> String {
         match &self.id {
             Some(id) => format!("step[{index}] ({}, id {id})", self.pass),
             None => format!("step[{index}] ({})", self.pass),

@@ -99,7 +99,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             seed: None,
             json: false,
         };
-        compile::compile(&compile::prepare(&what)?, &out, None)?;
+        compile::compile(&compile::prepare(&what)?, &compile::Options::new(&out))?;
         let model = Opened::open(&out)?;
         let (eval, _) =
             measure::evaluate(&model, Some(&original), &windows, None, CONTEXT, Score::All)?;

@@ -1,18 +1,20 @@
 //! One file per subcommand that needs more than a screen; the short ones stand here.
 
+mod cache;
 mod demo;
 mod evaluate;
 mod inspect;
 
 use attar_eval::{Policy, Report};
 use attar_formats::{Checkpoint, artifact};
+use attar_ir::plan;
 use attar_model::{Generator, Sampling};
 use serde_json::json;
 
 use crate::{
     Error,
-    args::{Args, Command, Compress, Gate, Plan, Run, Verify},
-    compile::{self, Measure},
+    args::{Args, Command, Compress, Gate, Plan, ProgressArg, Run, Verify},
+    compile::{self, Measure, Options},
     packed::Opened,
     registry, verify,
 };
@@ -24,21 +26,31 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
     }
     match args.command {
         Command::Compress(args) => compress(&args),
-        Command::Plan(args) => plan(&args),
+        Command::Plan(args) => print_plan(&args),
         Command::Eval(args) => evaluate::evaluate(&args),
         Command::Verify(args) => verify_artifact(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Gate(args) => gate(&args),
         Command::Run(args) => generate(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Cache(args) => cache::cache(&args),
         Command::Passes { schema } => passes(schema),
     }
 }
 
 fn compress(args: &Compress) -> Result<bool, Error> {
     let job = compile::prepare(&args.what)?;
-    let measure = args.eval_text.clone().map(|text| Measure { text, context: args.eval_context });
-    let reports = compile::compile(&job, &args.out, measure.as_ref())?;
+    let every = std::time::Duration::try_from_secs_f64(args.checkpoint_every)
+        .map_err(|_| "--checkpoint-every: give a number of seconds, 0 or more")?;
+    let options = Options {
+        measure: args.eval_text.clone().map(|text| Measure { text, context: args.eval_context }),
+        scratch: args.scratch.as_deref(),
+        checkpoint_every: every,
+        cache_limit: args.cache_limit,
+        json_progress: args.progress == ProgressArg::Json,
+        ..Options::new(&args.out)
+    };
+    let reports = compile::compile(&job, &options)?;
     if args.what.json {
         let list: Vec<_> = reports
             .iter()
@@ -79,17 +91,21 @@ fn print_report(path: &std::path::Path, report: &Report) {
         };
         say!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
     }
+    if report.reused.0 > 0 {
+        say!("  {} of {} results were there already", report.reused.0, report.reused.1);
+    }
     if let Some(eval) = &report.eval {
         say!("  {}", evaluate::line(eval));
     }
     let t = &report.timings;
     say!(
-        "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, write {:.1}, verify {:.1}, eval {:.1}; peak {:.0} MB (predicted {:.0} MB)",
+        "  {:.1} s: read {:.1}, forward {:.1}, statistics {:.1}, passes {:.1}, store {:.1}, write {:.1}, verify {:.1}, eval {:.1}; peak {:.0} MB (predicted {:.0} MB)",
         t.total,
         t.read,
         t.forward,
         t.statistics,
         t.solve,
+        t.store,
         t.write,
         t.verify,
         t.eval,
@@ -98,12 +114,14 @@ fn print_report(path: &std::path::Path, report: &Report) {
     );
 }
 
-fn plan(args: &Plan) -> Result<bool, Error> {
+fn print_plan(args: &Plan) -> Result<bool, Error> {
     let job = compile::prepare(&args.what)?;
     if args.what.json {
-        say!("{}", serde_json::to_string_pretty(&job.plan)?);
+        say!("{}", serde_json::to_string_pretty(&plan::to_json(&job.variants))?);
+    } else if args.dot {
+        say!("{}", plan::dot(&job.variants));
     } else {
-        say!("{}", job.plan);
+        say!("{}", plan::text(&job.variants));
     }
     Ok(true)
 }

@@ -1,0 +1,649 @@
+//! One variant's walk over the blocks. What lies in the work directory is taken from there; what does not is
+//! computed, stored, and can be taken up again after a kill. Activations are brought to a block only when a
+//! statistic of it (or of a later one) has to be computed: from the stored stream nearest to it, through the
+//! blocks between as they are now known to be.
+
+use std::time::{Duration, Instant};
+
+use attar_eval::report::{Phase, SiteEntry, Timings};
+use attar_formats::{Windows, stage::Stage};
+use attar_ir::{
+    Block, BlockState, BlockStats, InputStats, PassContext, Upstream, plan::Plan, recipe::Recipe,
+};
+use attar_model::{BlockRun, Stream, embed, observe_block};
+use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
+use serde_json::json;
+
+use super::{
+    Job,
+    keys::{BlockKeys, Ground, RoundKeys, Statistic, Unit},
+};
+use crate::{Error, trace::Trace};
+
+/// Activations on their way through the blocks.
+#[derive(Default)]
+struct Lane {
+    /// Block that the stream enters next.
+    at: usize,
+    stream: Option<Stream>,
+    /// Key of the stored stream that a killed run would begin from.
+    saved: Option<String>,
+}
+
+pub(super) struct Walk<'a> {
+    pub(super) job: &'a Job,
+    pub(super) plan: &'a Plan,
+    /// The variant's own chain of steps.
+    pub(super) recipe: &'a Recipe,
+    pub(super) windows: Option<&'a Windows>,
+    pub(super) stage: Option<&'a Stage>,
+    pub(super) ground: &'a Ground,
+    pub(super) blocks: &'a [BlockKeys],
+    /// Streams are stored once per so much time.
+    pub(super) checkpoint_every: Duration,
+    pub(super) trace: &'a mut Trace,
+    pub(super) time: &'a mut Timings,
+    pub(super) sites: Vec<SiteEntry>,
+    lanes: [Lane; 2],
+    stored: Instant,
+}
+
+const fn lane_of(upstream: Upstream) -> usize {
+    match upstream {
+        Upstream::Original => 0,
+        Upstream::Compressed => 1,
+    }
+}
+
+/// What tells the walk from its surroundings.
+pub(super) struct Surroundings<'a> {
+    pub(super) job: &'a Job,
+    pub(super) plan: &'a Plan,
+    pub(super) recipe: &'a Recipe,
+    pub(super) windows: Option<&'a Windows>,
+    pub(super) stage: Option<&'a Stage>,
+    pub(super) ground: &'a Ground,
+    pub(super) blocks: &'a [BlockKeys],
+    pub(super) checkpoint_every: Duration,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(
+        around: Surroundings<'a>,
+        trace: &'a mut Trace,
+        time: &'a mut Timings,
+    ) -> Self {
+        let Surroundings { job, plan, recipe, windows, stage, ground, blocks, checkpoint_every } =
+            around;
+        Self {
+            job,
+            plan,
+            recipe,
+            windows,
+            stage,
+            ground,
+            blocks,
+            checkpoint_every,
+            trace,
+            time,
+            sites: Vec::new(),
+            lanes: Default::default(),
+            stored: Instant::now(),
+        }
+    }
+
+    /// The block after all its steps.
+    pub(super) fn run_block(&mut self, block: &Block) -> Result<BlockState, Error> {
+        let keys = &self.blocks[block.index];
+        if keys.needs(Upstream::Original) {
+            self.observe_original(block)?;
+        }
+        let mut state = self.load(block)?;
+        for round in &keys.rounds {
+            self.run_round(block, round, &mut state)?;
+        }
+        Ok(state)
+    }
+
+    fn load(&mut self, block: &Block) -> Result<BlockState, Error> {
+        let what = name_of(block);
+        let job = self.job;
+        let (state, seconds) = self
+            .trace
+            .run(Phase::Read, what, || job.decoder.load_block(block.index, &job.checkpoint));
+        self.time.read += seconds;
+        Ok(state?)
+    }
+
+    fn run_round(
+        &mut self,
+        block: &Block,
+        round: &RoundKeys,
+        state: &mut BlockState,
+    ) -> Result<(), Error> {
+        if round.staged && round.observes_any() {
+            return self.run_staged(block, round, state);
+        }
+        let mut observed = BlockStats::empty(block.inputs.len());
+        if round.upstream == Upstream::Compressed && round.observes_any() {
+            self.bring(Upstream::Compressed, block.index)?;
+            observed = self.observe_whole(block, round, state)?;
+        }
+        // One group of units after the other: those of one input read the same statistic.
+        let groups: Vec<Option<usize>> = if round.whole {
+            vec![None]
+        } else {
+            (0..block.inputs.len()).map(Some).collect()
+        };
+        for group in groups {
+            let mut stats = BlockStats::empty(block.inputs.len());
+            for (input, statistic) in round.statistics.iter().enumerate() {
+                let Some(statistic) = statistic else { continue };
+                if group.is_some_and(|own| own != input) || !round.reads(input) {
+                    continue;
+                }
+                stats.inputs[input] = Some(match observed.inputs[input].take() {
+                    Some(stats) => stats,
+                    None => self.load_statistic(block, input, statistic, round, state)?,
+                });
+            }
+            for unit in round.units.iter().filter(|unit| unit.input == group) {
+                if unit.cached {
+                    self.take_back(block, unit, state)?;
+                } else {
+                    self.apply(block, round, unit, state, &mut stats)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Statistics of every input with the weights as they stand; kept where a later run can use them.
+    fn observe_whole(
+        &mut self,
+        block: &Block,
+        round: &RoundKeys,
+        state: &BlockState,
+    ) -> Result<BlockStats, Error> {
+        let needs = round
+            .statistics
+            .iter()
+            .flatten()
+            .fold(attar_ir::Needs::empty(), |all, statistic| all | statistic.needs);
+        let job = self.job;
+        let stream = self.lanes[lane_of(Upstream::Compressed)]
+            .stream
+            .as_ref()
+            .ok_or("the plan counted on calibration data")?;
+        let what = name_of(block);
+        let (found, _) = self.trace.run(Phase::Calibrate, what, || {
+            observe_block(&job.decoder, block.index, &job.checkpoint, state, stream, needs)
+        });
+        let (stats, timing) = found?;
+        self.time.forward += timing.forward.as_secs_f64();
+        self.time.statistics += timing.statistics.as_secs_f64();
+        for (input, statistic) in round.statistics.iter().enumerate() {
+            if let (Some(statistic), Some(stats)) = (statistic, &stats.inputs[input]) {
+                self.keep_statistic(block, input, statistic, stats)?;
+            }
+        }
+        Ok(stats)
+    }
+
+    /// Stage by stage: each stage's statistics are those of what the former ones put out.
+    fn run_staged(
+        &mut self,
+        block: &Block,
+        round: &RoundKeys,
+        state: &mut BlockState,
+    ) -> Result<(), Error> {
+        self.bring(Upstream::Compressed, block.index)?;
+        let lane = lane_of(Upstream::Compressed);
+        let job = self.job;
+        let what = name_of(block);
+        let mut stream = self.lanes[lane].stream.take().ok_or("the plan counted on data")?;
+        let mut run = BlockRun::begin(
+            &job.decoder,
+            block.index,
+            &job.checkpoint,
+            &mut stream,
+            Some(job.spill(self.stage)),
+        )?;
+        for input in 0..block.inputs.len() {
+            let mut stats = BlockStats::empty(block.inputs.len());
+            if let (true, Some(statistic)) = (round.reads(input), &round.statistics[input]) {
+                stats.inputs[input] = Some(if statistic.cached {
+                    self.load_statistic(block, input, statistic, round, state)?
+                } else {
+                    let observing = || run.observe(input, state, statistic.needs);
+                    let stats = self.trace.run(Phase::Calibrate, what, observing).0?;
+                    self.keep_statistic(block, input, statistic, &stats)?;
+                    stats
+                });
+            }
+            for unit in round.units.iter().filter(|unit| unit.input == Some(input)) {
+                if unit.cached {
+                    self.take_back(block, unit, state)?;
+                } else {
+                    self.apply(block, round, unit, state, &mut stats)?;
+                }
+            }
+        }
+        let timing = if self.later(Upstream::Compressed, block.index) {
+            let finishing = || run.finish(state);
+            let timing = self.trace.run(Phase::Calibrate, what, finishing).0?;
+            self.lanes[lane].stream = Some(stream);
+            self.lanes[lane].at = block.index + 1;
+            self.keep_stream(Upstream::Compressed)?;
+            timing
+        } else {
+            // Nobody reads what this block puts out, and the stream stands somewhere inside it.
+            run.timing
+        };
+        self.time.forward += timing.forward.as_secs_f64();
+        self.time.statistics += timing.statistics.as_secs_f64();
+        Ok(())
+    }
+
+    /// True when a block after this one needs activations of this upstream.
+    fn later(&self, upstream: Upstream, block: usize) -> bool {
+        self.blocks[block + 1..].iter().any(|keys| keys.needs(upstream))
+    }
+
+    /// Statistics of the original block, one input after the other into the work directory.
+    fn observe_original(&mut self, block: &Block) -> Result<(), Error> {
+        self.bring(Upstream::Original, block.index)?;
+        let keys = &self.blocks[block.index];
+        let state = self.load(block)?;
+        let job = self.job;
+        let lane = lane_of(Upstream::Original);
+        let what = name_of(block);
+        let mut stream = self.lanes[lane].stream.take().ok_or("the plan counted on data")?;
+        let mut run = BlockRun::begin(
+            &job.decoder,
+            block.index,
+            &job.checkpoint,
+            &mut stream,
+            Some(job.spill(self.stage)),
+        )?;
+        for input in 0..block.inputs.len() {
+            let wanted = keys
+                .rounds
+                .iter()
+                .filter(|round| round.upstream == Upstream::Original && round.observes(input))
+                .find_map(|round| round.statistics[input].as_ref());
+            if let Some(statistic) = wanted {
+                let observing = || run.observe(input, &state, statistic.needs);
+                let stats = self.trace.run(Phase::Calibrate, what, observing).0?;
+                self.keep_statistic(block, input, statistic, &stats)?;
+            }
+        }
+        let timing = if self.later(Upstream::Original, block.index) {
+            let finishing = || run.finish(&state);
+            let timing = self.trace.run(Phase::Calibrate, what, finishing).0?;
+            self.lanes[lane].stream = Some(stream);
+            self.lanes[lane].at = block.index + 1;
+            self.keep_stream(Upstream::Original)?;
+            timing
+        } else {
+            run.timing
+        };
+        self.time.forward += timing.forward.as_secs_f64();
+        self.time.statistics += timing.statistics.as_secs_f64();
+        Ok(())
+    }
+
+    /// Brings a stream to the entrance of a block.
+    fn bring(&mut self, upstream: Upstream, to: usize) -> Result<(), Error> {
+        let lane = lane_of(upstream);
+        if self.lanes[lane].stream.is_none() {
+            self.begin(upstream, to)?;
+        }
+        while self.lanes[lane].at < to {
+            let job = self.job;
+            let at = self.lanes[lane].at;
+            let block = job.decoder.block(at);
+            let mut state = self.load(block)?;
+            if upstream == Upstream::Compressed {
+                for round in &self.blocks[at].rounds {
+                    for unit in &round.units {
+                        self.import(block, unit, &mut state)?;
+                    }
+                }
+            }
+            let spill = job.spill(self.stage);
+            let Some(stream) = &mut self.lanes[lane].stream else { break };
+            let forward = || {
+                BlockRun::begin(&job.decoder, at, &job.checkpoint, stream, Some(spill))?
+                    .finish(&state)
+            };
+            let timing = self.trace.run(Phase::Calibrate, name_of(block), forward).0?;
+            self.time.forward += timing.forward.as_secs_f64();
+            self.lanes[lane].at = at + 1;
+        }
+        Ok(())
+    }
+
+    /// The stored stream nearest before a block, else the embedded windows.
+    fn begin(&mut self, upstream: Upstream, to: usize) -> Result<(), Error> {
+        let job = self.job;
+        let lane = lane_of(upstream);
+        let windows = self.windows.ok_or("the plan counted on calibration data")?;
+        let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
+        let spill = job.spill(self.stage);
+        let mut stream = Stream::new(&lengths, job.decoder.spec.hidden, Some(&spill))?;
+        if let Some(stage) = self.stage {
+            for at in (1..=to).rev() {
+                let key = self.ground.stream(self.entering(upstream, at));
+                if !stage.contains(&key) {
+                    continue;
+                }
+                let Some((_, file)) = stage.open_object(&key)? else { continue };
+                let begun = self.trace.begin(Phase::Store, "activations");
+                let mut row = vec![0.0f32; 0];
+                for (window, &length) in lengths.iter().enumerate() {
+                    let name = format!("window.{window}");
+                    let view = file.view(&name).ok_or_else(|| format!("{name} is missing"))?;
+                    row.resize(length * job.decoder.spec.hidden, 0.0);
+                    view.copy_to_f32(0, &mut row)?;
+                    file.release(&name);
+                    stream.write(window, &row)?;
+                }
+                self.time.store += self.trace.end(Phase::Store, "activations", begun);
+                self.lanes[lane] = Lane { at, stream: Some(stream), saved: Some(key) };
+                return Ok(());
+            }
+        }
+        let begun = self.trace.begin(Phase::Read, "embedding");
+        for (at, ids) in windows.ids.iter().enumerate() {
+            stream.write(at, &embed(&job.decoder, &job.checkpoint, ids)?)?;
+        }
+        attar_tensor::TensorSource::release(&job.checkpoint, &job.decoder.graph.embedding);
+        self.time.read += self.trace.end(Phase::Read, "embedding", begun);
+        self.lanes[lane] = Lane { at: 0, stream: Some(stream), saved: None };
+        Ok(())
+    }
+
+    /// Key of the activations that enter a block.
+    fn entering(&self, upstream: Upstream, block: usize) -> &str {
+        match upstream {
+            Upstream::Original => &self.blocks[block].original,
+            Upstream::Compressed => &self.blocks[block].compressed,
+        }
+    }
+
+    /// Stores the stream when enough work would be lost with it, and takes the former one away.
+    fn keep_stream(&mut self, upstream: Upstream) -> Result<(), Error> {
+        let Some(stage) = self.stage else { return Ok(()) };
+        if self.stored.elapsed() < self.checkpoint_every {
+            return Ok(());
+        }
+        let lane = lane_of(upstream);
+        let at = self.lanes[lane].at;
+        let key = self.ground.stream(self.entering(upstream, at));
+        let Some(stream) = &self.lanes[lane].stream else { return Ok(()) };
+        let width = stream.width();
+        let headers = stream
+            .lengths()
+            .iter()
+            .enumerate()
+            .map(|(window, &length)| TensorHeader {
+                name: format!("window.{window}"),
+                dtype: DType::F32,
+                shape: vec![length, width],
+            })
+            .collect();
+        let begun = self.trace.begin(Phase::Store, "activations");
+        stage.put_with(
+            &key,
+            "stream",
+            &format!("activations that enter block {at}"),
+            json!(null),
+            headers,
+            |writer| {
+                let mut values = Vec::new();
+                for window in 0..stream.windows() {
+                    stream.read_into(window, &mut values).map_err(|error| error.to_string())?;
+                    writer
+                        .write_part(&format!("window.{window}"), 0, bytemuck::cast_slice(&values))
+                        .map_err(|error| error.to_string())?;
+                }
+                Ok(())
+            },
+        )?;
+        if let Some(old) = self.lanes[lane].saved.replace(key) {
+            stage.remove(&old)?;
+        }
+        self.time.store += self.trace.end(Phase::Store, "activations", begun);
+        self.stored = Instant::now();
+        Ok(())
+    }
+
+    /// Takes the stored streams away: the walk is over.
+    pub(super) fn finish(mut self) -> Result<Vec<SiteEntry>, Error> {
+        if let Some(stage) = self.stage {
+            for lane in &mut self.lanes {
+                if let Some(key) = lane.saved.take() {
+                    stage.remove(&key)?;
+                }
+            }
+        }
+        Ok(self.sites)
+    }
+
+    fn keep_statistic(
+        &mut self,
+        block: &Block,
+        input: usize,
+        statistic: &Statistic,
+        stats: &InputStats,
+    ) -> Result<(), Error> {
+        let (Some(stage), true) = (self.stage, statistic.keep) else { return Ok(()) };
+        let label = format!("{}, {}", name_of(block), block.inputs[input].name);
+        let begun = self.trace.begin(Phase::Store, name_of(block));
+        put_statistic(stage, &statistic.key, &label, stats)?;
+        self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+        Ok(())
+    }
+
+    fn load_statistic(
+        &mut self,
+        block: &Block,
+        input: usize,
+        statistic: &Statistic,
+        round: &RoundKeys,
+        state: &BlockState,
+    ) -> Result<InputStats, Error> {
+        let begun = self.trace.begin(Phase::Store, name_of(block));
+        let stage = self.stage.ok_or("statistics are read from a work directory")?;
+        let mut stats = get_statistic(stage, &statistic.key)?;
+        self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+        // The original's statistics follow what earlier steps folded into its neighbours.
+        if round.upstream == Upstream::Original
+            && let Some(Some(scale)) = state.input_scale.get(input)
+        {
+            stats.fold(scale);
+        }
+        Ok(stats)
+    }
+
+    /// Applies one step to one stage (or the whole block), and stores what came out.
+    fn apply(
+        &mut self,
+        block: &Block,
+        round: &RoundKeys,
+        unit: &Unit,
+        state: &mut BlockState,
+        stats: &mut BlockStats,
+    ) -> Result<(), Error> {
+        let context = PassContext { block, seed: self.job.recipe.calibration.seed };
+        let what = name_of(block);
+        let pass = &self.plan.passes[unit.step];
+        let (report, seconds) = self
+            .trace
+            .run(Phase::Solve, what, || pass.apply(&context, &unit.targets, state, stats));
+        self.time.solve += seconds;
+        let mut entries = Vec::new();
+        for result in report?.sites {
+            let at = block.sites.iter().position(|site| site.name == result.site);
+            let scheme = at
+                .and_then(|at| state.linears[at].weight.as_quantized())
+                .map(|quantized| quantized.scheme);
+            let statistic = at.and_then(|at| round.statistics[block.input_of(at)].as_ref());
+            entries.push(SiteEntry {
+                result,
+                scheme: scheme.map(QuantScheme::label),
+                bits: scheme.map(|scheme| scheme.bits),
+                seconds,
+                step: self.recipe.steps[unit.step].label(unit.step),
+                statistics: statistic.map(|statistic| statistic.key.clone()),
+            });
+        }
+        if let Some(stage) = self.stage {
+            let sites: Vec<usize> = unit.targets.iter().map(|target| target.site).collect();
+            let whole = unit.input.is_none();
+            let all: Vec<usize> = (0..block.sites.len()).filter(|&at| state.weight_changed[at]).collect();
+            let begun = self.trace.begin(Phase::Store, what);
+            let schemes: Vec<Option<QuantScheme>> = state
+                .linears
+                .iter()
+                .map(|linear| linear.weight.as_quantized().map(|quantized| quantized.scheme))
+                .collect();
+            let label = format!("{what}, {}", self.plan.steps[unit.step].pass);
+            stage.put(
+                &unit.key,
+                "result",
+                &label,
+                json!({"sites": entries, "schemes": schemes}),
+                &state.export(if whole { &all } else { &sites }, whole),
+            )?;
+            self.time.store += self.trace.end(Phase::Store, what, begun);
+        }
+        self.sites.extend(entries);
+        Ok(())
+    }
+
+    /// Takes a stored result back, and its lines of the report.
+    fn take_back(
+        &mut self,
+        block: &Block,
+        unit: &Unit,
+        state: &mut BlockState,
+    ) -> Result<(), Error> {
+        let facts = self.import(block, unit, state)?;
+        let mut entries: Vec<SiteEntry> = serde_json::from_value(facts["sites"].clone())?;
+        for entry in &mut entries {
+            // The same work may stand elsewhere in another recipe.
+            entry.step = self.recipe.steps[unit.step].label(unit.step);
+        }
+        self.sites.extend(entries);
+        Ok(())
+    }
+
+    fn import(
+        &mut self,
+        block: &Block,
+        unit: &Unit,
+        state: &mut BlockState,
+    ) -> Result<serde_json::Value, Error> {
+        let begun = self.trace.begin(Phase::Store, name_of(block));
+        let stage = self.stage.ok_or("results are read from a work directory")?;
+        let object = stage.get(&unit.key)?.ok_or_else(|| {
+            format!("{}: object {} has just gone; run again", stage.root().display(), unit.key)
+        })?;
+        let schemes: Vec<Option<QuantScheme>> =
+            serde_json::from_value(object.info.facts["schemes"].clone())?;
+        state
+            .import(&object.tensors, &schemes)
+            .map_err(|reason| format!("{}: object {}: {reason}", stage.root().display(), unit.key))?;
+        self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+        Ok(object.info.facts)
+    }
+}
+
+/// `model.layers.3`, or `head`.
+pub(super) fn name_of(block: &Block) -> &str {
+    if block.attention.is_none() { "head" } else { block.prefix.trim_end_matches('.') }
+}
+
+/// Stores a statistic: the Hessian as its lower triangle, row by row.
+fn put_statistic(
+    stage: &Stage,
+    key: &str,
+    label: &str,
+    stats: &InputStats,
+) -> Result<(), Error> {
+    let vector = |name: &str, dtype, count| TensorHeader { name: name.into(), dtype, shape: vec![count] };
+    let mut headers = Vec::new();
+    if let Some(h) = &stats.hessian {
+        let n = h.nrows();
+        headers.push(vector("hessian", DType::F32, n * (n + 1) / 2));
+    }
+    for (name, values) in [("abs_max", &stats.abs_max), ("abs_mean", &stats.abs_mean)] {
+        if let Some(values) = values {
+            headers.push(vector(name, DType::F32, values.len()));
+        }
+    }
+    if let Some(values) = &stats.square_sum {
+        headers.push(vector("square_sum", DType::F64, values.len()));
+    }
+    let facts = json!({"tokens": stats.tokens, "width": stats.hessian.as_ref().map(Mat::nrows)});
+    stage.put_with(key, "statistic", label, facts, headers, |writer| {
+        let mut put = |name: &str, offset: u64, bytes: &[u8]| {
+            writer.write_part(name, offset, bytes).map_err(|error| error.to_string())
+        };
+        if let Some(h) = &stats.hessian {
+            let values = h.as_slice().ok_or("the Hessian is in standard layout")?;
+            let mut offset = 0;
+            for (i, row) in values.chunks(h.ncols()).enumerate() {
+                put("hessian", offset, bytemuck::cast_slice(&row[..=i]))?;
+                offset += 4 * (i as u64 + 1);
+            }
+        }
+        for (name, values) in [("abs_max", &stats.abs_max), ("abs_mean", &stats.abs_mean)] {
+            if let Some(values) = values {
+                put(name, 0, bytemuck::cast_slice(values))?;
+            }
+        }
+        if let Some(values) = &stats.square_sum {
+            put("square_sum", 0, bytemuck::cast_slice(values))?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn get_statistic(stage: &Stage, key: &str) -> Result<InputStats, Error> {
+    let gone = || format!("{}: object {key} has just gone; run again", stage.root().display());
+    let (info, file) = stage.open_object(key)?.ok_or_else(gone)?;
+    let tokens = info.facts["tokens"].as_u64().ok_or_else(gone)? as usize;
+    let mut stats = InputStats { tokens, ..InputStats::default() };
+    let floats = |name: &str| -> Result<Option<Vec<f32>>, Error> {
+        file.view(name).map(|view| Ok(view.to_f32()?)).transpose()
+    };
+    if let (Some(view), Some(n)) = (file.view("hessian"), info.facts["width"].as_u64()) {
+        let n = n as usize;
+        let mut h = Mat::zeros((n, n));
+        let values = h.as_slice_mut().ok_or("a fresh matrix is in standard layout")?;
+        let mut start = 0;
+        for i in 0..n {
+            view.copy_to_f32(start, &mut values[i * n..=i * n + i])?;
+            start += i + 1;
+        }
+        for i in 0..n {
+            for j in 0..i {
+                values[j * n + i] = values[i * n + j];
+            }
+        }
+        file.release("hessian");
+        stats.hessian = Some(h);
+    }
+    stats.abs_max = floats("abs_max")?;
+    stats.abs_mean = floats("abs_mean")?;
+    if let Some(view) = file.view("square_sum") {
+        let tensor: Tensor = view.to_tensor();
+        let number = |b: &[u8]| f64::from_le_bytes(b.try_into().unwrap_or_default());
+        stats.square_sum = Some(tensor.bytes().chunks_exact(8).map(number).collect());
+    }
+    Ok(stats)
+}

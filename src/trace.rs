@@ -1,0 +1,76 @@
+//! What happens when: the time line of the report, and (`--progress json`) one JSON object a line on
+//! standard error for those who run Attar from a program.
+
+use std::time::Instant;
+
+use attar_eval::report::{Phase, Span};
+use serde_json::json;
+
+/// Collects the time line of one run.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    begun: Instant,
+    json: bool,
+    pub(crate) spans: Vec<Span>,
+}
+
+impl Trace {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { begun: Instant::now(), json, spans: Vec::new() }
+    }
+
+    fn now(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+
+    /// Seconds since the beginning.
+    pub(crate) fn total(&self) -> f64 {
+        self.now()
+    }
+
+    /// Runs `work` as a part of `phase` and returns its result with the seconds it took.
+    pub(crate) fn run<T>(
+        &mut self,
+        phase: Phase,
+        what: &str,
+        work: impl FnOnce() -> T,
+    ) -> (T, f64) {
+        let start = self.begin(phase, what);
+        let result = work();
+        (result, self.end(phase, what, start))
+    }
+
+    /// Tells that a part begins; give what it returns to [`Trace::end`].
+    pub(crate) fn begin(&self, phase: Phase, what: &str) -> f64 {
+        let start = self.now();
+        if self.json {
+            eprintln!("{}", json!({"event": "begin", "phase": phase, "what": what, "t": start}));
+        }
+        start
+    }
+
+    /// Tells that a part has ended; returns its seconds.
+    pub(crate) fn end(&mut self, phase: Phase, what: &str, start: f64) -> f64 {
+        let end = self.now();
+        if self.json {
+            eprintln!("{}", json!({"event": "end", "phase": phase, "what": what, "t": end}));
+        }
+        // Neighbours of one kind make one span.
+        match self.spans.last_mut() {
+            Some(last) if last.phase == phase && last.what == what && start - last.end < 0.01 => {
+                last.end = end;
+            }
+            _ => self.spans.push(Span { phase, what: what.to_owned(), start, end }),
+        }
+        end - start
+    }
+
+    /// Something worth a line that is not a part of the work.
+    pub(crate) fn note(&self, text: &str) {
+        if self.json {
+            eprintln!("{}", json!({"event": "note", "text": text, "t": self.now()}));
+        } else {
+            eprintln!("note: {text}");
+        }
+    }
+}
