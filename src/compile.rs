@@ -7,7 +7,7 @@ mod walk;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use attar_formats::{
     stage::Stage,
 };
 use attar_ir::{
-    Needs,
+    BlockState, Needs,
     plan::{self, PassGraph, Plan, PlanErrors, Variant},
     recipe::{Emit, Recipe},
 };
@@ -239,9 +239,9 @@ fn default_scratch(out: &Path) -> PathBuf {
 /// again after a kill or an error, it goes on where it stopped; run again after it has finished, it checks
 /// what lies there.
 pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, Report)>, Error> {
-    let mut trace = Trace::new(options.json_progress);
+    let trace = Trace::new(options.json_progress);
     let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
-    if let Some(reports) = finished(job, options.out, &mut trace)? {
+    if let Some(reports) = finished(job, options.out, &trace)? {
         if options.scratch.is_none() && scratch.exists() {
             // A run that was killed between its last two acts.
             Stage::open(&scratch)?.destroy()?;
@@ -251,7 +251,7 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
     // The places are tried before any work is done.
     let root = ArtifactRoot::create(options.out)?;
     let stage = job.calibrates().then(|| Stage::open(&scratch)).transpose()?;
-    let reports = produce(job, options, &root, stage.as_ref(), &mut trace).map_err(|error| {
+    let reports = produce(job, options, &root, stage.as_ref(), &trace).map_err(|error| {
         match &stage {
             Some(stage) => Error::from(format!(
                 "{error}\n  what is done so far lies in {}; the same command goes on from there",
@@ -282,7 +282,7 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
 fn finished(
     job: &Job,
     out: &Path,
-    trace: &mut Trace,
+    trace: &Trace,
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
     let emits = || {
         job.variants.iter().flat_map(|(variant, plan)| {
@@ -324,7 +324,7 @@ fn produce(
     options: &Options<'_>,
     root: &ArtifactRoot,
     stage: Option<&Stage>,
-    trace: &mut Trace,
+    trace: &Trace,
 ) -> Result<Vec<(PathBuf, Report)>, Error> {
     let mut time = Timings::default();
     let windows = read_windows(job)?;
@@ -385,7 +385,7 @@ fn produce(
                 predicted_peak_bytes: plan.memory.peak() as u64,
                 measured_peak_bytes: peak_memory(),
                 timings: time,
-                timeline: trace.spans.clone(),
+                timeline: trace.spans(),
                 reused,
             };
             let begun = trace.begin(Phase::Seal, what);
@@ -431,7 +431,7 @@ fn walk_variant<'a>(
         &BTreeMap<String, String>,
         Option<&Windows>,
     ),
-    trace: &mut Trace,
+    trace: &Trace,
     time: &mut Timings,
 ) -> Result<Walked<'a>, Error> {
     let mut damaged = Vec::new();
@@ -471,20 +471,49 @@ fn walk_variant<'a>(
         checkpoint_every: options.checkpoint_every,
     };
     let mut walk = Walk::new(around, trace, time);
-    for block in job.decoder.graph.all_blocks() {
-        if blocks[block.index].rounds.is_empty() {
-            bar.inc(1);
-            continue;
+    // Blocks are packed and written while the next one is worked on; one at most waits.
+    let (sender, receiver) = mpsc::sync_channel::<(usize, BlockState)>(0);
+    let writing = &mut outputs;
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || -> Result<(), String> {
+            for (index, state) in receiver {
+                let block = job.decoder.block(index);
+                let begun = trace.begin(Phase::Emit, walk::name_of(block));
+                for output in &mut *writing {
+                    output
+                        .put_block(block, &state, &job.checkpoint)
+                        .map_err(|error| error.to_string())?;
+                }
+                trace.end(Phase::Emit, walk::name_of(block), begun);
+            }
+            Ok(())
+        });
+        let mut walking = || -> Result<bool, Error> {
+            for block in job.decoder.graph.all_blocks() {
+                if blocks[block.index].rounds.is_empty() {
+                    bar.inc(1);
+                    continue;
+                }
+                bar.set_message(walk::name_of(block).to_owned());
+                if let Some(next) = job.decoder.graph.blocks.get(block.index + 1) {
+                    job.checkpoint.prefetch(&next.prefix);
+                }
+                let state = walk.run_block(block)?;
+                if sender.send((block.index, state)).is_err() {
+                    return Ok(false);
+                }
+                bar.inc(1);
+            }
+            Ok(true)
+        };
+        let walked = walking();
+        drop(sender);
+        match writer.join() {
+            Ok(Ok(())) => walked.map(drop),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err("the writer has panicked".into()),
         }
-        bar.set_message(walk::name_of(block).to_owned());
-        let state = walk.run_block(block)?;
-        let begun = walk.trace.begin(Phase::Emit, walk::name_of(block));
-        for output in &mut outputs {
-            output.put_block(block, &state, &job.checkpoint)?;
-        }
-        walk.time.write += walk.trace.end(Phase::Emit, walk::name_of(block), begun);
-        bar.inc(1);
-    }
+    })?;
     bar.finish_and_clear();
     let sites = walk.finish()?;
     let begun = trace.begin(Phase::Emit, "files");
@@ -500,7 +529,8 @@ fn walk_variant<'a>(
         artifact::write_manifest(&folder, facts(variant, layout, sources, windows))?;
         folders.push((output.emit, folder));
     }
-    time.write += trace.end(Phase::Emit, "files", begun);
+    trace.end(Phase::Emit, "files", begun);
+    time.write = trace.seconds(Phase::Emit);
     Ok((folders, sites, reused))
 }
 

@@ -1,7 +1,10 @@
 //! What happens when: the time line of the report, and (`--progress json`) one JSON object a line on
 //! standard error for those who run Attar from a program.
 
-use std::time::Instant;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
 
 use attar_eval::report::{Phase, Span};
 use serde_json::json;
@@ -11,12 +14,12 @@ use serde_json::json;
 pub(crate) struct Trace {
     begun: Instant,
     json: bool,
-    pub(crate) spans: Vec<Span>,
+    spans: Mutex<Vec<Span>>,
 }
 
 impl Trace {
     pub(crate) fn new(json: bool) -> Self {
-        Self { begun: Instant::now(), json, spans: Vec::new() }
+        Self { begun: Instant::now(), json, spans: Mutex::default() }
     }
 
     fn now(&self) -> f64 {
@@ -28,9 +31,21 @@ impl Trace {
         self.now()
     }
 
+    /// The time line so far, by beginning.
+    pub(crate) fn spans(&self) -> Vec<Span> {
+        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        spans.sort_by(|a, b| a.start.total_cmp(&b.start));
+        spans
+    }
+
+    /// Seconds of a phase so far.
+    pub(crate) fn seconds(&self, phase: Phase) -> f64 {
+        self.spans().iter().filter(|span| span.phase == phase).map(|span| span.end - span.start).sum()
+    }
+
     /// Runs `work` as a part of `phase` and returns its result with the seconds it took.
     pub(crate) fn run<T>(
-        &mut self,
+        &self,
         phase: Phase,
         what: &str,
         work: impl FnOnce() -> T,
@@ -50,17 +65,16 @@ impl Trace {
     }
 
     /// Tells that a part has ended; returns its seconds.
-    pub(crate) fn end(&mut self, phase: Phase, what: &str, start: f64) -> f64 {
+    pub(crate) fn end(&self, phase: Phase, what: &str, start: f64) -> f64 {
         let end = self.now();
         if self.json {
             eprintln!("{}", json!({"event": "end", "phase": phase, "what": what, "t": end}));
         }
         // Neighbours of one kind make one span.
-        match self.spans.last_mut() {
-            Some(last) if last.phase == phase && last.what == what && start - last.end < 0.01 => {
-                last.end = end;
-            }
-            _ => self.spans.push(Span { phase, what: what.to_owned(), start, end }),
+        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        match spans.iter_mut().rev().find(|span| span.phase == phase) {
+            Some(last) if last.what == what && start - last.end < 0.01 => last.end = end,
+            _ => spans.push(Span { phase, what: what.to_owned(), start, end }),
         }
         end - start
     }

@@ -255,18 +255,21 @@ fn a_work_directory_serves_later_runs_and_keeps_others_out() {
         let (w4, w3) = (recipe("w4.toml", upstream, 4), recipe("w3.toml", upstream, 3));
         let name = |what: &str| format!("{upstream}-{what}");
         let (first, calibrated, solved) = run(&w4, &name("first"), Some(&work));
-        assert_eq!(solved, 8, "4 stages of 2 blocks");
+        // 4 stages of 2 blocks; what enters block 0 is the same for both upstreams, and so is its first stage.
+        let stages = if upstream == "original" { 8 } else { 7 };
+        assert_eq!(solved, stages);
         // The same once more: nothing is computed.
         let (again, calibrated_again, solved_again) = run(&w4, &name("again"), Some(&work));
         assert_eq!((calibrated_again, solved_again), (0, 0));
         assert!(again == first);
         // Other bits: every Hessian is there with original upstream, else those of the first input.
         let (third, calibrated_third, solved_third) = run(&w3, &name("third"), Some(&work));
-        assert_eq!(solved_third, 8);
+        assert_eq!(solved_third, stages);
         if upstream == "original" {
             assert_eq!(calibrated_third, 0);
         } else {
-            assert_eq!(calibrated_third, calibrated - 1);
+            // The first input of block 0 was there for the first run too.
+            assert_eq!(calibrated_third, calibrated);
         }
         // A cold run agrees.
         assert!(run(&w3, &name("cold"), None).0 == third);

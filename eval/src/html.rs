@@ -7,7 +7,7 @@ use attar_ir::Event;
 
 use crate::{
     Evaluation, Report,
-    report::{SiteEntry, Timings},
+    report::{Phase, SiteEntry, Span, Timings},
 };
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2733}\
@@ -16,8 +16,9 @@ td,th{padding:.15rem .8rem .15rem 0;text-align:left;white-space:nowrap}td.n,th.n
 tr+tr{border-top:1px solid #e4e8ee}small{color:#5b6878}svg{max-width:100%}\
 .k{font-size:1.3rem;font-weight:600}.facts td{padding-right:2.5rem;border:0}";
 /// One colour per part of a block, told apart without red and green alone.
-const COLOURS: [&str; 7] =
-    ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5"];
+const COLOURS: [&str; 8] = [
+    "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e",
+];
 const WIDTH: f64 = 900.0;
 
 fn escape(text: &str) -> String {
@@ -69,6 +70,14 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
         errors(out, &quantized)?;
     }
     time(out, &report.timings)?;
+    timeline(out, &report.timeline)?;
+    if report.reused.0 > 0 {
+        write!(
+            out,
+            "<p>{} of {} results were in the work directory already.</p>",
+            report.reused.0, report.reused.1
+        )?;
+    }
     write!(
         out,
         "<h2>Memory</h2><p>Peak {}, predicted {}.</p>",
@@ -203,6 +212,7 @@ fn time(out: &mut String, t: &Timings) -> std::fmt::Result {
         ("forward", t.forward),
         ("statistics", t.statistics),
         ("passes", t.solve),
+        ("store", t.store),
         ("write", t.write),
         ("verify", t.verify),
         ("eval", t.eval),
@@ -222,13 +232,66 @@ fn time(out: &mut String, t: &Timings) -> std::fmt::Result {
              <rect x=\"{1}\" y=\"36\" width=\"10\" height=\"10\" fill=\"{0}\"/>\
              <text x=\"{2}\" y=\"46\" font-size=\"13\" fill=\"#1d2733\">{name} {seconds:.1}</text>",
             COLOURS[at],
-            at * 128,
-            at * 128 + 15
+            at * 112,
+            at * 112 + 15
         )?;
         x += width;
     }
     out.push_str("</svg>");
     Ok(())
+}
+
+/// What ran when, one row per phase; rows that overlap ran side by side.
+fn timeline(out: &mut String, spans: &[Span]) -> std::fmt::Result {
+    const ROWS: [(Phase, &str); 8] = [
+        (Phase::Read, "read"),
+        (Phase::Calibrate, "calibrate"),
+        (Phase::Solve, "passes"),
+        (Phase::Store, "store"),
+        (Phase::Emit, "write"),
+        (Phase::Verify, "verify"),
+        (Phase::Eval, "eval"),
+        (Phase::Seal, "seal"),
+    ];
+    const LEFT: f64 = 70.0;
+    let end = spans.iter().map(|span| span.end).fold(0.0, f64::max);
+    if end <= 0.0 {
+        return Ok(());
+    }
+    let rows: Vec<_> =
+        ROWS.iter().filter(|(phase, _)| spans.iter().any(|s| s.phase == *phase)).collect();
+    let height = rows.len() * 18 + 20;
+    write!(
+        out,
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"time line\">"
+    )?;
+    let x = |t: f64| LEFT + t / end * (WIDTH - LEFT);
+    for (row, (phase, name)) in rows.iter().enumerate() {
+        let y = row * 18;
+        write!(
+            out,
+            "<text x=\"0\" y=\"{}\" font-size=\"13\" fill=\"#1d2733\">{name}</text>",
+            y + 12
+        )?;
+        for span in spans.iter().filter(|span| span.phase == *phase) {
+            write!(
+                out,
+                "<rect x=\"{:.2}\" y=\"{}\" width=\"{:.2}\" height=\"13\" fill=\"{}\"><title>{} {:.2} s</title></rect>",
+                x(span.start),
+                y + 1,
+                ((span.end - span.start) / end * (WIDTH - LEFT)).max(0.4),
+                COLOURS[row % COLOURS.len()],
+                escape(&span.what),
+                span.end - span.start
+            )?;
+        }
+    }
+    let base = rows.len() * 18 + 14;
+    write!(
+        out,
+        "<text x=\"{LEFT}\" y=\"{base}\" font-size=\"12\" fill=\"#5b6878\">0 s</text>\
+         <text x=\"{WIDTH}\" y=\"{base}\" font-size=\"12\" fill=\"#5b6878\" text-anchor=\"end\">{end:.1} s</text></svg>"
+    )
 }
 
 fn sites(out: &mut String, report: &Report) -> std::fmt::Result {
@@ -283,7 +346,10 @@ mod tests {
             scheme: Some("w4 g128 sym".into()),
             bits: Some(4),
             seconds: 0.1,
+            step: String::new(),
+            statistics: None,
         };
+        let span = |phase, start, end| Span { phase, what: "a&b".into(), start, end };
         let report = Report {
             attar: "0".into(),
             layout: "<b>".into(),
@@ -296,10 +362,13 @@ mod tests {
             predicted_peak_bytes: 1,
             measured_peak_bytes: None,
             timings: Timings::default(),
+            timeline: vec![span(Phase::Read, 0.0, 0.5), span(Phase::Solve, 0.4, 2.0)],
+            reused: (1, 2),
         };
         let page = page(&report);
         assert!(!page.contains("<script>") && !page.contains("<b>") && page.contains("a &amp; b"));
         assert_eq!(page.matches("<title>a.").count(), 2);
+        assert!(page.contains("a&amp;b 1.60 s") && page.contains("1 of 2 results"));
         assert!(page.contains("3 dead columns") && !page.contains("NaN") && !page.contains("inf"));
     }
 }

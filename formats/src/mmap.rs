@@ -19,6 +19,16 @@ impl Map {
         &self.0
     }
 
+    /// Asks the system to read a byte range ahead into its page cache; advice that may be ignored.
+    pub(crate) fn prefetch(&self, start: usize, length: usize) {
+        #[cfg(unix)]
+        if length > 0 {
+            let _ = self.0.advise_range(memmap2::Advice::WillNeed, start, length);
+        }
+        #[cfg(not(unix))]
+        let _ = (start, length);
+    }
+
     /// Gives the pages of a byte range back to the system; they are read again when touched.
     pub(crate) fn release(&self, start: usize, length: usize) {
         #[cfg(unix)]

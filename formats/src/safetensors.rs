@@ -144,6 +144,13 @@ impl SafetensorsFile {
         TensorView::new(header.dtype, header.shape.clone(), bytes).ok()
     }
 
+    /// Asks the system to read the tensor ahead.
+    pub fn prefetch(&self, name: &str) {
+        if let Some((_, start, length)) = self.find(name) {
+            self.map.prefetch(*start, *length);
+        }
+    }
+
     /// Gives the tensor's mapped pages back.
     pub fn release(&self, name: &str) {
         if let Some((_, start, length)) = self.find(name) {

@@ -41,7 +41,7 @@ pub(super) struct Walk<'a> {
     pub(super) blocks: &'a [BlockKeys],
     /// Streams are stored once per so much time.
     pub(super) checkpoint_every: Duration,
-    pub(super) trace: &'a mut Trace,
+    pub(super) trace: &'a Trace,
     pub(super) time: &'a mut Timings,
     pub(super) sites: Vec<SiteEntry>,
     lanes: [Lane; 2],
@@ -70,7 +70,7 @@ pub(super) struct Surroundings<'a> {
 impl<'a> Walk<'a> {
     pub(super) fn new(
         around: Surroundings<'a>,
-        trace: &'a mut Trace,
+        trace: &'a Trace,
         time: &'a mut Timings,
     ) -> Self {
         let Surroundings { job, plan, recipe, windows, stage, ground, blocks, checkpoint_every } =
