@@ -241,7 +241,7 @@ fn default_scratch(out: &Path) -> PathBuf {
 pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, Report)>, Error> {
     let trace = Trace::new(options.json_progress);
     let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
-    if let Some(reports) = finished(job, options.out, &trace)? {
+    if let Some(reports) = finished(job, options, &trace)? {
         if options.scratch.is_none() && scratch.exists() {
             // A run that was killed between its last two acts.
             Stage::open(&scratch)?.destroy()?;
@@ -281,9 +281,10 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
 /// The reports of artifacts that this very job has made already, after a look at their hashes.
 fn finished(
     job: &Job,
-    out: &Path,
+    options: &Options<'_>,
     trace: &Trace,
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
+    let out = options.out;
     let emits = || {
         job.variants.iter().flat_map(|(variant, plan)| {
             plan.emits.iter().map(move |emit| (variant, emit))
@@ -312,7 +313,11 @@ fn finished(
             .into());
         }
         let report = attar_formats::read_json(&folder.join(artifact::REPORT))?;
-        reports.push((folder, serde_json::from_value(report)?));
+        let report: Report = serde_json::from_value(report)?;
+        if options.measure.is_some() && report.eval.is_none() {
+            return Ok(None);
+        }
+        reports.push((folder, report));
     }
     ArtifactRoot::clear_marker(out)?;
     trace.note("the artifact is there already, made from the same inputs; its hashes are right");

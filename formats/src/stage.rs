@@ -378,7 +378,13 @@ impl Stage {
     /// When it cannot be removed.
     pub fn destroy(self) -> Result<(), FormatError> {
         let Self { root, _lock } = self;
-        fs::remove_dir_all(&root).map_err(FormatError::io(&root))
+        // The lock goes last: a process that is killed here leaves a work directory, not a heap of files.
+        for folder in [root.join("objects"), root.join("tmp")] {
+            fs::remove_dir_all(&folder).map_err(FormatError::io(&folder))?;
+        }
+        let lock = root.join(LOCK);
+        fs::remove_file(&lock).map_err(FormatError::io(&lock))?;
+        fs::remove_dir(&root).map_err(FormatError::io(&root))
     }
 }
 
