@@ -1,9 +1,9 @@
 //! What the model is: blocks of linear sites, the activations they read, and the coupling between them.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The part a linear plays in its block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
     /// Query projection.
