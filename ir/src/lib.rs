@@ -8,11 +8,13 @@
 
 pub mod form;
 pub mod graph;
+pub mod ledger;
 pub mod pass;
 pub mod plan;
 pub mod recipe;
 pub mod state;
 pub mod stats;
+pub mod target;
 
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
 pub use graph::{
