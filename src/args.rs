@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use attar_ir::target::TargetSpec;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// A compression compiler for language models: quantizes Hugging Face checkpoints into artifacts that
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     Demo(Demo),
     /// List, check or prune a work directory (`compress --scratch DIR`).
     Cache(Cache),
+    /// List the runtimes that `--target` knows, with their rules and sources.
+    Targets(Targets),
     /// List passes and presets, or print the recipe's JSON Schema.
     Passes {
         /// Print the JSON Schema of recipes.
@@ -75,9 +78,24 @@ pub(crate) struct What {
     /// Seed [default: 0, or the recipe's].
     #[arg(long)]
     pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) promise: Promise,
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What the artifacts must be good for.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub(crate) struct Promise {
+    /// Runtime that must accept every artifact, with the ranks it splits tensors over (repeatable):
+    /// the plan is refused before any work when a rule of it is broken, and the written files are
+    /// checked again. See `attar targets`.
+    #[arg(long, value_name = "NAME[,tp=N]")]
+    pub(crate) target: Vec<TargetSpec>,
+    /// Accept linears that stay dense in some blocks while others of their kind are quantized.
+    #[arg(long)]
+    pub(crate) allow_dense: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -135,7 +153,9 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         "mib" => 1024.0 * 1024.0,
         "gib" => 1024.0 * 1024.0 * 1024.0,
         "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
-        other => return Err(format!("`{other}` is no unit of size; use kB, MB, GB, KiB, MiB, GiB")),
+        other => {
+            return Err(format!("`{other}` is no unit of size; use kB, MB, GB, KiB, MiB, GiB"));
+        }
     };
     let bytes = number * unit;
     if bytes.is_finite() && (0.0..1e18).contains(&bytes) {
@@ -239,6 +259,18 @@ pub(crate) struct Verify {
     /// The checkpoint it was made from: every tensor must be accounted for.
     #[arg(long)]
     pub(crate) source: Option<PathBuf>,
+    /// Runtime that must accept the artifact, ours or foreign (repeatable); exit 1 when it does not.
+    #[arg(long, value_name = "NAME[,tp=N]")]
+    pub(crate) target: Vec<TargetSpec>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Targets {
+    /// Only this one, with every rule in full.
+    pub(crate) name: Option<TargetSpec>,
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub(crate) json: bool,

@@ -25,6 +25,7 @@ use attar_ir::{
     BlockState, Needs,
     plan::{self, PassGraph, Plan, PlanErrors, Variant},
     recipe::{Emit, Recipe},
+    target::Violation,
 };
 use attar_model::{Decoder, Spill};
 use attar_tensor::TensorSource;
@@ -35,7 +36,15 @@ use self::{
     output::Output,
     walk::{Surroundings, Walk},
 };
-use crate::{Error, args::What, measure, packed::Opened, progress, registry, trace::Trace, verify};
+use crate::{
+    Error,
+    args::{Promise, What},
+    contract, measure,
+    packed::Opened,
+    progress, registry,
+    trace::Trace,
+    verify,
+};
 
 /// A proven plan with everything it was proven on.
 pub(crate) struct Job {
@@ -46,6 +55,10 @@ pub(crate) struct Job {
     /// Its variants, each with its proof; one when the recipe is a chain.
     pub(crate) variants: Vec<(Variant, Plan)>,
     pub(crate) corpus: Option<CorpusSource>,
+    /// What the artifacts must be good for.
+    promise: Promise,
+    /// What the targets warn of.
+    pub(crate) warnings: Vec<Violation>,
 }
 
 impl Job {
@@ -193,7 +206,9 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
     if !errors.is_empty() {
         return Err(PlanErrors(errors).into());
     }
-    Ok(Job { checkpoint, decoder, recipe, variants, corpus })
+    let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
+    let promise = what.promise.clone();
+    Ok(Job { checkpoint, decoder, recipe, variants, corpus, promise, warnings })
 }
 
 /// Everything that the bytes of one artifact depend on, for its manifest.
@@ -358,10 +373,14 @@ fn produce(
     }
     let mut reports = Vec::new();
     for (plan, (folders, sites, reused)) in made {
-        for (emit, folder) in folders {
+        for (at, (emit, folder)) in folders.into_iter().enumerate() {
             let what = emit.dir.as_deref().unwrap_or(emit.layout.0);
             let begun = trace.begin(Phase::Verify, what);
-            let checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
+            let mut checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
+            let opened = Opened::open(&folder)?;
+            let ledger = contract::lines(plan, &job.checkpoint, at);
+            let kept = contract::kept(&ledger, &job.checkpoint, &opened, &job.promise)?;
+            checked.problems.extend(kept.broken);
             if !checked.problems.is_empty() {
                 return Err(format!(
                     "what was written does not verify: {}",
@@ -370,7 +389,6 @@ fn produce(
                 .into());
             }
             time.verify += trace.end(Phase::Verify, what, begun);
-            let opened = Opened::open(&folder)?;
             let begun = trace.begin(Phase::Eval, what);
             let eval =
                 options.measure.as_ref().map(|m| accuracy(job, &opened, m)).transpose()?;
@@ -386,7 +404,8 @@ fn produce(
                 bits_per_weight: opened.bits_per_weight(),
                 sites: sites.clone(),
                 eval,
-                notes: plan.notes.clone(),
+                notes: [plan.notes.clone(), kept.warnings].concat(),
+                ledger,
                 predicted_peak_bytes: plan.memory.peak() as u64,
                 measured_peak_bytes: peak_memory(),
                 timings: time,

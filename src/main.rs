@@ -20,6 +20,7 @@ macro_rules! say {
 mod args;
 mod commands;
 mod compile;
+mod contract;
 mod measure;
 mod packed;
 mod progress;

@@ -74,6 +74,11 @@ impl Opened {
         quant.scheme_of(&site.name)
     }
 
+    /// Whether `quantization_config` calls a site quantized; `None` when there is no such config.
+    pub(crate) fn declared(&self, site: &Site) -> Option<bool> {
+        self.quant.as_ref().map(|quant| quant.scheme_of(&site.name).is_some())
+    }
+
     /// The packed linear of a site; `None` when it is dense.
     pub(crate) fn packed(&self, site: &Site) -> Result<Option<PackedLinear>, Error> {
         let Some(quant) = &self.quant else { return Ok(None) };

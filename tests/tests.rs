@@ -4,6 +4,7 @@
 mod headers;
 mod refusals;
 mod resume;
+mod targets;
 
 use std::{
     fs,

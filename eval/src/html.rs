@@ -92,6 +92,7 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
         out.push_str("</ul>");
     }
     sites(out, report)?;
+    ledger(out, report)?;
     writeln!(out, "<p><small>attar {}</small></html>", escape(&report.attar))
 }
 
@@ -318,6 +319,26 @@ fn sites(out: &mut String, report: &Report) -> std::fmt::Result {
     Ok(())
 }
 
+/// One row for every tensor of the checkpoint; long tables are folded up.
+fn ledger(out: &mut String, report: &Report) -> std::fmt::Result {
+    const OPEN: usize = 30;
+    if report.ledger.is_empty() {
+        return Ok(());
+    }
+    write!(
+        out,
+        "<h2>Every tensor</h2><details{}><summary>{}</summary><table><tr><th>tensor<th>became<th>",
+        if report.ledger.len() <= OPEN { " open" } else { "" },
+        escape(&attar_ir::ledger::summary(&report.ledger))
+    )?;
+    for line in &report.ledger {
+        let (tensor, detail) = (escape(&line.tensor), escape(&line.detail));
+        write!(out, "<tr><td>{tensor}<td>{}<td>{detail}", line.fate)?;
+    }
+    out.push_str("</table></details>");
+    Ok(())
+}
+
 fn told(event: &Event) -> String {
     match event {
         Event::DampeningRaised { percdamp, failures } => {
@@ -331,7 +352,10 @@ fn told(event: &Event) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use attar_ir::SiteReport;
+    use attar_ir::{
+        SiteReport,
+        ledger::{Fate, Line},
+    };
 
     #[test]
     fn names_are_escaped_and_every_site_is_drawn() {
@@ -359,6 +383,12 @@ mod tests {
             sites: vec![site("a.q_proj", 1e-3), site("a.<script>", 0.0)],
             eval: None,
             notes: vec!["a & b".into()],
+            ledger: vec![Line {
+                tensor: "<i>.weight".into(),
+                fate: Fate::Dropped,
+                detail: "\"x\"".into(),
+                becomes: Vec::new(),
+            }],
             predicted_peak_bytes: 1,
             measured_peak_bytes: None,
             timings: Timings::default(),
@@ -369,6 +399,8 @@ mod tests {
         assert!(!page.contains("<script>") && !page.contains("<b>") && page.contains("a &amp; b"));
         assert_eq!(page.matches("<title>a.").count(), 2);
         assert!(page.contains("a&amp;b 1.60 s") && page.contains("1 of 2 results"));
+        assert!(page.contains("&lt;i&gt;.weight<td>dropped<td>&quot;x&quot;"));
+        assert!(page.contains("1 source tensors: 1 dropped"));
         assert!(page.contains("3 dead columns") && !page.contains("NaN") && !page.contains("inf"));
     }
 }

@@ -1,6 +1,6 @@
 //! The report of one compression, `report.json`.
 
-use attar_ir::SiteReport;
+use attar_ir::{SiteReport, ledger::Line};
 use serde::{Deserialize, Serialize};
 
 use crate::Evaluation;
@@ -105,6 +105,9 @@ pub struct Report {
     pub eval: Option<Evaluation>,
     /// What the plan narrowed.
     pub notes: Vec<String>,
+    /// What became of every tensor of the checkpoint.
+    #[serde(default)]
+    pub ledger: Vec<Line>,
     /// Predicted peak memory, bytes.
     pub predicted_peak_bytes: u64,
     /// Measured peak resident memory (VmHWM), bytes; absent where the system does not say.

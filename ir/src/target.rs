@@ -508,7 +508,10 @@ impl Subject {
             .collect();
         let quantized = linears.iter().any(|linear| linear.scheme.is_some());
         Self {
-            name: format!("emit {}", planned.layout),
+            name: match &planned.dir {
+                Some(dir) if dir != planned.layout.0 => format!("emit {} in {dir}", planned.layout),
+                _ => format!("emit {}", planned.layout),
+            },
             layout: quantized.then(|| planned.layout.0.to_owned()),
             container: planned.container.clone(),
             family: plan.graph.family.clone(),

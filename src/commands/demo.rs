@@ -9,7 +9,7 @@ use attar_model::Sampling;
 use super::continue_text;
 use crate::{
     Error,
-    args::{Demo, What},
+    args::{Demo, Promise, What},
     compile, measure,
     packed::Opened,
 };
@@ -97,6 +97,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             samples: None,
             context: Some(CONTEXT),
             seed: None,
+            promise: Promise::default(),
             json: false,
         };
         compile::compile(&compile::prepare(&what)?, &compile::Options::new(&out))?;

@@ -4,6 +4,7 @@ mod cache;
 mod demo;
 mod evaluate;
 mod inspect;
+mod targets;
 
 use attar_eval::{Policy, Report};
 use attar_formats::{Checkpoint, artifact};
@@ -15,6 +16,7 @@ use crate::{
     Error,
     args::{Args, Command, Compress, Gate, Plan, ProgressArg, Run, Verify},
     compile::{self, Measure, Options},
+    contract,
     packed::Opened,
     registry, verify,
 };
@@ -34,6 +36,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Run(args) => generate(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Cache(args) => cache::cache(&args),
+        Command::Targets(args) => targets::targets(&args),
         Command::Passes { schema } => passes(schema),
     }
 }
@@ -117,11 +120,28 @@ fn print_report(path: &std::path::Path, report: &Report) {
 fn print_plan(args: &Plan) -> Result<bool, Error> {
     let job = compile::prepare(&args.what)?;
     if args.what.json {
-        say!("{}", serde_json::to_string_pretty(&plan::to_json(&job.variants))?);
+        let mut json = plan::to_json(&job.variants);
+        for (at, (_, plan)) in job.variants.iter().enumerate() {
+            for emit in 0..plan.emits.len() {
+                let lines = contract::lines(plan, &job.checkpoint, emit);
+                json["variants"][at]["plan"]["emits"][emit]["ledger"] = json!(lines);
+            }
+        }
+        json["warnings"] = json!(job.warnings);
+        say!("{}", serde_json::to_string_pretty(&json)?);
     } else if args.dot {
         say!("{}", plan::dot(&job.variants));
     } else {
         say!("{}", plan::text(&job.variants));
+        for (variant, plan) in &job.variants {
+            let lines = contract::lines(plan, &job.checkpoint, 0);
+            let of =
+                if job.variants.len() > 1 { format!("{}: ", variant.name) } else { String::new() };
+            say!("ledger    {of}{}", attar_ir::ledger::summary(&lines));
+        }
+        for warning in &job.warnings {
+            say!("warning   {warning}");
+        }
     }
     Ok(true)
 }
@@ -129,8 +149,14 @@ fn print_plan(args: &Plan) -> Result<bool, Error> {
 fn verify_artifact(args: &Verify) -> Result<bool, Error> {
     let source = args.source.as_deref().map(Checkpoint::open).transpose()?;
     let result = verify::verify(&args.path, source.as_ref(), true)?;
+    let broken = contract::judge_files(&Opened::open(&args.path)?, &args.target)?;
+    let refused = broken.iter().any(attar_ir::target::Violation::refuses);
+    let good = result.problems.is_empty() && !refused;
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&result)?);
+        let mut json = serde_json::to_value(&result)?;
+        json["targets"] = json!(args.target);
+        json["violations"] = json!(broken);
+        say!("{}", serde_json::to_string_pretty(&json)?);
     } else {
         say!("{} quantized linears, {} dense", result.quantized, result.dense);
         for line in &result.kernels {
@@ -146,9 +172,17 @@ fn verify_artifact(args: &Verify) -> Result<bool, Error> {
         for problem in &result.problems {
             say!("PROBLEM {problem}");
         }
-        say!("{}", if result.problems.is_empty() { "verified" } else { "verification FAILED" });
+        for violation in &broken {
+            say!("{} {violation}", if violation.refuses() { "REFUSED" } else { "warning" });
+        }
+        for target in &args.target {
+            let name = target.to_string();
+            let refused = broken.iter().any(|v| v.target == name && v.refuses());
+            say!("{name}: {}", if refused { "does NOT accept it" } else { "accepts it" });
+        }
+        say!("{}", if good { "verified" } else { "verification FAILED" });
     }
-    Ok(result.problems.is_empty())
+    Ok(good)
 }
 
 fn gate(args: &Gate) -> Result<bool, Error> {

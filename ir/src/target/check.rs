@@ -348,8 +348,8 @@ fn last(name: &str) -> &str {
 
 /// `model.layers.0.self_attn.q_proj+k_proj+v_proj`.
 fn joined(unit: &[&Linear]) -> String {
-    let rest: String = unit[1..].iter().map(|l| format!("+{}", last(&l.name))).collect();
-    format!("{}{rest}", unit[0].name)
+    let rest = unit[1..].iter().map(|linear| last(&linear.name));
+    std::iter::once(unit[0].name.as_str()).chain(rest).collect::<Vec<_>>().join("+")
 }
 
 impl Violation {
