@@ -75,13 +75,14 @@ pub fn variants(recipe: &Recipe) -> Result<Vec<Variant>, PlanErrors> {
     for (index, emit) in recipe.emits.iter().enumerate() {
         match &emit.of {
             None => ends.extend(leaves.iter().map(|&leaf| (leaf, index))),
-            Some(id) => match recipe.steps.iter().position(|s| s.id.as_ref() == Some(id)) {
-                Some(step) => ends.push((step, index)),
-                None => {
+            Some(id) => {
+                if let Some(step) = recipe.steps.iter().position(|s| s.id.as_ref() == Some(id)) {
+                    ends.push((step, index));
+                } else {
                     let ids = recipe.steps.iter().filter_map(|s| s.id.as_deref()).collect();
                     errors.push(unknown(format!("emit[{index}].of"), "step", id, ids));
                 }
-            },
+            }
         }
     }
     let mut emitted: Vec<usize> = ends.iter().map(|(step, _)| *step).collect();
@@ -183,8 +184,9 @@ layout = \"gptq\"
         assert_eq!(found[1].recipe.emits[0].dir.as_deref(), Some("w3"));
         assert!(found.iter().all(|v| v.recipe.steps.iter().all(|s| s.after.is_none())));
         // A step in the middle can be written too, and a layout can be kept to one variant.
-        let text =
-            format!("{BRANCHING}[[emit]]\nlayout = \"awq\"\nof = \"w4\"\n[[emit]]\nlayout = \"x\"\nof = \"scaled\"\n");
+        let text = format!(
+            "{BRANCHING}[[emit]]\nlayout = \"awq\"\nof = \"w4\"\n[[emit]]\nlayout = \"x\"\nof = \"scaled\"\n"
+        );
         let found = of(&text).unwrap();
         let dirs: Vec<Vec<_>> = found
             .iter()
