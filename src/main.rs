@@ -23,6 +23,7 @@ mod compile;
 mod measure;
 mod packed;
 mod progress;
+mod provenance;
 mod registry;
 mod trace;
 mod verify;

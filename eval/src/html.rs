@@ -283,10 +283,14 @@ mod tests {
             scheme: Some("w4 g128 sym".into()),
             bits: Some(4),
             seconds: 0.1,
+            step: "step[0] (gptq)".into(),
+            statistics: None,
         };
         let report = Report {
             attar: "0".into(),
             layout: "<b>".into(),
+            isa: "scalar".into(),
+            inputs: crate::report::Inputs::default(),
             file_bytes: 10,
             source_bytes: 40,
             bits_per_weight: 4.1,
