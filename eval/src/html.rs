@@ -300,6 +300,8 @@ mod tests {
             predicted_peak_bytes: 1,
             measured_peak_bytes: None,
             timings: Timings::default(),
+            timeline: Vec::new(),
+            reused: (0, 0),
         };
         let page = page(&report);
         assert!(!page.contains("<script>") && !page.contains("<b>") && page.contains("a &amp; b"));
