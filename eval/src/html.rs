@@ -366,13 +366,15 @@ mod tests {
             scheme: Some("w4 g128 sym".into()),
             bits: Some(4),
             seconds: 0.1,
-            step: String::new(),
+            step: "step[0] (gptq)".into(),
             statistics: None,
         };
         let span = |phase, start, end| Span { phase, what: "a&b".into(), start, end };
         let report = Report {
             attar: "0".into(),
             layout: "<b>".into(),
+            isa: "scalar".into(),
+            inputs: crate::report::Inputs::default(),
             file_bytes: 10,
             source_bytes: 40,
             bits_per_weight: 4.1,
