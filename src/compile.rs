@@ -380,7 +380,8 @@ fn produce(
             let mut checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
             let opened = Opened::open(&folder)?;
             let ledger = contract::lines(plan, &job.checkpoint, at);
-            let kept = contract::kept(&ledger, &job.checkpoint, &opened, &job.promise)?;
+            let targets = contract::targets(&job.promise, emit)?;
+            let kept = contract::kept(&ledger, &job.checkpoint, &opened, &targets)?;
             checked.problems.extend(kept.broken);
             if !checked.problems.is_empty() {
                 return Err(format!(

@@ -8,7 +8,7 @@ use attar_formats::{Checkpoint, quant_config};
 use attar_ir::{
     Plan, Role,
     ledger::{self, Fate, Line},
-    plan::Variant,
+    plan::{PlannedEmit, Variant},
     target::{self, Linear, Profile, Subject, TargetSpec, Violation},
 };
 use attar_tensor::TensorSource;
@@ -31,10 +31,10 @@ pub(crate) fn judge(
         files.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
     }
     let (mut refused, mut warnings) = (Vec::new(), Vec::new());
-    for target in &promise.target {
-        let profile = Profile::of(target)?;
-        for (_, plan) in variants {
-            for emit in 0..plan.emits.len() {
+    for (_, plan) in variants {
+        for emit in 0..plan.emits.len() {
+            for target in &targets(promise, &plan.emits[emit])? {
+                let profile = Profile::of(target)?;
                 let mut subject = Subject::of_plan(plan, emit);
                 subject.files = Some(files.clone());
                 if let Some(layout) = subject.layout.clone() {
@@ -49,6 +49,18 @@ pub(crate) fn judge(
         }
     }
     if refused.is_empty() { Ok(warnings) } else { Err(listed(&refused).into()) }
+}
+
+/// What was asked for on the command line, then what the recipe asks of this emit.
+pub(crate) fn targets(promise: &Promise, emit: &PlannedEmit) -> Result<Vec<TargetSpec>, Error> {
+    let mut all = promise.target.clone();
+    for target in &emit.target {
+        let target: TargetSpec = target.parse()?;
+        if !all.contains(&target) {
+            all.push(target);
+        }
+    }
+    Ok(all)
 }
 
 /// Puts the `quantization_config` that will be written into a subject.
@@ -101,7 +113,7 @@ pub(crate) fn kept(
     lines: &[Line],
     checkpoint: &Checkpoint,
     artifact: &Opened,
-    promise: &Promise,
+    targets: &[TargetSpec],
 ) -> Result<Kept, Error> {
     let mut broken = ledger::check(lines, artifact.checkpoint.headers());
     for line in lines.iter().filter(|line| matches!(line.fate, Fate::Copied | Fate::Tied)) {
@@ -121,7 +133,7 @@ pub(crate) fn kept(
         }
     }
     let mut warnings = Vec::new();
-    for violation in judge_files(artifact, &promise.target)? {
+    for violation in judge_files(artifact, targets)? {
         let list = if violation.refuses() { &mut broken } else { &mut warnings };
         list.push(violation.to_string());
     }

@@ -121,6 +121,20 @@ fn plans_that_a_runtime_refuses_name_tensors_numbers_rule_source_and_remedy() {
 }
 
 /// Rewrites a tensor's bytes in a safetensors file.
+#[test]
+fn an_emit_of_a_recipe_names_its_own_targets() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "[[step]]\npass = \"rtn\"\nscheme = { bits = 4 }\n\
+        [[emit]]\nlayout = \"compressed-tensors\"\ntarget = \"transformers\"\n\
+        [[emit]]\nlayout = \"gptq\"\ntarget = [\"vllm,tp=2\"]\n";
+    let (code, _, error) = plan(&model(), &["--recipe", &recipe(dir.path(), text)]);
+    assert!(code == 2 && error.contains("vllm,tp=2: rule split-groups, emit gptq"), "{error}");
+    assert!(!error.contains("emit compressed-tensors"), "{error}");
+    let (code, _, error) =
+        plan(&model(), &["--recipe", &recipe(dir.path(), &text.replace(",tp=2", ""))]);
+    assert_eq!(code, 0, "{error}");
+}
+
 fn patch(file: &PathBuf, tensor: &str, change: impl Fn(&mut [u8])) {
     let mut bytes = fs::read(file).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

@@ -213,6 +213,8 @@ pub struct PlannedEmit {
     pub container: String,
     /// Subdirectory of the output; `None` is the output itself.
     pub dir: Option<String>,
+    /// Runtimes that must accept it.
+    pub target: Vec<String>,
     /// Every tensor, sorted by name.
     pub tensors: Vec<OutputTensor>,
     /// Bytes of all tensors, headers of files excluded.

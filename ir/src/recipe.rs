@@ -151,12 +151,20 @@ pub struct Emit {
     pub dir: Option<String>,
     /// The step whose result is written; every step that no other follows when absent.
     pub of: Option<String>,
+    /// Runtimes that must accept it, each as `--target` takes it: `vllm`, `vllm,tp=2`.
+    pub target: Vec<String>,
 }
 
 impl Emit {
     /// An artifact in this layout with everything else left to defaults.
     pub fn new(layout: &str) -> Self {
-        Self { layout: layout.to_owned(), container: "safetensors".to_owned(), dir: None, of: None }
+        Self {
+            layout: layout.to_owned(),
+            container: "safetensors".to_owned(),
+            dir: None,
+            of: None,
+            target: Vec::new(),
+        }
     }
 }
 

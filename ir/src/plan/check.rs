@@ -251,6 +251,7 @@ struct ResolvedEmit<'a> {
     spec: &'a dyn LayoutSpec,
     container: String,
     dir: Option<String>,
+    target: Vec<String>,
 }
 
 fn block_at(graph: &ModelGraph, index: usize) -> &Block {
@@ -289,7 +290,13 @@ fn resolve_emits<'a>(
             let dir = dir.clone().unwrap_or_else(|| "the output directory".to_owned());
             errors.push(PlanError::SameDir { first: first.index, second: index, dir });
         }
-        resolved.push(ResolvedEmit { index, spec: *spec, container: emit.container.clone(), dir });
+        resolved.push(ResolvedEmit {
+            index,
+            spec: *spec,
+            container: emit.container.clone(),
+            dir,
+            target: emit.target.clone(),
+        });
     }
     resolved
 }
@@ -523,6 +530,7 @@ fn planned_emit(
         layout: emit.spec.id(),
         container: emit.container.clone(),
         dir: emit.dir.clone(),
+        target: emit.target.clone(),
         tensor_bytes: tensors.iter().map(OutputTensor::bytes).sum(),
         tensors,
         linear_bytes,

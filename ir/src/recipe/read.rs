@@ -3,7 +3,7 @@
 use attar_tensor::Granularity;
 use toml::{Table, Value};
 
-use crate::Upstream;
+use crate::{Upstream, target::TargetSpec};
 
 use super::{Calibration, Emit, GateSpec, Recipe, RecipeError, STEP_KEYS, SchemeSpec, Step};
 
@@ -12,7 +12,7 @@ type Result<T> = std::result::Result<T, RecipeError>;
 const TOP_KEYS: &[&str] = &["calibration", "step", "emit", "gate"];
 const CALIBRATION_KEYS: &[&str] = &["text", "ids", "samples", "context", "seed"];
 const SCHEME_KEYS: &[&str] = &["bits", "group_size", "symmetric"];
-const EMIT_KEYS: &[&str] = &["layout", "container", "dir", "of"];
+const EMIT_KEYS: &[&str] = &["layout", "container", "dir", "of", "target"];
 const GATE_KEYS: &[&str] =
     &["max_perplexity_ratio", "max_kl_mean", "min_top1_agreement", "max_bytes_ratio"];
 
@@ -140,7 +140,13 @@ fn emit(mut table: Keys) -> Result<Emit> {
         container: table.string("container")?.unwrap_or(default.container),
         dir: table.string("dir")?,
         of: table.string("of")?,
+        target: table.strings("target")?.unwrap_or_default(),
     };
+    for target in &emit.target {
+        if let Err(error) = target.parse::<TargetSpec>() {
+            return Err(RecipeError::invalid(table.path("target"), error.to_string()));
+        }
+    }
     if let Some(dir) = &emit.dir {
         let plain =
             |part: std::path::Component<'_>| matches!(part, std::path::Component::Normal(_));
@@ -318,6 +324,9 @@ pub(super) fn write(recipe: &Recipe) -> String {
         put(&mut table, "container", emit.container.clone());
         put_some(&mut table, "dir", emit.dir.clone());
         put_some(&mut table, "of", emit.of.clone());
+        if !emit.target.is_empty() {
+            put(&mut table, "target", emit.target.clone());
+        }
         Value::Table(table)
     });
     put(&mut top, "emit", emits.collect::<Vec<_>>());
@@ -354,6 +363,7 @@ layout = "gptq"
 layout = "awq"
 dir = "for-awq"
 of = "solve"
+target = ["vllm,tp=2", "transformers"]
 [gate]
 max_kl_mean = 0.05
 "#;
@@ -427,6 +437,7 @@ max_kl_mean = 0.05
                 "[[step]]\npass = \"gptq\"\nupstream = \"origin\"",
                 "step[0].upstream: expected `original` or `compressed`, got `origin`",
             ),
+            ("[[emit]]\nlayout = \"gptq\"\ntarget = \"vlm\"", "emit[0].target: "),
             ("[gate]\nmax_kl = 0.1", "gate: unknown key `max_kl`; did you mean `max_kl_mean`?"),
             (
                 "[gate]\nmax_kl_mean = nan",

@@ -42,6 +42,10 @@ pub fn json_schema(passes: &[&PassDef]) -> Value {
                     "layout": { "type": "string" },
                     "container": { "type": "string", "default": "safetensors" },
                     "dir": { "type": "string", "description": "subdirectory of the output" },
+                    "target": { "oneOf": [
+                        { "type": "string" },
+                        { "type": "array", "items": { "type": "string" } },
+                    ], "description": "runtimes that must accept it: NAME or NAME,tp=N" },
                     "of": { "type": "string", "description": "id of the step whose result is written" },
                 },
             } },
