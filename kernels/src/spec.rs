@@ -12,6 +12,10 @@ pub trait Kernel: std::fmt::Debug + Send + Sync {
     /// True when this machine can run it.
     fn supported(&self) -> bool;
 
+    /// True when it needs no more than the instruction set in use, which may have been pinned
+    /// (`attar_tensor::linalg::pin`) below what the machine has.
+    fn in_use(&self) -> bool;
+
     /// Rearranges the packed bytes for multiplication. The result keeps nothing of `packed`.
     ///
     /// # Errors
@@ -41,13 +45,13 @@ pub trait Prepared: std::fmt::Debug + Send + Sync {
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]);
 }
 
-/// Prepares with the best kernel that this machine supports.
+/// Prepares with the best kernel of the instruction set in use.
 ///
 /// # Errors
 /// An unknown layout, or whatever the layout finds wrong with the bytes.
 pub fn select(packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
     let kernels = layout_of(packed)?.kernels();
-    let best = kernels.iter().rfind(|kernel| kernel.supported());
+    let best = kernels.iter().rfind(|kernel| kernel.supported() && kernel.in_use());
     best.expect("the scalar kernel runs everywhere").prepare(packed)
 }
 

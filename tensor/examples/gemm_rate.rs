@@ -1,4 +1,5 @@
-//! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate`.
+//! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate
+//! [scalar|avx2|avx512]`.
 #![allow(clippy::print_stdout, reason = "an example prints its result")]
 use attar_tensor::{
     linalg::{GramAccumulator, gemm_nt, gemm_tn},
@@ -8,7 +9,14 @@ use std::time::Instant;
 
 fn main() {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("first pool");
+    if let Some(name) = std::env::args().nth(1) {
+        let isa = name.parse().expect("an instruction set");
+        attar_tensor::linalg::pin(isa).expect("this CPU has it");
+    }
+    println!("{}", attar_tensor::linalg::isa());
     for (m, n, k) in [
+        (1, 4096, 4096),
+        (4, 4096, 4096),
         (512, 1024, 1024),
         (512, 256, 1024),
         (512, 2816, 1024),

@@ -10,7 +10,7 @@
 //! Work is cut into fixed tiles of rows; each output is the work of one task in one order, so that the
 //! number of threads does not change a bit.
 
-use attar_tensor::linalg::gemm_nt;
+use attar_tensor::linalg::{gemm_nt, isa as isa_in_use};
 use attar_tensor::{LayoutError, PackedLinear, QuantizedLinear};
 use rayon::prelude::*;
 
@@ -53,19 +53,22 @@ pub fn kernels() -> Vec<Box<dyn Kernel>> {
     Isa::ALL.iter().map(|&isa| Box::new(CpuKernel { isa }) as Box<dyn Kernel>).collect()
 }
 
-/// Prepares codes that were never packed with the best kernel of this machine.
+/// Prepares codes that were never packed with the kernel of the instruction set in use.
 pub fn prepare(weight: &QuantizedLinear) -> Box<dyn Prepared> {
-    let isa = Isa::ALL.into_iter().rfind(|isa| isa.supported());
-    Box::new(CpuLinear { rows: Rows::new(weight), isa: isa.expect("scalar is always there") })
+    Box::new(CpuLinear { rows: Rows::new(weight), isa: isa_in_use() })
 }
 
 impl Kernel for CpuKernel {
     fn name(&self) -> &'static str {
-        self.isa.kernel_name()
+        isa::kernel_name(self.isa)
     }
 
     fn supported(&self) -> bool {
         self.isa.supported()
+    }
+
+    fn in_use(&self) -> bool {
+        self.isa <= isa_in_use()
     }
 
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {

@@ -11,9 +11,9 @@
 use attar_tensor::{
     QuantScheme,
     grid::{Clip, GroupGrid, choose_grid},
-    linalg::gemm_tn,
+    linalg::{arch, gemm_tn},
 };
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use super::{Factor, Options};
 
@@ -174,7 +174,7 @@ impl Work<'_> {
         for start in (0..n).step_by(block) {
             let end = (start + block).min(n);
             let lines = (work.as_mut_slice(), errors.as_mut_slice());
-            Arch::new().dispatch(Sweep { tile: self, lines, span: (start, end) });
+            arch().dispatch(Sweep { tile: self, lines, span: (start, end) });
             if end < n {
                 let errors = &errors[..(end - start) * rows];
                 let rest = (&mut work[end * rows..], rows);
@@ -203,7 +203,7 @@ impl Work<'_> {
         let (n, rows, width) = (self.n, self.rows, end - first);
         let mut delta = vec![0.0f32; width * rows];
         let options = (inner, refit);
-        Arch::new().dispatch(Refine { tile: self, delta: &mut delta, span: (first, end), options });
+        arch().dispatch(Refine { tile: self, delta: &mut delta, span: (first, end), options });
         let h = (&self.hessian[first * n..], n);
         let out = (self.residual.as_mut_slice(), rows);
         gemm_tn((n, rows, width), -1.0, h, (&delta, rows), true, out);

@@ -1,18 +1,20 @@
 //! `out = beta * out + alpha · a · b` in f32. Names say which operand is transposed: `nt` is `a · bᵀ`, the
-//! linear layer. Products of at least `THIN` rows run on our own register tiles (`microkernel`),
-//! thinner ones, where packing does not pay, on faer's matrix-vector kernels. Both choose AVX-512,
-//! AVX2 + FMA or portable code at run time.
+//! linear layer. Products of at least `THIN` rows run on register tiles (`microkernel`), thinner ones,
+//! where packing does not pay, row by row (`thin`). Both run on the instruction set in use
+//! ([`super::isa()`]), and neither lets it change a bit.
 //!
 //! The bits of an element depend on the shape of the whole product only, so that the `par_` variants,
 //! which hand out fixed blocks of rows, agree with the others on any number of threads.
 
 #![allow(clippy::needless_pass_by_value, reason = "views are small and meant to be handed over")]
 
-use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
-use super::microkernel::{Operand, Product, multiply, pack_panels};
+use super::{
+    microkernel::{Operand, Product, multiply, pack_panels},
+    thin,
+};
 use crate::Mat;
 
 /// Fewest rows of `out` for which operands are packed.
@@ -24,47 +26,9 @@ fn span(rows: usize, columns: usize, stride: usize) -> usize {
     if rows == 0 { 0 } else { (rows - 1) * stride + columns }
 }
 
-fn view(x: &[f32], rows: usize, columns: usize, stride: usize) -> MatRef<'_, f32> {
-    MatRef::from_row_major_slice_with_stride(
-        &x[..span(rows, columns, stride)],
-        rows,
-        columns,
-        stride,
-    )
-}
-
-fn view_mut(x: &mut [f32], rows: usize, columns: usize, stride: usize) -> MatMut<'_, f32> {
-    let end = span(rows, columns, stride);
-    // faer 0.24.4's `from_row_major_slice_with_stride_mut` mixes up its strides and writes out of
-    // bounds; the transposed column-major view is the same matrix.
-    MatMut::from_column_major_slice_with_stride_mut(&mut x[..end], columns, rows, stride)
-        .transpose_mut()
-}
-
-fn read(op: Operand<'_>, rows: usize, depth: usize) -> MatRef<'_, f32> {
-    if op.depth_contiguous {
-        view(op.data, rows, depth, op.stride)
-    } else {
-        view(op.data, depth, rows, op.stride).transpose()
-    }
-}
-
 /// The product on this thread; `thin` is decided by the shape of the whole product.
 fn run(thin: bool, product: Product<'_>) {
-    if !thin {
-        return multiply(product);
-    }
-    let (m, n, k) = product.shape;
-    let (a, b) = (read(product.a, m, k), read(product.b, n, k));
-    let accumulate = if product.add { Accum::Add } else { Accum::Replace };
-    matmul(
-        view_mut(product.out, m, n, product.ldo),
-        accumulate,
-        a,
-        b.transpose(),
-        product.alpha,
-        Par::Seq,
-    );
+    if thin { thin::multiply(product) } else { multiply(product) }
 }
 
 /// A row-major operand: `(elements, distance between rows)`.

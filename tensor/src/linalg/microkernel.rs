@@ -20,6 +20,8 @@ use std::cell::RefCell;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::isa::arch;
+
 /// Products that are summed in registers before they reach `out`.
 pub(super) const KC: usize = 512;
 /// Upper bound of the rows of A that are packed at once (`MC x KC` f32 are half of a 2 MiB L2).
@@ -349,7 +351,7 @@ impl<I: Isa> WithSimd for Pack<'_, I> {
 /// All of B for [`Product::panels`], beginning at a cache line from the returned index on. Runs on rayon's
 /// current pool.
 pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
-    let arch = Arch::new();
+    let arch = arch();
     let lanes = match arch {
         #[cfg(target_arch = "x86_64")]
         Arch::V4(_) => 16,
@@ -411,7 +413,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Runs one product on this thread with the instructions of the CPU at hand.
+/// Runs one product on this thread with the instruction set in use.
 pub(super) fn multiply(product: Product<'_>) {
     let (m, n, k) = product.shape;
     if m == 0 || n == 0 {
@@ -435,7 +437,7 @@ pub(super) fn multiply(product: Product<'_>) {
     // Panels start on a cache line, or every other vector load touches two.
     let start = scratch.as_ptr().align_offset(4 * LINE).min(LINE);
     let (packed_a, packed_b) = scratch[start..].split_at_mut(room_a.next_multiple_of(LINE));
-    match Arch::new() {
+    match arch() {
         #[cfg(target_arch = "x86_64")]
         Arch::V4(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
         #[cfg(target_arch = "x86_64")]

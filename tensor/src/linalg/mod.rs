@@ -5,15 +5,18 @@
 
 pub mod cholesky;
 pub mod gemm;
+mod isa;
 mod microkernel;
 pub mod simd;
 pub mod syrk;
+mod thin;
 
 pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper, solve_spd};
 pub use gemm::{
     PackedRows, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into,
     matmul_tn, matmul_tn_into, par_gemm_nt,
 };
+pub use isa::{Isa, IsaError, arch, isa, pin};
 pub use simd::{
     abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,
     softmax_row_in_place, sum_sq, vectorize,

@@ -6,7 +6,9 @@
     reason = "a body that is not inlined loses the vector instructions"
 )]
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
+
+use super::isa::arch;
 
 /// Carries a closure into `pulp`'s dispatch. pulp takes closures as `FnOnce`, and the shim through which
 /// a closure that only borrows is called that way is not inlined, so that the body would be compiled
@@ -22,11 +24,11 @@ impl<R, F: FnMut() -> R> WithSimd for Body<F> {
     }
 }
 
-/// Runs `body` compiled for the vector instructions of this CPU (AVX-512, AVX2 + FMA or the baseline).
+/// Runs `body` compiled for the instruction set in use ([`super::isa`]: AVX-512, AVX2 + FMA or the baseline).
 /// The closure and all it calls must be `#[inline(always)]`.
 #[inline(always)]
 pub fn vectorize<R>(body: impl FnMut() -> R) -> R {
-    Arch::new().dispatch(Body(body))
+    arch().dispatch(Body(body))
 }
 
 /// Partial results of a reduction: two AVX-512 registers.
@@ -109,24 +111,27 @@ pub fn exp_in_place(x: &mut [f32]) {
     );
 }
 
-/// Dot product, f32 in 16 lanes.
+/// Dot product, f32 in 32 lanes.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     vectorize(
         #[inline(always)]
-        || {
-            let mut lanes = [0.0f32; LANES];
-            let len = a.len().min(b.len());
-            let ((a, tail_a), (b, tail_b)) =
-                (a[..len].as_chunks::<LANES>(), b[..len].as_chunks::<LANES>());
-            for (a, b) in a.iter().zip(b) {
-                for i in 0..LANES {
-                    lanes[i] += a[i] * b[i];
-                }
-            }
-            let tail: f32 = tail_a.iter().zip(tail_b).map(|(a, b)| a * b).sum();
-            fold(lanes, |a, b| a + b) + tail
-        },
+        || dot_inline(a, b),
     )
+}
+
+/// The body of [`dot`], for loops that are vectorised as a whole.
+#[inline(always)]
+pub(super) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let len = a.len().min(b.len());
+    let ((a, tail_a), (b, tail_b)) = (a[..len].as_chunks::<LANES>(), b[..len].as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    let tail: f32 = tail_a.iter().zip(tail_b).map(|(a, b)| a * b).sum();
+    fold(lanes, |a, b| a + b) + tail
 }
 
 /// Largest absolute value; 0 for an empty slice.
@@ -137,7 +142,29 @@ pub fn abs_max(x: &[f32]) -> f32 {
     )
 }
 
-/// Sum of squares, f32 in 16 lanes; 0 for an empty slice.
+/// [`dot_inline`] of `a` with four rows of its length; each sum has the bits that `dot_inline` gives.
+#[inline(always)]
+pub(super) fn dots_inline(a: &[f32], rows: [&[f32]; 4]) -> [f32; 4] {
+    let (a, tail_a) = a.as_chunks::<LANES>();
+    let split = rows.map(|row| row.as_chunks::<LANES>());
+    let mut lanes = [[0.0f32; LANES]; 4];
+    let [r0, r1, r2, r3] = split.map(|(chunks, _)| chunks);
+    for ((((a, r0), r1), r2), r3) in a.iter().zip(r0).zip(r1).zip(r2).zip(r3) {
+        for i in 0..LANES {
+            lanes[0][i] += a[i] * r0[i];
+            lanes[1][i] += a[i] * r1[i];
+            lanes[2][i] += a[i] * r2[i];
+            lanes[3][i] += a[i] * r3[i];
+        }
+    }
+    let mut sums = lanes.map(|lanes| fold(lanes, |a, b| a + b));
+    for (sum, (_, tail)) in sums.iter_mut().zip(split) {
+        *sum += tail_a.iter().zip(tail).map(|(a, b)| a * b).sum::<f32>();
+    }
+    sums
+}
+
+/// Sum of squares, f32 in 32 lanes; 0 for an empty slice.
 pub fn sum_sq(x: &[f32]) -> f32 {
     vectorize(
         #[inline(always)]
