@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use attar_ir::target::TargetSpec;
+use attar_tensor::linalg::Isa;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// A compression compiler for language models: quantizes Hugging Face checkpoints into artifacts that
@@ -15,6 +16,9 @@ pub(crate) struct Args {
     /// Worker threads (default: all cores); results do not depend on it.
     #[arg(long, global = true)]
     pub(crate) threads: Option<usize>,
+    /// Instruction set of everything that is computed (default: the best of this CPU); manifests record it.
+    #[arg(long, global = true, value_name = "scalar|avx2|avx512")]
+    pub(crate) isa: Option<Isa>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -29,6 +33,12 @@ pub(crate) enum Command {
     Verify(Verify),
     /// List tensors, dtypes, sizes and schemes of a checkpoint or artifact.
     Inspect(Inspect),
+    /// What was done to a tensor of an artifact: by which recipe step, from which statistics, at which error.
+    Explain(Explain),
+    /// Compare two artifacts or checkpoints, tensor by tensor; exit 1 when any differs.
+    Diff(Diff),
+    /// Compress again from an artifact's manifest and compare the hash of every file; exit 1 when any differs.
+    Reproduce(Reproduce),
     /// Compare a report with a policy; exit 1 on a regression.
     Gate(Gate),
     /// Generate text through the packed kernels.
@@ -47,7 +57,7 @@ pub(crate) enum Command {
     },
 }
 
-#[derive(Debug, ClapArgs)]
+#[derive(Debug, Default, ClapArgs)]
 pub(crate) struct What {
     /// Directory with config.json and *.safetensors.
     pub(crate) checkpoint: PathBuf,
@@ -280,6 +290,53 @@ pub(crate) struct Targets {
 pub(crate) struct Inspect {
     /// Checkpoint or artifact.
     pub(crate) path: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Explain {
+    /// Artifact (a checkpoint or an artifact of another tool says less).
+    pub(crate) artifact: PathBuf,
+    /// A site (`model.layers.0.mlp.up_proj`), a source tensor (`....weight`), a written part
+    /// (`....qweight`), or the end of such a name when it is the only one.
+    pub(crate) tensor: String,
+    /// The checkpoint it was made from [default: where the report says it was].
+    #[arg(long)]
+    pub(crate) source: Option<PathBuf>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Diff {
+    /// Artifact or checkpoint.
+    pub(crate) a: PathBuf,
+    /// Artifact or checkpoint.
+    pub(crate) b: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Reproduce {
+    /// Artifact with its attar_manifest.json.
+    pub(crate) artifact: PathBuf,
+    /// The checkpoint it was made from [default: where the report says it was].
+    #[arg(long)]
+    pub(crate) source: Option<PathBuf>,
+    /// Calibration text [default: where the report says it was].
+    #[arg(long, num_args = 1.., conflicts_with = "ids")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Calibration token ids [default: where the report says they were].
+    #[arg(long)]
+    pub(crate) ids: Option<PathBuf>,
+    /// Keep the new artifact here [default: a temporary directory beside the artifact, removed afterwards].
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub(crate) json: bool,

@@ -28,7 +28,7 @@ use attar_ir::{
     target::Violation,
 };
 use attar_model::{Decoder, Spill};
-use attar_tensor::TensorSource;
+use attar_tensor::{TensorSource, linalg};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -41,7 +41,7 @@ use crate::{
     args::{Promise, What},
     contract, measure,
     packed::Opened,
-    progress, registry,
+    progress, provenance, registry,
     trace::Trace,
     verify,
 };
@@ -214,14 +214,15 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
 /// Everything that the bytes of one artifact depend on, for its manifest.
 fn facts(
     variant: &Variant,
-    layout: &str,
+    emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
     windows: Option<&Windows>,
 ) -> Map<String, Value> {
     let recipe = variant.recipe.to_toml();
     let mut facts = Map::new();
     facts.insert("attar".into(), json!(env!("CARGO_PKG_VERSION")));
-    facts.insert("layout".into(), json!(layout));
+    facts.insert("layout".into(), json!(emit.layout.0));
+    facts.extend(provenance::facts(emit));
     facts.insert("sources".into(), json!(sources));
     facts.insert("recipe_blake3".into(), json!(attar_formats::hash_bytes(recipe.as_bytes())));
     facts.insert("recipe".into(), json!(recipe));
@@ -313,7 +314,7 @@ fn finished(
     for (variant, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts(variant, emit.layout.0, &sources, windows.as_ref());
+        let facts = facts(variant, emit, &sources, windows.as_ref());
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -396,6 +397,8 @@ fn produce(
             let report = Report {
                 attar: env!("CARGO_PKG_VERSION").into(),
                 layout: emit.layout.0.into(),
+                isa: linalg::isa().name().into(),
+                inputs: provenance::inputs(job),
                 file_bytes: opened.checkpoint.file_bytes()?,
                 source_bytes: job.checkpoint.file_bytes()?,
                 bits_per_weight: opened.bits_per_weight(),
@@ -421,19 +424,12 @@ fn produce(
     Ok(reports)
 }
 
-/// What makes results of one build differ from those of another: the binary itself, the instruction set it
-/// found, and config.json.
+/// What makes results of one build differ from those of another: the binary itself, the instruction set in
+/// use, and config.json.
 fn salt(sources: &BTreeMap<String, String>) -> Result<String, Error> {
     let binary = std::env::current_exe().map_err(|error| format!("the running binary: {error}"))?;
     let config = sources.get("config.json").map_or("", String::as_str);
-    Ok(format!("{} {} {config}", attar_formats::hash_file(&binary)?, isa()))
-}
-
-/// The best instruction set of this machine: sums are taken in its order.
-fn isa() -> &'static str {
-    use attar_kernels::cpu::Isa;
-    let best = Isa::ALL.into_iter().rev().find(|isa| isa.supported());
-    best.unwrap_or(Isa::Scalar).kernel_name()
+    Ok(format!("{} {} {config}", attar_formats::hash_file(&binary)?, linalg::isa()))
 }
 
 /// Folders with their emits, lines of the report, results reused and all.
@@ -548,7 +544,7 @@ fn walk_variant<'a>(
         }
         output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         let folder = output.writer.finish()?;
-        artifact::write_manifest(&folder, facts(variant, layout, sources, windows))?;
+        artifact::write_manifest(&folder, facts(variant, output.emit, sources, windows))?;
         folders.push((output.emit, folder));
     }
     trace.end(Phase::Emit, "files", begun);

@@ -24,6 +24,7 @@ mod contract;
 mod measure;
 mod packed;
 mod progress;
+mod provenance;
 mod registry;
 mod trace;
 mod verify;

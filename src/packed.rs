@@ -12,7 +12,7 @@ use attar_tensor::{LayoutId, PackedLinear, TensorSource};
 use crate::Error;
 
 /// Suffixes of the parts of each layout.
-const PARTS: &[&str] = &[
+pub(crate) const PARTS: &[&str] = &[
     "weight_packed",
     "weight_scale",
     "weight_shape",

@@ -373,6 +373,8 @@ mod tests {
         let report = Report {
             attar: "0".into(),
             layout: "<b>".into(),
+            isa: "scalar".into(),
+            inputs: crate::report::Inputs::default(),
             file_bytes: 10,
             source_bytes: 40,
             bits_per_weight: 4.1,

@@ -1,5 +1,7 @@
 //! The report of one compression, `report.json`.
 
+use std::path::PathBuf;
+
 use attar_ir::{SiteReport, ledger::Line};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +25,20 @@ pub struct SiteEntry {
     /// Name of the statistic that was read, by content.
     #[serde(default)]
     pub statistics: Option<String>,
+}
+
+/// Where a run found its inputs. A hint for the next run, never hashed: what they held stands in the
+/// manifest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Directory of the checkpoint.
+    pub source: PathBuf,
+    /// Calibration text files, in order.
+    #[serde(default)]
+    pub text: Vec<PathBuf>,
+    /// Calibration token ids.
+    #[serde(default)]
+    pub ids: Option<PathBuf>,
 }
 
 /// Where the wall time went, seconds.
@@ -92,6 +108,12 @@ pub struct Report {
     pub attar: String,
     /// Layout of the artifact.
     pub layout: String,
+    /// Instruction set of the run, e.g. `avx512`.
+    #[serde(default)]
+    pub isa: String,
+    /// Where the run found its inputs.
+    #[serde(default)]
+    pub inputs: Inputs,
     /// Bytes of the artifact's weight files.
     pub file_bytes: u64,
     /// Bytes of the source's weight files.

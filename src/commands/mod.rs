@@ -2,8 +2,11 @@
 
 mod cache;
 mod demo;
+mod diff;
 mod evaluate;
+mod explain;
 mod inspect;
+mod reproduce;
 mod targets;
 
 use attar_eval::{Policy, Report};
@@ -26,12 +29,18 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
+    if let Some(isa) = args.isa {
+        attar_tensor::linalg::pin(isa).map_err(|error| format!("--isa {isa}: {error}"))?;
+    }
     match args.command {
         Command::Compress(args) => compress(&args),
         Command::Plan(args) => print_plan(&args),
         Command::Eval(args) => evaluate::evaluate(&args),
         Command::Verify(args) => verify_artifact(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Explain(args) => explain::explain(&args),
+        Command::Diff(args) => diff::diff(&args),
+        Command::Reproduce(reproduction) => reproduce::reproduce(&reproduction, args.isa),
         Command::Gate(args) => gate(&args),
         Command::Run(args) => generate(&args),
         Command::Demo(args) => demo::demo(&args),
