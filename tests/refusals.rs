@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use crate::{attar, data};
 
 /// A copy of the demo model that a test may damage.
-fn copy(to: &Path) {
+pub(crate) fn copy(to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(data("tinystories-656k")).unwrap() {
         let path = entry.unwrap().path();

@@ -21,6 +21,9 @@ const CHUNK: usize = 1 << 16;
 /// Facts that are compared by their parts, or follow from what is.
 const OWN_SECTION: &[&str] = &["recipe", "sources", "files"];
 
+/// Name of the embedding, whatever a tied checkpoint calls it.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// A fact that differs.
 #[derive(Debug, Serialize)]
 struct Fact {
@@ -113,7 +116,13 @@ impl Side {
         of_linears.sort_unstable();
         for header in self.weights.checkpoint().headers() {
             if of_linears.binary_search(&header.name.as_str()).is_err() {
-                units.insert(header.name.clone(), Unit::Plain(header));
+                // A tied checkpoint may store its one matrix as the head's.
+                let embedding = self.weights.model().is_some_and(|model| {
+                    let graph = &model.decoder.graph;
+                    graph.tied && graph.embedding == header.name
+                });
+                let name = if embedding { EMBEDDING } else { &header.name };
+                units.insert(name.to_owned(), Unit::Plain(header));
             }
         }
         units
@@ -313,14 +322,14 @@ fn compare(
     match (in_a, in_b) {
         (Some(_), None) => line.differs = "only in a",
         (None, _) => line.differs = "only in b",
-        (Some(Unit::Plain(_)), Some(Unit::Plain(_))) => {
-            let (x, y) = (a.plain(name)?, b.plain(name)?);
+        (Some(Unit::Plain(in_a)), Some(Unit::Plain(in_b))) => {
+            let (x, y) = (a.plain(&in_a.name)?, b.plain(&in_b.name)?);
             let same = x.dtype() == y.dtype() && x.shape() == y.shape() && x.bytes() == y.bytes();
             if !same {
                 compare_plain(&x, &y, &mut line);
             }
-            a.release(name);
-            b.release(name);
+            a.release(&in_a.name);
+            b.release(&in_b.name);
             if same {
                 return Ok(None);
             }

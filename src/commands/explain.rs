@@ -140,6 +140,31 @@ fn names(weights: &Weights, source: Option<&Checkpoint>) -> BTreeMap<String, Sub
     names
 }
 
+/// Names spelt most like `asked`: compared with as many segments from the end as were typed, else by the
+/// last segment alone, those that share other segments first.
+fn suggest<'a>(asked: &str, names: &'a BTreeMap<String, Subject>) -> Vec<&'a str> {
+    let asked: Vec<&str> = asked.split('.').collect();
+    for count in [asked.len(), 1] {
+        let tail = |name: &str| -> String {
+            let all: Vec<&str> = name.split('.').collect();
+            all[all.len().saturating_sub(count)..].join(".")
+        };
+        let typed = asked[asked.len() - count..].join(".");
+        let tails: Vec<String> = names.keys().map(|name| tail(name)).collect();
+        let Some(near) = nearest(&typed, tails.iter().map(String::as_str)) else { continue };
+        let mut found: Vec<&str> =
+            names.keys().map(String::as_str).filter(|name| tail(name) == near).collect();
+        let strange = |name: &str| {
+            asked.iter().filter(|part| !name.split('.').any(|have| have == **part)).count()
+        };
+        found.sort_by_key(|name| strange(name));
+        let least = found.first().map_or(0, |name| strange(name));
+        found.retain(|name| strange(name) == least);
+        return found;
+    }
+    Vec::new()
+}
+
 /// The subject that `asked` names: exactly, or as the end of the names of one subject only.
 fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Result<Subject, Error> {
     if let Some(subject) = names.get(asked) {
@@ -159,23 +184,11 @@ fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Resu
     match subjects.as_slice() {
         [(_, subject)] => Ok((*subject).clone()),
         [] => {
-            // Compared with as many segments from the end as were typed.
-            let segments = asked.split('.').count();
-            let tail = |name: &str| -> String {
-                let all: Vec<&str> = name.split('.').collect();
-                all[all.len().saturating_sub(segments)..].join(".")
-            };
-            let tails: Vec<String> = names.keys().map(|name| tail(name)).collect();
-            let hint = match nearest(asked, tails.iter().map(String::as_str)) {
-                Some(near) => {
-                    let found: Vec<&str> = names
-                        .keys()
-                        .filter(|name| tail(name) == near)
-                        .map(String::as_str)
-                        .collect();
-                    format!("did you mean {}?", list(&found))
-                }
-                None => "`attar inspect` lists what there is".to_owned(),
+            let found = suggest(asked, names);
+            let hint = if found.is_empty() {
+                "`attar inspect` lists what there is".to_owned()
+            } else {
+                format!("did you mean {}?", list(&found))
             };
             Err(format!("{}: no tensor or site `{asked}`; {hint}", place.display()).into())
         }
@@ -303,7 +316,7 @@ fn source_of(
     site: Option<&Site>,
 ) -> Option<Source> {
     if let Some(source) = source {
-        let stored = Stored::new(source.header(name)?);
+        let stored = Stored::new(source.header(name_in(source, name, weights))?);
         let known_from = format!("headers of {}", source.folder().display());
         return Some(Source { stored, known_from });
     }
@@ -317,12 +330,21 @@ fn source_of(
     Some(Source { stored: Stored::new(&header), known_from })
 }
 
+/// Name under which the source keeps what the artifact calls `name`: a tied checkpoint may store its one
+/// matrix as the head's.
+fn name_in<'a>(source: &Checkpoint, name: &'a str, weights: &Weights) -> &'a str {
+    const HEAD: &str = "lm_head.weight";
+    let graph = weights.model().map(|model| &model.decoder.graph);
+    let tied = graph.is_some_and(|graph| graph.tied && graph.embedding == name);
+    if tied && source.header(name).is_none() && source.header(HEAD).is_some() { HEAD } else { name }
+}
+
 /// True when both hold the same bytes under these names.
-fn same_bytes(artifact: &Checkpoint, source: &Checkpoint, name: &str) -> Result<bool, Error> {
-    let (a, b) = (artifact.read(name)?, source.read(name)?);
+fn same_bytes(artifact: (&Checkpoint, &str), source: (&Checkpoint, &str)) -> Result<bool, Error> {
+    let (a, b) = (artifact.0.read(artifact.1)?, source.0.read(source.1)?);
     let same = a.dtype() == b.dtype() && a.shape() == b.shape() && a.bytes() == b.bytes();
-    artifact.release(name);
-    source.release(name);
+    artifact.0.release(artifact.1);
+    source.0.release(source.1);
     Ok(same)
 }
 
@@ -400,8 +422,9 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         format!("tied to {}", graph.embedding)
     } else if let Some(header) = checkpoint.header(&name) {
         written.push(Stored::new(header));
-        match source.as_ref().filter(|source| source.header(&name).is_some()) {
-            Some(source) if same_bytes(checkpoint, source, &name)? => {
+        let stored = source.as_ref().map(|source| (source, name_in(source, &name, &weights)));
+        match stored.filter(|(source, stored)| source.header(stored).is_some()) {
+            Some((source, stored)) if same_bytes((checkpoint, &name), (source, stored))? => {
                 if by.is_empty() {
                     "copied, byte for byte as in the source".into()
                 } else {

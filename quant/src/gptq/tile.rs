@@ -81,7 +81,7 @@ fn round_code<S: Simd>(simd: S, x: S::f32s, top: S::f32s) -> S::f32s {
 #[inline(always)]
 fn add_scaled<S: Simd>(simd: S, y: &mut [S::f32s], a: S::f32s, x: &[f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
-        *y = simd.mul_add_e_f32s(a, simd.splat_f32s(x), *y);
+        *y = simd.mul_add_f32s(a, simd.splat_f32s(x), *y);
     }
 }
 
@@ -400,17 +400,17 @@ impl Work<'_> {
             let row = |k: usize| &self.hessian[column(k) * n + first..column(k) * n + end];
             let (h0, h1, h2, h3) = (row(0), row(1), row(2), row(3));
             for ((((p, &a), &b), &c), &d) in product.iter_mut().zip(h0).zip(h1).zip(h2).zip(h3) {
-                let sum = simd.mul_add_e_f32s(levels[0], simd.splat_f32s(a), *p);
-                let sum = simd.mul_add_e_f32s(levels[1], simd.splat_f32s(b), sum);
-                let sum = simd.mul_add_e_f32s(levels[2], simd.splat_f32s(c), sum);
-                *p = simd.mul_add_e_f32s(levels[3], simd.splat_f32s(d), sum);
+                let sum = simd.mul_add_f32s(levels[0], simd.splat_f32s(a), *p);
+                let sum = simd.mul_add_f32s(levels[1], simd.splat_f32s(b), sum);
+                let sum = simd.mul_add_f32s(levels[2], simd.splat_f32s(c), sum);
+                *p = simd.mul_add_f32s(levels[3], simd.splat_f32s(d), sum);
             }
         }
         let (mut slope, mut curve) = (none, none);
         for column in columns {
             let level = simd.sub_f32s(load::<S>(&self.codes, column * rows + r), zero);
-            slope = simd.mul_add_e_f32s(level, residual[column - first], slope);
-            curve = simd.mul_add_e_f32s(level, product[column - first], curve);
+            slope = simd.mul_add_f32s(level, residual[column - first], slope);
+            curve = simd.mul_add_f32s(level, product[column - first], curve);
         }
         let (mut slopes, mut curves, mut steps) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
         store::<S>(&mut slopes, 0, slope);
@@ -421,7 +421,7 @@ impl Work<'_> {
         }
         let minus = simd.neg_f32s(load::<S>(&steps, 0));
         for (x, &p) in residual.iter_mut().zip(product.iter()) {
-            *x = simd.mul_add_e_f32s(minus, p, *x);
+            *x = simd.mul_add_f32s(minus, p, *x);
         }
     }
 
@@ -445,7 +445,7 @@ impl Work<'_> {
             let h = &self.hessian[column * n + first..column * n + end];
             let inverse = simd.splat_f32s(1.0 / h[column - first]);
             let gain = simd.mul_f32s(inverse, simd.div_f32s(one, scale));
-            let ideal = simd.mul_add_e_f32s(residual[column - first], gain, code);
+            let ideal = simd.mul_add_f32s(residual[column - first], gain, code);
             let moved = round_code(simd, ideal, top);
             let minus = simd.mul_f32s(simd.sub_f32s(code, moved), scale);
             if simd.reduce_max_f32s(simd.abs_f32s(minus)) > 0.0 {

@@ -301,9 +301,15 @@ mod tests {
     #[test]
     fn products_agree_with_f64_for_odd_shapes_and_strides() {
         let mut rng = Rng::new(3);
-        for (m, n, k) in
-            [(1, 1, 1), (3, 5, 7), (8, 48, 8), (17, 33, 65), (64, 100, 48), (9, 130, 1030)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (3, 5, 7),
+            (5, 10, 70),
+            (8, 48, 8),
+            (17, 33, 65),
+            (64, 100, 48),
+            (9, 130, 1030),
+        ] {
             let (lda, ldb, ldo) = (k + 3, k + 1, n + 2);
             let (a, b) = (rng.normals(m * lda), rng.normals(n * ldb));
             let mut want = vec![0.0f32; m * n];
