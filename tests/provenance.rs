@@ -160,13 +160,9 @@ fn a_tensor_that_was_left_behind_is_explained() {
     let (source, out) = (text(&source), text(&dir.path().join("out")));
     let args = ["compress", &source, "--preset", "rtn-w4", "--out", &out];
     let (code, _, error) = attar(&args);
-    // Whether the plan drops or copies it is the plan's business; explain says which it was.
-    if code == 0 {
-        let fate = json(&["explain", &out, name], 0)["fate"].as_str().unwrap().to_owned();
-        assert!(fate.starts_with("dropped") || fate.starts_with("copied"), "{fate}");
-    } else {
-        assert!(error.contains("inv_freq"), "{error}");
-    }
+    assert_eq!(code, 0, "{error}");
+    let fate = json(&["explain", &out, name], 0)["fate"].as_str().unwrap().to_owned();
+    assert_eq!(fate, "copied, byte for byte as in the source");
 }
 
 #[test]
@@ -272,6 +268,55 @@ fn an_artifact_is_made_again_from_its_manifest() {
 }
 
 #[test]
+fn one_variant_of_a_branching_recipe_is_made_again_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, out) = (dir.path().join("recipe.toml"), dir.path().join("out"));
+    let steps = r#"
+[calibration]
+context = 128
+samples = 6
+[[step]]
+pass = "awq"
+id = "scaled"
+[[step]]
+pass = "gptq"
+id = "w4"
+scheme = { bits = 4 }
+[[step]]
+pass = "rtn"
+id = "w8"
+after = "source"
+scheme = { bits = 8 }
+[[emit]]
+layout = "compressed-tensors"
+"#;
+    fs::write(&recipe, steps).unwrap();
+    let calibration = text(&data("tinystories_calib.txt"));
+    let (recipe, out_text) = (text(&recipe), text(&out));
+    let args = ["compress", &model(), "--recipe", &recipe, "--out", &out_text];
+    let (code, _, error) = attar(&[&args[..], &["--text", &calibration]].concat());
+    assert_eq!(code, 0, "{error}");
+    for (name, steps) in [("w4", 2), ("w8", 1)] {
+        let path = text(&out.join(name));
+        assert_eq!(json(&["reproduce", &path], 0)["identical"], true, "{name}");
+        let found = json(&["explain", &path, "layers.0.mlp.up_proj"], 0);
+        let lines = found["steps"].as_array().unwrap();
+        assert_eq!(lines.len(), steps, "{found}");
+        for (index, line) in lines.iter().enumerate() {
+            // The manifest keeps the variant's own chain, and labels are places in it.
+            assert!(
+                line["step"].as_str().unwrap().starts_with(&format!("step[{index}]")),
+                "{line}"
+            );
+            let pass = line["pass"].as_str().unwrap();
+            assert!(line["recipe"].as_str().unwrap().contains(&format!("pass = \"{pass}\"")));
+        }
+    }
+    let found = json(&["diff", &text(&out.join("w4")), &text(&out.join("w8"))], 1);
+    assert!(found["facts"].to_string().contains("\"emit\""), "{found}");
+}
+
+#[test]
 fn what_cannot_be_reproduced_says_what_differs() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
@@ -331,7 +376,7 @@ fn instruction_sets_agree_and_are_recorded() {
                 let out = dir.path().join(format!("{preset}-{isa}-{threads}"));
                 let path = text(&out);
                 let mut args = vec!["compress", &model, "--preset", preset, "--out", &path];
-                args.extend(["--text", &calibration, "--context", "64", "--samples", "6"]);
+                args.extend(["--text", &calibration, "--context", "64", "--samples", "3"]);
                 args.extend(["--isa", isa, "--threads", threads]);
                 let (code, _, error) = attar(&args);
                 assert_eq!(code, 0, "{error}");
@@ -342,8 +387,10 @@ fn instruction_sets_agree_and_are_recorded() {
                 assert_eq!(read("report.json")["isa"], *isa);
                 all.push((path.clone(), fs::read(out.join("model.safetensors")).unwrap()));
                 // Every kernel is held to the f64 reference with this set pinned.
-                let (code, page, _) = attar(&["verify", &path, "--isa", isa]);
-                assert_eq!(code, 0, "{page}");
+                if preset == "gptq-w3" && threads == "1" {
+                    let (code, page, _) = attar(&["verify", &path, "--isa", isa]);
+                    assert_eq!(code, 0, "{page}");
+                }
             }
         }
         // The order of every sum and every fused product is written down, so the sets do not differ at all.
@@ -353,7 +400,7 @@ fn instruction_sets_agree_and_are_recorded() {
         let mut seen = Vec::new();
         for isa in &has {
             let mut args = vec!["eval", all[0].0.as_str(), "--text", &held_out, "--isa", isa];
-            args.extend(["--context", "64", "--max-windows", "4"]);
+            args.extend(["--context", "64", "--max-windows", "2"]);
             seen.push(json(&args, 0)["perplexity"].as_f64().unwrap());
         }
         assert!(seen.iter().all(|ppl| (ppl / seen[0] - 1.0).abs() < 1e-4), "{seen:?}");

@@ -207,8 +207,12 @@ fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Resu
 
 /// What the recipe's passes promise, by step; empty when this version cannot build them.
 fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
-    let passes = recipe.and_then(|mut recipe| recipe.resolve(&registry::passes()).ok());
-    passes.unwrap_or_default().iter().map(|pass| pass.contract()).collect()
+    let Some(mut recipe) = recipe else { return Vec::new() };
+    let Ok(passes) = recipe.resolve(&registry::passes()) else { return Vec::new() };
+    let own = passes.iter().map(|pass| pass.contract());
+    own.zip(&recipe.steps)
+        .map(|(own, step)| Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own })
+        .collect()
 }
 
 /// The block and site of this name.

@@ -205,7 +205,7 @@ impl Recorded {
 fn made_in(job: &Job, recorded: &Recorded, root: &Path) -> Result<PathBuf, Error> {
     let dir = recorded.record.fact("emit");
     let layout = recorded.record.fact("layout");
-    let emits = &job.plan.emits;
+    let emits: Vec<_> = job.variants.iter().flat_map(|(_, plan)| &plan.emits).collect();
     let found = emits
         .iter()
         .find(|emit| emit.dir.as_deref() == dir && layout.is_none_or(|l| l == emit.layout.0))
@@ -252,6 +252,14 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
     let recorded = Recorded::open(&args.artifact)?;
     notes.extend(recorded.record.notes.iter().cloned());
     recorded.check_tool(asked, &mut notes)?;
+    if let Some(out) = &args.out
+        && fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some())
+    {
+        // A finished artifact there would be looked at instead of being made.
+        return Err(
+            format!("{}: exists and is not empty; choose another --out", out.display()).into()
+        );
+    }
     // Beside the artifact: the same disk, where there was room for one.
     let beside = std::path::absolute(args.out.as_ref().unwrap_or(&args.artifact))?;
     let parent = beside.parent().ok_or("an artifact lies in a directory")?;
@@ -271,7 +279,7 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
     recorded.check_calibration(&job)?;
     let root = args.out.clone().unwrap_or_else(|| scratch.path().join("artifact"));
     let made_in = made_in(&job, &recorded, &root)?;
-    compile::compile(&job, &root, None)?;
+    compile::compile(&job, &compile::Options::new(&root))?;
     let (files, facts) = compare(&recorded, &Record::open(&made_in)?)?;
     let mut identical = files.iter().all(|file| file.same) && facts.is_empty();
     for problem in artifact::check_manifest(&args.artifact)? {
