@@ -213,12 +213,14 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
 
 /// Everything that the bytes of one artifact depend on, for its manifest.
 fn facts(
-    variant: &Variant,
+    (variant, plan): (&Variant, &Plan),
     emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
     windows: Option<&Windows>,
 ) -> Map<String, Value> {
     let recipe = variant.recipe.to_toml();
+    // A variant that reads no statistics does not depend on what its siblings were calibrated on.
+    let windows = windows.filter(|_| plan.calibrates());
     let mut facts = Map::new();
     facts.insert("attar".into(), json!(env!("CARGO_PKG_VERSION")));
     facts.insert("layout".into(), json!(emit.layout.0));
@@ -300,21 +302,21 @@ fn finished(
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
     let out = options.out;
     let emits = || {
-        job.variants
-            .iter()
-            .flat_map(|(variant, plan)| plan.emits.iter().map(move |emit| (variant, emit)))
+        job.variants.iter().flat_map(|(variant, plan)| {
+            plan.emits.iter().map(move |emit| (variant, plan, emit))
+        })
     };
     let folder = |dir: &Option<String>| out.join(dir.as_deref().unwrap_or(""));
-    if !emits().all(|(_, emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
+    if !emits().all(|(.., emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
         return Ok(None);
     }
     let sources = trace.run(Phase::Read, "hashes", || job.checkpoint.hashes()).0?;
     let windows = read_windows(job)?;
     let mut reports = Vec::new();
-    for (variant, emit) in emits() {
+    for (variant, plan, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts(variant, emit, &sources, windows.as_ref());
+        let facts = facts((variant, plan), emit, &sources, windows.as_ref());
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -544,7 +546,7 @@ fn walk_variant<'a>(
         }
         output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         let folder = output.writer.finish()?;
-        artifact::write_manifest(&folder, facts(variant, output.emit, sources, windows))?;
+        artifact::write_manifest(&folder, facts((variant, plan), output.emit, sources, windows))?;
         folders.push((output.emit, folder));
     }
     trace.end(Phase::Emit, "files", begun);
