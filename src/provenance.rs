@@ -38,7 +38,7 @@ pub(crate) fn inputs(job: &Job) -> Inputs {
     let mut inputs = Inputs { source: absolute(job.checkpoint.folder()), ..Inputs::default() };
     match &job.corpus {
         Some(CorpusSource::Text(paths)) => {
-            inputs.text = paths.iter().map(|p| absolute(p)).collect()
+            inputs.text = paths.iter().map(|p| absolute(p)).collect();
         }
         Some(CorpusSource::Ids(path)) => inputs.ids = Some(absolute(path)),
         None => {}
