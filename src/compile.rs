@@ -302,9 +302,9 @@ fn finished(
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
     let out = options.out;
     let emits = || {
-        job.variants.iter().flat_map(|(variant, plan)| {
-            plan.emits.iter().map(move |emit| (variant, plan, emit))
-        })
+        job.variants
+            .iter()
+            .flat_map(|(variant, plan)| plan.emits.iter().map(move |emit| (variant, plan, emit)))
     };
     let folder = |dir: &Option<String>| out.join(dir.as_deref().unwrap_or(""));
     if !emits().all(|(.., emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
