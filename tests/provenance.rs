@@ -99,6 +99,7 @@ fn explain_tells_what_became_of_what_is_not_quantized() {
     let norm = json(&["explain", &path, "layers.0.input_layernorm.weight"], 0);
     assert_eq!(norm["fate"], "changed by step[0] (awq), kept in its dtype");
     assert_eq!(norm["folded_by"], serde_json::json!(["step[0] (awq)"]));
+    assert_eq!(norm["ledger"]["fate"], "changed");
     // v_proj carries the scales of o_proj, and two steps worked on it.
     let v = json(&["explain", &path, "layers.1.self_attn.v_proj"], 0);
     assert_eq!(v["folded_by"], serde_json::json!(["step[0] (awq)"]));

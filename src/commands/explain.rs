@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use attar_formats::Checkpoint;
 use attar_ir::{
     Block, Event, Needs, Producer, Site, Touches,
+    ledger::{Fate, Line},
     pass::Contract,
     recipe::{Recipe, nearest},
 };
@@ -87,6 +88,8 @@ struct Explanation {
     layout: Option<String>,
     scheme: Option<String>,
     bits_per_weight: Option<f64>,
+    /// The line of the report's ledger for the source tensor.
+    ledger: Option<Line>,
     steps: Vec<StepLine>,
     /// Steps that folded scales into it.
     folded_by: Vec<String>,
@@ -110,7 +113,11 @@ enum Subject {
 }
 
 /// Every name by which tensors of the artifact and its source are known.
-fn names(weights: &Weights, source: Option<&Checkpoint>) -> BTreeMap<String, Subject> {
+fn names(
+    weights: &Weights,
+    source: Option<&Checkpoint>,
+    ledger: &[Line],
+) -> BTreeMap<String, Subject> {
     let mut names = BTreeMap::new();
     let site = |names: &mut BTreeMap<String, Subject>, site: &str| {
         let subject = Subject::Site(site.to_owned());
@@ -136,6 +143,10 @@ fn names(weights: &Weights, source: Option<&Checkpoint>) -> BTreeMap<String, Sub
     for header in headers.iter().chain(source.map(Checkpoint::headers).unwrap_or_default()) {
         let tensor = || Subject::Tensor(header.name.clone());
         names.entry(header.name.clone()).or_insert_with(tensor);
+    }
+    for line in ledger {
+        let tensor = || Subject::Tensor(line.tensor.clone());
+        names.entry(line.tensor.clone()).or_insert_with(tensor);
     }
     names
 }
@@ -374,10 +385,12 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
     let mut record = Record::open(&args.artifact)?;
     let weights = Weights::open(&args.artifact)?;
     let source = open_source(args, &mut record)?;
-    let subject = resolve(&args.tensor, &names(&weights, source.as_ref()), &args.artifact)?;
+    let ledger = record.report.as_ref().map(|report| report.ledger.as_slice()).unwrap_or_default();
+    let names = names(&weights, source.as_ref(), ledger);
+    let subject = resolve(&args.tensor, &names, &args.artifact)?;
     let contracts = contracts(record.recipe());
     let checkpoint = weights.checkpoint();
-    let mut notes = std::mem::take(&mut record.notes);
+    let mut notes = record.notes.clone();
     if let Weights::Files(_, why) = &weights {
         notes.push(format!("only headers and config.json were read: {why}"));
     }
@@ -446,12 +459,15 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
             }
             None => changed(&by),
         }
-    } else if source.as_ref().is_some_and(|source| source.header(&name).is_some()) {
+    } else if source.as_ref().is_some_and(|source| source.header(&name).is_some())
+        || ledger.iter().any(|line| line.tensor == name && line.fate == Fate::Dropped)
+    {
         "dropped: in the source, but not in the artifact".into()
     } else {
         "not stored in the artifact".into()
     };
     let source_name = if tied { graph.map_or(name.clone(), |g| g.embedding.clone()) } else { name };
+    let line = ledger.iter().find(|line| line.tensor == source_name).cloned();
     let origin = source_of(
         &weights,
         source.as_ref().filter(|_| provenance || args.source.is_some()),
@@ -477,6 +493,7 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         layout,
         scheme,
         bits_per_weight,
+        ledger: line,
         steps,
         folded_by: folded,
         provenance,
@@ -509,6 +526,9 @@ fn print(e: &Explanation) {
     }
     if let (Some(layout), Some(bits)) = (&e.layout, e.bits_per_weight) {
         say!("  layout   {layout}, {bits:.3} bits per weight");
+    }
+    if let Some(line) = &e.ledger {
+        say!("  ledger   {}: {}, {}", line.tensor, line.fate, line.detail);
     }
     for step in &e.steps {
         say!("{}", step.step);

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     Error,
-    args::{Reproduce, What},
+    args::{Promise, Reproduce, What},
     compile::{self, Job},
     provenance::{Record, platform, short},
 };
@@ -197,7 +197,9 @@ impl Recorded {
                 .into());
             }
         }
-        Ok(What { checkpoint, recipe: Some(recipe), text, ids, ..What::default() })
+        // The plan was accepted once; what it was held against changes no byte.
+        let promise = Promise { allow_dense: true, ..Promise::default() };
+        Ok(What { checkpoint, recipe: Some(recipe), text, ids, promise, ..What::default() })
     }
 }
 
