@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
+use serde_json::Value;
+
 use crate::{FormatError, read_bounded, read_json};
 
 /// Largest tokenizer.json that is read, bytes; Gemma's has 33 MB.
@@ -67,10 +70,9 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, FormatError> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|error| {
+        guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())).map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot encode: {error}"))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// Text of token ids, special tokens left out.
@@ -78,17 +80,132 @@ impl Tokenizer {
     /// # Errors
     /// When an id is unknown.
     pub fn decode(&self, ids: &[u32]) -> Result<String, FormatError> {
-        self.inner.decode(ids, true).map_err(|error| {
+        guarded(|| self.inner.decode(ids, true)).map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot decode: {error}"))
         })
     }
 }
 
+/// Runs code of the `tokenizers` crate, which panics on some files that it cannot use (a damaged
+/// `precompiled_charsmap`, for one): a panic there is an error here.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(cause) => {
+            let text = cause.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| cause.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+            Err(format!("the tokenizer library stopped: {text}"))
+        }
+    }
+}
+
+/// Checks every `precompiled_charsmap` of the normalizer: it begins with the length of a trie, for which
+/// the library would allocate without looking whether the bytes are there.
+fn check_charsmaps(json: &[u8]) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Head {
+        normalizer: Option<Value>,
+    }
+    fn check(value: &Value) -> Result<(), String> {
+        match value {
+            Value::Object(table) => {
+                if let Some(map) = table.get("precompiled_charsmap").and_then(Value::as_str) {
+                    let claimed = base64_u32(map).ok_or("a precompiled_charsmap is not base64")?;
+                    let present = (map.len() / 4 * 3).saturating_sub(4);
+                    if claimed as usize > present {
+                        return Err(format!(
+                            "a precompiled_charsmap claims {claimed} bytes, but has {present}"
+                        ));
+                    }
+                }
+                table.values().try_for_each(check)
+            }
+            Value::Array(list) => list.iter().try_for_each(check),
+            _ => Ok(()),
+        }
+    }
+    let head: Head = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    head.normalizer.as_ref().map_or(Ok(()), check)
+}
+
+/// The first four bytes of a base64 text, little-endian.
+fn base64_u32(text: &str) -> Option<u32> {
+    let mut bits = 0u64;
+    for character in text.as_bytes().get(..6)? {
+        let digit = match character {
+            b'A'..=b'Z' => character - b'A',
+            b'a'..=b'z' => character - b'a' + 26,
+            b'0'..=b'9' => character - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u64::from(digit);
+    }
+    Some(((bits >> 4) as u32).swap_bytes())
+}
+
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
-    let mut inner = tokenizers::Tokenizer::from_bytes(json)
-        .map_err(|error| format!("not a tokenizer: {error}"))?;
-    // Truncation and padding are for training batches; a corpus is tokenized whole.
-    inner.with_truncation(None).map_err(|error| error.to_string())?;
-    inner.with_padding(None);
+    check_charsmaps(json).map_err(|error| format!("not a tokenizer: {error}"))?;
+    let inner = guarded(|| {
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)?;
+        // Truncation and padding are for training batches; a corpus is tokenized whole.
+        inner.with_truncation(None)?;
+        inner.with_padding(None);
+        Ok(inner)
+    })
+    .map_err(|error| format!("not a tokenizer: {error}"))?;
+    if let tokenizers::ModelWrapper::BPE(model) = inner.get_model()
+        && model.dropout.is_some_and(|dropout| dropout > 0.0)
+    {
+        return Err("has a `dropout`, which gives other tokens at every run; set it to null".into());
+    }
     Ok(inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn json(normalizer: &str, dropout: &str) -> String {
+        format!(
+            r#"{{"version":"1.0","truncation":{{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0}},
+            "padding":null,"added_tokens":[],"normalizer":{normalizer},"pre_tokenizer":null,"post_processor":null,"decoder":null,
+            "model":{{"type":"BPE","dropout":{dropout},"vocab":{{"a":0,"b":1}},"merges":[]}}}}"#
+        )
+    }
+
+    #[test]
+    fn texts_are_not_cut() {
+        let tokenizer = Tokenizer::parse(json("null", "null").as_bytes()).unwrap();
+        assert_eq!(tokenizer.encode("abba").unwrap(), [0, 1, 1, 0]);
+    }
+
+    /// The library unwraps what it reads of a `precompiled_charsmap`.
+    #[test]
+    fn a_panic_of_the_library_is_an_error() {
+        let bad = json(r#"{"type":"Precompiled","precompiled_charsmap":"BAAAAAAAAA!!"}"#, "null");
+        let error = Tokenizer::parse(bad.as_bytes()).unwrap_err();
+        assert!(error.contains("the tokenizer library stopped"), "{error}");
+    }
+
+    /// Found by fuzzing: 316 bytes made the library allocate 8 GB.
+    #[test]
+    fn a_charsmap_that_claims_more_than_it_holds_is_refused() {
+        assert_eq!(base64_u32("ALQCAACE"), Some(0x0002_b400));
+        for map in ["ALQC+ACEAAAAAACAAQAAgMz8AgC4BQAA", "////////", "ALQCAA", ""] {
+            let inner = format!(r#"{{"type":"Precompiled","precompiled_charsmap":"{map}"}}"#);
+            let sequence = format!(r#"{{"type":"Sequence","normalizers":[{inner}]}}"#);
+            for normalizer in [inner, sequence] {
+                let error = Tokenizer::parse(json(&normalizer, "null").as_bytes()).unwrap_err();
+                assert!(error.contains("precompiled_charsmap"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_do_not_depend_on_chance() {
+        let error = Tokenizer::parse(json("null", "0.1").as_bytes()).unwrap_err();
+        assert!(error.contains("dropout"), "{error}");
+    }
 }

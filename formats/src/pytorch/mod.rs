@@ -30,6 +30,33 @@ pub struct Stored {
     pub strides: Option<Vec<usize>>,
 }
 
+/// Why a file is not read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What is wrong.
+    pub reason: String,
+    /// A sound state dict in a form that is not read here; [`convert_command`] reads it.
+    pub convertible: bool,
+}
+
+impl Refusal {
+    fn convertible(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), convertible: true }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self { reason, convertible: false }
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(reason: &str) -> Self {
+        reason.to_owned().into()
+    }
+}
+
 /// The tensors of a `torch.save` archive whose bytes are `file`, sorted by name. Memory taken: at most
 /// 128 bytes for each byte of the archive's directory and pickle plus 64 KiB, whatever the numbers in
 /// them say; the pickle has at most [`pickle::MAX_PICKLE`] bytes. Storages are not touched.
@@ -38,14 +65,17 @@ pub struct Stored {
 /// Archives that are damaged, compressed, big-endian or no state dict; pickles that call for anything but
 /// tensors; storages that are missing or of another size; tensors that reach beyond their storage or
 /// overlap themselves.
-pub fn parse(file: &[u8]) -> Result<Vec<Stored>, String> {
+pub fn parse(file: &[u8]) -> Result<Vec<Stored>, Refusal> {
     // PROTO 2, LONG1 of ten bytes: the magic number of the format before 1.6. `ustar` is older still.
     if file.starts_with(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19")
         || file.get(257..262) == Some(b"ustar")
     {
-        return Err("is in the format of torch.save before PyTorch 1.6".into());
+        return Err(Refusal::convertible("is in the format of torch.save before PyTorch 1.6"));
     }
     let archive = zip::Archive::read(file)?;
+    if let Some(name) = archive.packed() {
+        return Err(Refusal::convertible(format!("holds {name} compressed or encrypted")));
+    }
     let prefix = {
         let mut found = archive
             .names()
@@ -65,35 +95,40 @@ pub fn parse(file: &[u8]) -> Result<Vec<Stored>, String> {
     if let Some(order) = archive.get(&format!("{prefix}/byteorder"))?
         && order.1 != b"little"
     {
-        return Err("holds big-endian numbers, only little-endian ones are read".into());
+        return Err(Refusal::convertible("holds big-endian numbers"));
     }
     let (_, pickled) =
         archive.get(&format!("{prefix}/data.pkl"))?.expect("its name was just found");
     let tensors = pickle::state_dict(pickled)?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let wrong = |what: String| format!("tensor {}: {what}", tensor.name);
+        let wrong = |what: &str| format!("tensor {}: {what}", tensor.name);
         let entry = format!("{prefix}/data/{}", tensor.key);
         let (start, bytes) = archive
             .get(&entry)
-            .map_err(wrong)?
-            .ok_or_else(|| wrong(format!("its storage {entry} is missing from the archive")))?;
-        out.push(place(&tensor, start, bytes.len()).map_err(wrong)?);
+            .map_err(|what| wrong(&what))?
+            .ok_or_else(|| wrong(&format!("its storage {entry} is missing from the archive")))?;
+        let placed = place(&tensor, start, bytes.len());
+        out.push(placed.map_err(|refusal| Refusal { reason: wrong(&refusal.reason), ..refusal })?);
     }
     Ok(out)
 }
 
 /// Checks a tensor against its storage of `length` bytes at `start` of the file.
-fn place(tensor: &StateTensor<'_>, start: usize, length: usize) -> Result<Stored, String> {
+fn place(tensor: &StateTensor<'_>, start: usize, length: usize) -> Result<Stored, Refusal> {
     let StateTensor { dtype, storage, elements, offset, ref shape, ref strides, .. } = *tensor;
     let unit = if storage == Element::Bytes { 1 } else { dtype.size() };
     if elements.checked_mul(unit) != Some(length) {
-        return Err(format!("its storage has {length} bytes, but {elements} elements are claimed"));
+        let reason = format!("its storage has {length} bytes, but {elements} elements are claimed");
+        return Err(reason.into());
     }
     let capacity = length / dtype.size();
     let size = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
     let size = size.filter(|&size| size <= capacity).ok_or_else(|| {
-        format!("shape {shape:?} holds more than the {capacity} elements of its storage")
+        let reason =
+            format!("shape {shape:?} holds more than the {capacity} elements of its storage");
+        // A tensor that was expanded has neighbours at the same place.
+        Refusal { reason, convertible: strides.contains(&0) }
     })?;
     // One past the last element, counted in elements from the storage's first.
     let mut end = if size == 0 { Some(0) } else { offset.checked_add(1) };
@@ -128,11 +163,11 @@ fn place(tensor: &StateTensor<'_>, start: usize, length: usize) -> Result<Stored
 /// The command that writes `model.safetensors` beside the `pytorch_model*.bin` of a folder. Python's
 /// `weights_only` refuses what could execute code.
 pub fn convert_command(folder: &Path) -> String {
-    let folder = folder.display().to_string().replace('\\', "\\\\").replace('\'', "\\'");
+    let folder = folder.display().to_string().replace('\'', "'\\''");
     format!(
-        "python3 -c \"import glob, torch; from safetensors.torch import save_file; d = '{folder}'; w = {{}}; \
-         [w.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob(d + '/pytorch_model*.bin'))]; \
-         save_file({{k: v.clone().contiguous() for k, v in w.items()}}, d + '/model.safetensors', metadata={{'format': 'pt'}})\""
+        "python3 -c \"import glob, sys, torch; from safetensors.torch import save_file; d = sys.argv[1]; w = {{}}; \
+         [w.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob(glob.escape(d) + '/pytorch_model*.bin'))]; \
+         save_file({{k: v.clone().contiguous() for k, v in w.items()}}, d + '/model.safetensors', metadata={{'format': 'pt'}})\" '{folder}'"
     )
 }
 
@@ -148,15 +183,18 @@ impl PytorchFile {
     /// Maps and checks a file; memory as [`parse`].
     ///
     /// # Errors
-    /// As [`parse`], with the command that converts the file, and when it is no regular file.
+    /// As [`parse`], with the command that converts the file when that helps, and when it is no regular file.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let map = Map::open(&crate::open_regular(path)?).map_err(FormatError::io(path))?;
-        let tensors = parse(map.bytes()).map_err(|reason| {
-            let command = convert_command(path.parent().unwrap_or(Path::new(".")));
-            FormatError::invalid(
-                path,
-                format!("{reason}; if you trust the file, convert it to safetensors: {command}"),
-            )
+        let tensors = parse(map.bytes()).map_err(|Refusal { reason, convertible }| {
+            let remedy = if convertible {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                let command = convert_command(folder.unwrap_or(Path::new(".")));
+                format!("convert it to safetensors: {command}")
+            } else {
+                "download it again or ask its publisher for safetensors files".into()
+            };
+            FormatError::invalid(path, format!("{reason}; {remedy}"))
         })?;
         Ok(Self { path: path.to_path_buf(), map, tensors })
     }
@@ -253,19 +291,21 @@ mod tests {
 
     #[test]
     fn what_is_not_a_plain_state_dict_is_refused_with_the_command() {
-        for (name, expected) in [
-            ("legacy.bin", "before PyTorch 1.6"),
-            ("module.bin", "torch.nn.modules.linear.Linear"),
-            ("system.bin", "posix.system"),
-            ("nested.bin", "`model` holds a dict"),
-            ("number.bin", "`step` holds a number"),
-            ("expanded.bin", "tensor wide: shape [1000, 4] holds more than the 4 elements"),
-            ("compressed.bin", "is compressed"),
+        for (name, expected, convertible) in [
+            ("legacy.bin", "before PyTorch 1.6", true),
+            ("expanded.bin", "tensor wide: shape [1000, 4] holds more than the 4 elements", true),
+            ("compressed.bin", "compressed", true),
+            ("module.bin", "torch.nn.modules.linear.Linear", false),
+            ("system.bin", "posix.system", false),
+            ("nested.bin", "`model` holds a dict", false),
+            ("number.bin", "`step` holds a number", false),
         ] {
             let error = PytorchFile::open(&golden(name)).unwrap_err().to_string();
             assert!(error.contains(expected), "{name}: {error}");
-            assert!(error.contains("python3 -c"), "{name}: {error}");
+            assert_eq!(error.contains("python3 -c"), convertible, "{name}: {error}");
         }
+        let command = convert_command(Path::new("it's $HOME"));
+        assert!(command.ends_with(r" 'it'\''s $HOME'"), "{command}");
     }
 
     #[test]

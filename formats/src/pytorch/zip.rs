@@ -93,6 +93,11 @@ impl<'a> Archive<'a> {
         self.entries.keys().copied()
     }
 
+    /// The first entry that is compressed or encrypted.
+    pub(super) fn packed(&self) -> Option<&'a str> {
+        self.entries.iter().find(|(_, place)| !place.plain).map(|(name, _)| *name)
+    }
+
     /// First byte and bytes of an entry, `None` when there is none of this name.
     pub(super) fn get(&self, name: &str) -> Result<Option<(usize, &'a [u8])>, String> {
         let Some(place) = self.entries.get(name) else { return Ok(None) };

@@ -109,9 +109,9 @@ impl Parsed {
     }
 }
 
-/// Parses the quantization config of a model's config.json; `None` when it has none. Memory taken: at most
-/// 8 bytes for each byte of the config plus 64 MiB for compiled regular expressions, of which 1024 of
-/// 4096 bytes each are read at most.
+/// Parses the quantization config of a model's config.json; `None` when it has none. Memory taken,
+/// matching included: at most 8 bytes for each byte of the config plus 192 MiB for regular expressions, of
+/// which 1024 of 4096 bytes each are read at most; together they are compiled to 64 MiB at most.
 ///
 /// # Errors
 /// When it describes something that cannot be read.
@@ -204,6 +204,25 @@ mod tests {
         assert!(
             parse(&serde_json::json!({"quantization_config": {"quant_method": "fp8"}})).is_err()
         );
+    }
+
+    /// `(\w{100}){100}` takes 20 bytes in a file and gigabytes when it is compiled.
+    #[test]
+    fn expressions_share_a_bounded_memory() {
+        let parse = |dynamic: Value| {
+            let quant = serde_json::json!({
+                "quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic,
+            });
+            super::parse(&serde_json::json!({"quantization_config": quant}))
+        };
+        let error = parse(serde_json::json!({"(?:\\w{100}){100}": {}})).unwrap_err();
+        assert!(error.contains("regular expression"), "{error}");
+        assert!(parse(serde_json::json!({"a".repeat(4097): {}})).unwrap_err().contains("4097"));
+        let many = |count: usize| {
+            Value::Object((0..count).map(|i| (format!("-:^{i}$"), serde_json::json!({}))).collect())
+        };
+        assert!(parse(many(1025)).unwrap_err().contains("1025 rules"));
+        assert_eq!(parse(many(1024)).unwrap().unwrap().rules.len(), 1025);
     }
 
     #[test]
