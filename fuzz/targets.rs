@@ -29,12 +29,12 @@ const MIB: usize = 1 << 20;
 
 /// All readers of untrusted input.
 pub(crate) const TARGETS: &[Target] = &[
-    Target { name: "safetensors", run: safetensors, per_byte: 16, constant: 16 * KIB },
-    Target { name: "checkpoint", run: checkpoint, per_byte: 256 + 32 + 2 * 16, constant: 4 * MIB },
+    Target { name: "safetensors", run: safetensors, per_byte: 64, constant: 16 * KIB },
+    Target { name: "checkpoint", run: checkpoint, per_byte: 256 + 64 + 2 * 64, constant: 4 * MIB },
     Target { name: "config", run: config, per_byte: 256 + 8, constant: 194 * MIB },
     Target { name: "recipe", run: recipe, per_byte: 1024, constant: 64 * KIB },
     Target { name: "tokenizer", run: tokenizer, per_byte: 1024, constant: 64 * MIB },
-    Target { name: "ids", run: ids, per_byte: 16, constant: 4 * KIB },
+    Target { name: "ids", run: ids, per_byte: 64, constant: 4 * KIB },
     Target { name: "gate", run: gate, per_byte: 1024, constant: 64 * KIB },
     Target { name: "manifest", run: manifest, per_byte: 512, constant: 512 * KIB },
     Target { name: "pytorch", run: pytorch, per_byte: 128, constant: 64 * KIB },

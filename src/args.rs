@@ -135,7 +135,9 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         "mib" => 1024.0 * 1024.0,
         "gib" => 1024.0 * 1024.0 * 1024.0,
         "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
-        other => return Err(format!("`{other}` is no unit of size; use kB, MB, GB, KiB, MiB, GiB")),
+        other => {
+            return Err(format!("`{other}` is no unit of size; use kB, MB, GB, KiB, MiB, GiB"));
+        }
     };
     let bytes = number * unit;
     if bytes.is_finite() && (0.0..1e18).contains(&bytes) {

@@ -222,8 +222,7 @@ fn read_windows(job: &Job) -> Result<Option<Windows>, Error> {
         CorpusSource::Ids(_) => None,
     };
     let config = &job.recipe.calibration;
-    let (context, vocab) =
-        (config.context.min(job.decoder.spec.context), job.decoder.spec.vocab);
+    let (context, vocab) = (config.context.min(job.decoder.spec.context), job.decoder.spec.vocab);
     let windows = corpus::calibration(source, tokenizer.as_ref(), context, config.samples, vocab)?;
     Ok(Some(windows))
 }
@@ -251,15 +250,14 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
     // The places are tried before any work is done.
     let root = ArtifactRoot::create(options.out)?;
     let stage = job.calibrates().then(|| Stage::open(&scratch)).transpose()?;
-    let reports = produce(job, options, &root, stage.as_ref(), &trace).map_err(|error| {
-        match &stage {
+    let reports =
+        produce(job, options, &root, stage.as_ref(), &trace).map_err(|error| match &stage {
             Some(stage) => Error::from(format!(
                 "{error}\n  what is done so far lies in {}; the same command goes on from there",
                 stage.root().display()
             )),
             None => error,
-        }
-    })?;
+        })?;
     let begun = trace.begin(Phase::Seal, "rename");
     root.seal()?;
     if let Some(stage) = stage {
@@ -286,9 +284,9 @@ fn finished(
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
     let out = options.out;
     let emits = || {
-        job.variants.iter().flat_map(|(variant, plan)| {
-            plan.emits.iter().map(move |emit| (variant, emit))
-        })
+        job.variants
+            .iter()
+            .flat_map(|(variant, plan)| plan.emits.iter().map(move |emit| (variant, emit)))
     };
     let folder = |dir: &Option<String>| out.join(dir.as_deref().unwrap_or(""));
     if !emits().all(|(_, emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
@@ -372,8 +370,7 @@ fn produce(
             time.verify += trace.end(Phase::Verify, what, begun);
             let opened = Opened::open(&folder)?;
             let begun = trace.begin(Phase::Eval, what);
-            let eval =
-                options.measure.as_ref().map(|m| accuracy(job, &opened, m)).transpose()?;
+            let eval = options.measure.as_ref().map(|m| accuracy(job, &opened, m)).transpose()?;
             if eval.is_some() {
                 time.eval += trace.end(Phase::Eval, what, begun);
             }
@@ -421,8 +418,7 @@ fn isa() -> &'static str {
 }
 
 /// Folders with their emits, lines of the report, results reused and all.
-type Walked<'a> =
-    (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize, usize));
+type Walked<'a> = (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize, usize));
 
 fn walk_variant<'a>(
     job: &'a Job,
@@ -450,7 +446,9 @@ fn walk_variant<'a>(
     let blocks = keys::blocks(ground, plan, original, &file, has);
     time.store += trace.end(Phase::Store, "what is there", begun);
     for key in damaged {
-        trace.note(&format!("object {key} of the work directory is damaged; its work is done again"));
+        trace.note(&format!(
+            "object {key} of the work directory is damaged; its work is done again"
+        ));
     }
     let units = || blocks.iter().flat_map(|b| &b.rounds).flat_map(|round| &round.units);
     let reused = (units().filter(|unit| unit.cached).count(), units().count());

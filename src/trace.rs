@@ -40,16 +40,15 @@ impl Trace {
 
     /// Seconds of a phase so far.
     pub(crate) fn seconds(&self, phase: Phase) -> f64 {
-        self.spans().iter().filter(|span| span.phase == phase).map(|span| span.end - span.start).sum()
+        self.spans()
+            .iter()
+            .filter(|span| span.phase == phase)
+            .map(|span| span.end - span.start)
+            .sum()
     }
 
     /// Runs `work` as a part of `phase` and returns its result with the seconds it took.
-    pub(crate) fn run<T>(
-        &self,
-        phase: Phase,
-        what: &str,
-        work: impl FnOnce() -> T,
-    ) -> (T, f64) {
+    pub(crate) fn run<T>(&self, phase: Phase, what: &str, work: impl FnOnce() -> T) -> (T, f64) {
         let start = self.begin(phase, what);
         let result = work();
         (result, self.end(phase, what, start))

@@ -244,9 +244,8 @@ fn a_work_directory_serves_later_runs_and_keeps_others_out() {
         let log = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{log}");
         let count = |phase: &str| {
-            let begins = |line: &&str| {
-                event(line).is_some_and(|(kind, p, _)| kind == "begin" && p == phase)
-            };
+            let begins =
+                |line: &&str| event(line).is_some_and(|(kind, p, _)| kind == "begin" && p == phase);
             log.lines().filter(begins).count()
         };
         (content(&out), count("calibrate"), count("solve"))
@@ -298,9 +297,12 @@ fn a_work_directory_serves_later_runs_and_keeps_others_out() {
     fs::write(&file, bytes).unwrap();
     let (code, stdout, _) = list(&["verify"]);
     assert!(code == 1 && stdout.contains("DAMAGED"), "{stdout}");
-    for (name, upstream, bits) in
-        [("o4", "original", 4), ("o3", "original", 3), ("c4", "compressed", 4), ("c3", "compressed", 3)]
-    {
+    for (name, upstream, bits) in [
+        ("o4", "original", 4),
+        ("o3", "original", 3),
+        ("c4", "compressed", 4),
+        ("c3", "compressed", 3),
+    ] {
         let (found, ..) = run(&recipe("x.toml", upstream, bits), name, Some(&work));
         let (cold, ..) = run(&recipe("x.toml", upstream, bits), &format!("{name}-cold"), None);
         assert!(found == cold, "{name}");
@@ -353,11 +355,16 @@ layout = "gptq"
     let output = Command::new(binary()).args(arguments(&recipe, &all, &[])).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for (name, steps) in [
-        ("w4", "[[step]]\npass = \"awq\"\n[[step]]\npass = \"gptq\"\nupstream = \"original\"\nscheme = { bits = 4 }\n"),
+        (
+            "w4",
+            "[[step]]\npass = \"awq\"\n[[step]]\npass = \"gptq\"\nupstream = \"original\"\nscheme = { bits = 4 }\n",
+        ),
         ("w3", "[[step]]\npass = \"awq\"\n[[step]]\npass = \"gptq\"\nscheme = { bits = 3 }\n"),
         ("plain", "[[step]]\npass = \"gptq\"\nupstream = \"original\"\nscheme = { bits = 4 }\n"),
     ] {
-        let text = format!("[calibration]\ncontext = 256\nsamples = 12\n{steps}[[emit]]\nlayout = \"gptq\"\n");
+        let text = format!(
+            "[calibration]\ncontext = 256\nsamples = 12\n{steps}[[emit]]\nlayout = \"gptq\"\n"
+        );
         let recipe = written(dir.path(), "one.toml", &text);
         let one = dir.path().join(name);
         let output = Command::new(binary()).args(arguments(&recipe, &one, &[])).output().unwrap();
@@ -373,6 +380,7 @@ layout = "gptq"
     for line in ["|- step[0] (awq, id scaled)", "=> w3/ (gptq", "from one sweep"] {
         assert!(stdout.contains(line), "{stdout}");
     }
-    let (_, dot, _) = attar(&["plan", &model(), "--recipe", &recipe, "--text", &calibration, "--dot"]);
+    let (_, dot, _) =
+        attar(&["plan", &model(), "--recipe", &recipe, "--text", &calibration, "--dot"]);
     assert!(dot.starts_with("digraph") && dot.contains("step0 -> step2"), "{dot}");
 }

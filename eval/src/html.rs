@@ -16,9 +16,8 @@ td,th{padding:.15rem .8rem .15rem 0;text-align:left;white-space:nowrap}td.n,th.n
 tr+tr{border-top:1px solid #e4e8ee}small{color:#5b6878}svg{max-width:100%}\
 .k{font-size:1.3rem;font-weight:600}.facts td{padding-right:2.5rem;border:0}";
 /// One colour per part of a block, told apart without red and green alone.
-const COLOURS: [&str; 8] = [
-    "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e",
-];
+const COLOURS: [&str; 8] =
+    ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e"];
 const WIDTH: f64 = 900.0;
 
 fn escape(text: &str) -> String {
@@ -261,10 +260,7 @@ fn timeline(out: &mut String, spans: &[Span]) -> std::fmt::Result {
     let rows: Vec<_> =
         ROWS.iter().filter(|(phase, _)| spans.iter().any(|s| s.phase == *phase)).collect();
     let height = rows.len() * 18 + 20;
-    write!(
-        out,
-        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"time line\">"
-    )?;
+    write!(out, "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"time line\">")?;
     let x = |t: f64| LEFT + t / end * (WIDTH - LEFT);
     for (row, (phase, name)) in rows.iter().enumerate() {
         let y = row * 18;

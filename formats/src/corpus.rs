@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::{FormatError, Tokenizer};
+use crate::{FormatError, Tokenizer, brief};
 
 /// Where tokens come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,7 +137,7 @@ struct Line {
 }
 
 /// Windows of a file of token ids: one `{"input_ids": [...]}` a line, cut to `context`. Memory taken: at
-/// most 16 bytes for each byte of the text plus 4 KiB.
+/// most 64 bytes for each byte of the text plus 4 KiB.
 ///
 /// # Errors
 /// Lines of another form, fewer than two tokens in one, ids that are no ids or beyond the vocabulary, no line.
@@ -145,8 +145,9 @@ pub fn parse_ids(text: &str, context: usize, vocab: usize) -> Result<Vec<Vec<u32
     let mut all = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let wrong = |what: &str| format!("line {}: {what}", number + 1);
-        let line: Line = serde_json::from_str(line)
-            .map_err(|error| wrong(&format!("expected {{\"input_ids\": [...]}}: {error}")))?;
+        let line: Line = serde_json::from_str(line).map_err(|error| {
+            wrong(&format!("expected {{\"input_ids\": [...]}}: {}", brief(error)))
+        })?;
         let mut ids =
             line.input_ids.ok_or_else(|| wrong("expected {\"input_ids\": [...]}, found none"))?;
         ids.truncate(context);

@@ -18,7 +18,7 @@ use serde::{
 use serde_json::Value;
 
 use crate::{
-    FormatError, hash_file,
+    FormatError, brief, hash_file,
     pytorch::{PytorchFile, convert_command},
     read_bounded, read_json,
     safetensors::SafetensorsFile,
@@ -112,7 +112,7 @@ fn is_weight_file(name: &str) -> bool {
 }
 
 impl Index {
-    /// Reads `*.index.json`. Memory taken: at most 32 bytes for each byte of the text plus 4 KiB; keys other
+    /// Reads `*.index.json`. Memory taken: at most 64 bytes for each byte of the text plus 4 KiB; keys other
     /// than `weight_map` are skipped, not kept.
     ///
     /// # Errors
@@ -147,7 +147,8 @@ impl Index {
                 }
                 if !is_weight_file(name) {
                     return Err(E::custom(format!(
-                        "names no weight file of this directory, but {name:?}; paths are refused"
+                        "names no weight file of this directory, but `{}`; paths are refused",
+                        brief(name)
                     )));
                 }
                 let number = self.0.len();
@@ -168,7 +169,11 @@ impl Index {
                         while let Some(tensor) = map.next_key::<String>()? {
                             let file =
                                 map.next_value_seed(Number(&mut files)).map_err(|error| {
-                                    A::Error::custom(format!("tensor {tensor}: {error}"))
+                                    A::Error::custom(format!(
+                                        "tensor {}: {}",
+                                        brief(&tensor),
+                                        brief(error)
+                                    ))
                                 })?;
                             if tensors.contains_key(&tensor) {
                                 return Err(A::Error::custom(format!(
@@ -183,7 +188,7 @@ impl Index {
                 from.deserialize_map(Table)
             }
         }
-        let file: File = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        let file: File = serde_json::from_slice(json).map_err(brief)?;
         let Places { files, mut tensors } = file.weight_map.ok_or("has no `weight_map`")?;
         let mut sorted = vec![0; files.len()];
         let mut names = Vec::with_capacity(files.len());
@@ -475,7 +480,7 @@ mod tests {
             assert!(error.contains("tensor a: ") && error.contains("paths are refused"), "{error}");
         }
         assert_eq!(parse("..x.bin").unwrap().files, ["..x.bin"]);
-        let index = |text: &str| Index::parse(text.as_bytes()).map_err(|error| error.to_string());
+        let index = |text: &str| Index::parse(text.as_bytes());
         let good = index(r#"{"weight_map":{"a":"z.bin","b":"y.bin","c":"z.bin"}}"#).unwrap();
         assert_eq!(good.files, ["y.bin", "z.bin"]);
         assert_eq!(good.tensors.values().collect::<Vec<_>>(), [&1, &0, &1]);

@@ -49,6 +49,28 @@ impl FormatError {
     }
 }
 
+/// What a file says, as an error may show it: at most 300 bytes, control characters replaced. Names and
+/// values in a file may be as long as the file and would move a terminal's cursor.
+pub(crate) fn brief(text: impl std::fmt::Display) -> String {
+    struct Clip(String);
+    impl std::fmt::Write for Clip {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            for c in text.chars() {
+                if self.0.len() >= 300 {
+                    return Err(std::fmt::Error);
+                }
+                self.0.push(if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
+            }
+            Ok(())
+        }
+    }
+    let mut clip = Clip(String::new());
+    if std::fmt::write(&mut clip, format_args!("{text}")).is_err() {
+        clip.0.push_str("...");
+    }
+    clip.0
+}
+
 /// Most bytes that [`read_json`] takes from a file.
 pub const MAX_JSON: u64 = 16 << 20;
 
@@ -138,4 +160,33 @@ pub fn hash_bytes(bytes: &[u8]) -> String {
 pub fn read_json(path: &Path) -> Result<serde_json::Value, FormatError> {
     let bytes = read_bounded(path, MAX_JSON)?;
     serde_json::from_slice(&bytes).map_err(|e| FormatError::invalid(path, format!("not JSON: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_do_not_repeat_a_whole_file() {
+        assert_eq!(brief("tensor \u{1b}[2J"), "tensor \u{fffd}[2J");
+        assert_eq!(brief("a".repeat(1 << 20)).len(), 303);
+        let name = "n".repeat(1 << 20);
+        for json in [
+            format!(r#"{{"{name}":1}}"#),
+            format!(r#"{{"{name}":{{"dtype":"{name}"}}}}"#),
+            format!(r#"{{"a":{{"shape":"{name}"}}}}"#),
+        ] {
+            let file = [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat();
+            assert!(safetensors::parse(&file).unwrap_err().len() < 2000);
+        }
+        for json in [
+            format!(r#"{{"weight_map":{{"{name}":"{name}"}}}}"#),
+            format!(r#"{{"weight_map":"{name}"}}"#),
+        ] {
+            assert!(hf::Index::parse(json.as_bytes()).unwrap_err().len() < 2000);
+        }
+        assert!(corpus::parse_ids(&format!("\"{name}\""), 8, 8).unwrap_err().len() < 2000);
+        let pickle = format!("c{name}\n{name}\n.");
+        assert!(pytorch::pickle::state_dict(pickle.as_bytes()).unwrap_err().len() < 2000);
+    }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{FormatError, read_bounded, read_json};
+use crate::{FormatError, brief, read_bounded, read_json};
 
 /// Largest tokenizer.json that is read, bytes; Gemma's has 33 MB.
 const MAX_TOKENIZER: u64 = 256 << 20;
@@ -90,11 +90,11 @@ impl Tokenizer {
 /// `precompiled_charsmap`, for one): a panic there is an error here.
 fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
-        Ok(result) => result.map_err(|error| error.to_string()),
+        Ok(result) => result.map_err(brief),
         Err(cause) => {
             let text = cause.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| cause.downcast_ref::<&str>().copied()).unwrap_or("a panic");
-            Err(format!("the tokenizer library stopped: {text}"))
+            Err(format!("the tokenizer library stopped: {}", brief(text)))
         }
     }
 }
@@ -124,7 +124,7 @@ fn check_charsmaps(json: &[u8]) -> Result<(), String> {
             _ => Ok(()),
         }
     }
-    let head: Head = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    let head: Head = serde_json::from_slice(json).map_err(brief)?;
     head.normalizer.as_ref().map_or(Ok(()), check)
 }
 

@@ -94,9 +94,8 @@ impl BlockState {
         const FITS: &str = "the shape is the values' own";
         let mut parts = Vec::new();
         let mut put = |name: String, tensor| parts.push((name, tensor));
-        let floats = |values: &[f32]| {
-            Tensor::from_f32(DType::F32, vec![values.len()], values).expect(FITS)
-        };
+        let floats =
+            |values: &[f32]| Tensor::from_f32(DType::F32, vec![values.len()], values).expect(FITS);
         for (at, linear) in self.linears.iter().enumerate() {
             if neighbours && self.bias_changed[at] {
                 let bias = linear.bias.as_deref().unwrap_or_default();

@@ -91,9 +91,7 @@ pub(crate) struct RoundKeys {
 impl RoundKeys {
     /// True when something that is not yet there reads the statistic of this input.
     pub(crate) fn reads(&self, input: usize) -> bool {
-        self.units
-            .iter()
-            .any(|unit| !unit.cached && unit.input.is_none_or(|own| own == input))
+        self.units.iter().any(|unit| !unit.cached && unit.input.is_none_or(|own| own == input))
     }
 
     /// True when the statistic of this input has to be computed.
@@ -117,7 +115,6 @@ pub(crate) struct BlockKeys {
 }
 
 impl BlockKeys {
-
     /// True when activations of this upstream have to enter the block.
     pub(crate) fn needs(&self, upstream: Upstream) -> bool {
         self.rounds.iter().any(|round| round.upstream == upstream && round.observes_any())
@@ -171,8 +168,7 @@ pub(crate) fn blocks(
         let mut keyed = Vec::new();
         let count = rounds.len();
         for (at, round) in rounds.into_iter().enumerate() {
-            let staged =
-                !round.whole && at + 1 == count && round.upstream == Upstream::Compressed;
+            let staged = !round.whole && at + 1 == count && round.upstream == Upstream::Compressed;
             let round = round_keys(
                 ground,
                 plan,
@@ -268,11 +264,8 @@ fn round_keys(
         }
     }
     let mut units = Vec::new();
-    let stages: Vec<Option<usize>> = if round.whole {
-        vec![None]
-    } else {
-        (0..block.inputs.len()).map(Some).collect()
-    };
+    let stages: Vec<Option<usize>> =
+        if round.whole { vec![None] } else { (0..block.inputs.len()).map(Some).collect() };
     for input in stages {
         if let (true, Some(input)) = (staged, input) {
             statistics[input] = statistic(input, slots, has);
@@ -308,7 +301,10 @@ fn round_keys(
             match input {
                 Some(_) => {
                     for target in &targets {
-                        written(&mut slots.weights[target.site], &format!("weight {}", target.site));
+                        written(
+                            &mut slots.weights[target.site],
+                            &format!("weight {}", target.site),
+                        );
                     }
                 }
                 None => {

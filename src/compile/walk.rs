@@ -68,11 +68,7 @@ pub(super) struct Surroundings<'a> {
 }
 
 impl<'a> Walk<'a> {
-    pub(super) fn new(
-        around: Surroundings<'a>,
-        trace: &'a Trace,
-        time: &'a mut Timings,
-    ) -> Self {
+    pub(super) fn new(around: Surroundings<'a>, trace: &'a Trace, time: &'a mut Timings) -> Self {
         let Surroundings { job, plan, recipe, windows, stage, ground, blocks, checkpoint_every } =
             around;
         Self {
@@ -130,11 +126,8 @@ impl<'a> Walk<'a> {
             observed = self.observe_whole(block, round, state)?;
         }
         // One group of units after the other: those of one input read the same statistic.
-        let groups: Vec<Option<usize>> = if round.whole {
-            vec![None]
-        } else {
-            (0..block.inputs.len()).map(Some).collect()
-        };
+        let groups: Vec<Option<usize>> =
+            if round.whole { vec![None] } else { (0..block.inputs.len()).map(Some).collect() };
         for group in groups {
             let mut stats = BlockStats::empty(block.inputs.len());
             for (input, statistic) in round.statistics.iter().enumerate() {
@@ -502,7 +495,8 @@ impl<'a> Walk<'a> {
         if let Some(stage) = self.stage {
             let sites: Vec<usize> = unit.targets.iter().map(|target| target.site).collect();
             let whole = unit.input.is_none();
-            let all: Vec<usize> = (0..block.sites.len()).filter(|&at| state.weight_changed[at]).collect();
+            let all: Vec<usize> =
+                (0..block.sites.len()).filter(|&at| state.weight_changed[at]).collect();
             let begun = self.trace.begin(Phase::Store, what);
             let schemes: Vec<Option<QuantScheme>> = state
                 .linears
@@ -553,9 +547,9 @@ impl<'a> Walk<'a> {
         })?;
         let schemes: Vec<Option<QuantScheme>> =
             serde_json::from_value(object.info.facts["schemes"].clone())?;
-        state
-            .import(&object.tensors, &schemes)
-            .map_err(|reason| format!("{}: object {}: {reason}", stage.root().display(), unit.key))?;
+        state.import(&object.tensors, &schemes).map_err(|reason| {
+            format!("{}: object {}: {reason}", stage.root().display(), unit.key)
+        })?;
         self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
         Ok(object.info.facts)
     }
@@ -567,13 +561,9 @@ pub(super) fn name_of(block: &Block) -> &str {
 }
 
 /// Stores a statistic: the Hessian as its lower triangle, row by row.
-fn put_statistic(
-    stage: &Stage,
-    key: &str,
-    label: &str,
-    stats: &InputStats,
-) -> Result<(), Error> {
-    let vector = |name: &str, dtype, count| TensorHeader { name: name.into(), dtype, shape: vec![count] };
+fn put_statistic(stage: &Stage, key: &str, label: &str, stats: &InputStats) -> Result<(), Error> {
+    let vector =
+        |name: &str, dtype, count| TensorHeader { name: name.into(), dtype, shape: vec![count] };
     let mut headers = Vec::new();
     if let Some(h) = &stats.hessian {
         let n = h.nrows();

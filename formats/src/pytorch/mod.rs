@@ -18,7 +18,7 @@ use std::{
 
 use attar_tensor::{DType, TensorHeader, TensorView};
 
-use crate::{FormatError, mmap::Map, safetensors::Placed};
+use crate::{FormatError, brief, mmap::Map, safetensors::Placed};
 use pickle::{Element, StateTensor};
 
 /// A tensor found in a file.
@@ -74,7 +74,7 @@ pub fn parse(file: &[u8]) -> Result<Vec<Stored>, Refusal> {
     }
     let archive = zip::Archive::read(file)?;
     if let Some(name) = archive.packed() {
-        return Err(Refusal::convertible(format!("holds {name} compressed or encrypted")));
+        return Err(Refusal::convertible(format!("holds {} compressed or encrypted", brief(name))));
     }
     let prefix = {
         let mut found = archive
@@ -102,12 +102,12 @@ pub fn parse(file: &[u8]) -> Result<Vec<Stored>, Refusal> {
     let tensors = pickle::state_dict(pickled)?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let wrong = |what: &str| format!("tensor {}: {what}", tensor.name);
+        let wrong = |what: &str| format!("tensor {}: {what}", brief(tensor.name));
         let entry = format!("{prefix}/data/{}", tensor.key);
-        let (start, bytes) = archive
-            .get(&entry)
-            .map_err(|what| wrong(&what))?
-            .ok_or_else(|| wrong(&format!("its storage {entry} is missing from the archive")))?;
+        let (start, bytes) =
+            archive.get(&entry).map_err(|what| wrong(&what))?.ok_or_else(|| {
+                wrong(&format!("its storage {} is missing from the archive", brief(&entry)))
+            })?;
         let placed = place(&tensor, start, bytes.len());
         out.push(placed.map_err(|refusal| Refusal { reason: wrong(&refusal.reason), ..refusal })?);
     }

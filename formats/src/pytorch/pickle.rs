@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 
 use attar_tensor::DType;
 
+use crate::brief;
+
 /// Longest pickle that is read, bytes; a hundred thousand tensors take 20 MB.
 pub const MAX_PICKLE: usize = 64 << 20;
 /// Most dimensions of a tensor.
@@ -157,13 +159,16 @@ pub fn state_dict(pickle: &[u8]) -> Result<Vec<StateTensor<'_>>, String> {
     for &&(_, name, value) in &found {
         let Object::Tensor(tensor) = value else {
             return Err(format!(
-                "`{name}` holds {}, not a tensor: not a plain state dict",
+                "`{}` holds {}, not a tensor: not a plain state dict",
+                brief(name),
                 value.kind()
             ));
         };
         let tensor = machine.tensors[tensor as usize];
         let storage = machine.storages[tensor.storage as usize];
-        let sizes = |range| machine.sizes(range).map_err(|error| format!("tensor {name}: {error}"));
+        let sizes = |range| {
+            machine.sizes(range).map_err(|error| format!("tensor {}: {error}", brief(name)))
+        };
         out.push(StateTensor {
             name,
             dtype: tensor.dtype,
@@ -556,7 +561,9 @@ fn known(module: &str, name: &str) -> Result<Name, String> {
         ("torch", "uint64") => Name::Dtype(DType::U64),
         _ => {
             return Err(format!(
-                "its pickle names {module}.{name}, which a state dict of tensors has no use for (nothing was executed)"
+                "its pickle names {}.{}, which a state dict of tensors has no use for (nothing was executed)",
+                brief(module),
+                brief(name)
             ));
         }
     })

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::brief;
+
 /// Names and places of the entries.
 #[derive(Debug)]
 pub(super) struct Archive<'a> {
@@ -78,7 +80,7 @@ impl<'a> Archive<'a> {
             let (name, place, length) =
                 entry(rest).ok_or_else(|| damaged("an entry of the directory is malformed"))?;
             if entries.insert(name, place).is_some() {
-                return Err(format!("the ZIP archive holds {name} twice"));
+                return Err(format!("the ZIP archive holds {} twice", brief(name)));
             }
             rest = &rest[length..];
         }
@@ -102,7 +104,7 @@ impl<'a> Archive<'a> {
     pub(super) fn get(&self, name: &str) -> Result<Option<(usize, &'a [u8])>, String> {
         let Some(place) = self.entries.get(name) else { return Ok(None) };
         if !place.plain {
-            return Err(format!("entry {name} is compressed or encrypted"));
+            return Err(format!("entry {} is compressed or encrypted", brief(name)));
         }
         let found = || {
             let at = usize::try_from(place.offset).ok()?;
@@ -117,9 +119,9 @@ impl<'a> Archive<'a> {
             let bytes = self.file.get(start..)?.get(..usize::try_from(place.size).ok()?)?;
             Some((start, bytes))
         };
-        found()
-            .map(Some)
-            .ok_or_else(|| format!("entry {name} lies outside of the file; it is truncated"))
+        found().map(Some).ok_or_else(|| {
+            format!("entry {} lies outside of the file; it is truncated", brief(name))
+        })
     }
 }
 

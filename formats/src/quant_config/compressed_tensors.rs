@@ -72,7 +72,8 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let format = quant.get("format").and_then(Value::as_str).unwrap_or("");
     if format != "pack-quantized" {
         return Err(format!(
-            "compressed-tensors format `{format}` cannot be read, only pack-quantized"
+            "compressed-tensors format `{}` cannot be read, only pack-quantized",
+            crate::brief(format)
         ));
     }
     let groups = quant

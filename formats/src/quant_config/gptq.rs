@@ -35,7 +35,9 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let layout = match quant.get("checkpoint_format").and_then(Value::as_str) {
         None | Some("gptq") => "gptq",
         Some("gptq_v2") => "gptq_v2",
-        Some(other) => return Err(format!("GPTQ checkpoint_format `{other}` cannot be read")),
+        Some(other) => {
+            return Err(format!("GPTQ checkpoint_format `{}` cannot be read", crate::brief(other)));
+        }
     };
     let scheme = |rule: Option<&Value>| -> Result<QuantScheme, String> {
         let from = |key: &str| rule.filter(|rule| rule.get(key).is_some()).unwrap_or(quant);

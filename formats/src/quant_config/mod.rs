@@ -7,6 +7,8 @@ mod gptq;
 use attar_tensor::QuantScheme;
 use serde_json::Value;
 
+use crate::brief;
+
 /// What a config says of one quantized linear.
 pub type Entry = (String, QuantScheme);
 
@@ -41,6 +43,25 @@ const MAX_EXPRESSIONS: usize = 1024;
 /// Longest expression, bytes.
 const MAX_EXPRESSION: usize = 4096;
 
+/// Largest product of an expression's counts: the library multiplies nested ones without looking.
+const MAX_REPETITIONS: u64 = 1 << 32;
+
+/// Product of the numbers between braces, as `{3}` and `{2,5}`; saturates. Where comments may hide a
+/// brace, all numbers count.
+fn repetitions(text: &str) -> u64 {
+    let product = |text: &str| {
+        let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+        numbers.fold(1u64, |product, digits| {
+            product.saturating_mul(digits.parse().unwrap_or(u64::MAX).max(1))
+        })
+    };
+    if text.contains('#') && text.contains('{') {
+        return product(text);
+    }
+    let counts = text.split('{').skip(1).map(|rest| product(rest.split('}').next().unwrap_or("")));
+    counts.fold(1, u64::saturating_mul)
+}
+
 /// Compiles the expressions of one config within its memory.
 struct Compiler {
     /// Of one compiled expression, bytes.
@@ -65,12 +86,18 @@ impl Compiler {
                 text.len()
             ));
         }
+        if repetitions(text) > MAX_REPETITIONS {
+            return Err(format!("`{}` repeats too often to be read", brief(text)));
+        }
         fancy_regex::RegexBuilder::new(&format!("^(?:{text})"))
             .delegate_size_limit(self.limit)
             .delegate_dfa_size_limit(self.limit)
             .build()
             .map(Pattern::Regex)
-            .map_err(|error| format!("`{text}` is not a regular expression that is read: {error}"))
+            .map_err(|error| {
+                let (text, error) = (brief(text), brief(error));
+                format!("`{text}` is not a regular expression that is read: {error}")
+            })
     }
 }
 
@@ -127,7 +154,8 @@ pub fn parse(config: &Value) -> Result<Option<Parsed>, String> {
         "gptq" => gptq::parse(quant).map(Some),
         "awq" => awq::parse(quant).map(Some),
         other => Err(format!(
-            "quantization_config: quant_method `{other}` cannot be read; supported: compressed-tensors, gptq, awq"
+            "quantization_config: quant_method `{}` cannot be read; supported: compressed-tensors, gptq, awq",
+            brief(other)
         )),
     }
 }
@@ -217,6 +245,14 @@ mod tests {
         };
         let error = parse(serde_json::json!({"(?:\\w{100}){100}": {}})).unwrap_err();
         assert!(error.contains("regular expression"), "{error}");
+        // Found by fuzzing: counts are multiplied without looking for an overflow.
+        for text in
+            ["(a{0000018446744073709550815}){1000}", "(?x)(a{#}\n18446744073709550815}){1000}"]
+        {
+            let error = parse(serde_json::json!({text: {}})).unwrap_err();
+            assert!(error.contains("repeats too often"), "{error}");
+        }
+        assert!(parse(serde_json::json!({"layers\\.\\d{1,2}\\.(?!x)": {}})).is_ok());
         assert!(parse(serde_json::json!({"a".repeat(4097): {}})).unwrap_err().contains("4097"));
         let many = |count: usize| {
             Value::Object((0..count).map(|i| (format!("-:^{i}$"), serde_json::json!({}))).collect())

@@ -53,11 +53,8 @@ impl Node<'_> {
             .collect();
         schemes.sort();
         schemes.dedup();
-        let scheme = if schemes.is_empty() {
-            String::new()
-        } else {
-            format!(", {}", schemes.join(" / "))
-        };
+        let scheme =
+            if schemes.is_empty() { String::new() } else { format!(", {}", schemes.join(" / ")) };
         format!("{}{scheme}, {} sites", step.label, step.sites)
     }
 }
@@ -101,8 +98,7 @@ fn sharing(variants: &[(Variant, Plan)], nodes: &[Node<'_>]) -> Vec<String> {
             .collect();
         labels.join(", ")
     };
-    let (original, compressed) =
-        (calibrated(Upstream::Original), calibrated(Upstream::Compressed));
+    let (original, compressed) = (calibrated(Upstream::Original), calibrated(Upstream::Compressed));
     if !original.is_empty() {
         lines.push(format!(
             "{original}: statistics of the original model, from one sweep; new bits or groups read all \

@@ -183,8 +183,9 @@ layout = \"gptq\"
         assert_eq!(found[1].recipe.emits[0].dir.as_deref(), Some("w3"));
         assert!(found.iter().all(|v| v.recipe.steps.iter().all(|s| s.after.is_none())));
         // A step in the middle can be written too, and a layout can be kept to one variant.
-        let text =
-            format!("{BRANCHING}[[emit]]\nlayout = \"awq\"\nof = \"w4\"\n[[emit]]\nlayout = \"x\"\nof = \"scaled\"\n");
+        let text = format!(
+            "{BRANCHING}[[emit]]\nlayout = \"awq\"\nof = \"w4\"\n[[emit]]\nlayout = \"x\"\nof = \"scaled\"\n"
+        );
         let found = of(&text).unwrap();
         let dirs: Vec<Vec<_>> = found
             .iter()
