@@ -53,7 +53,7 @@ fn damaged_checkpoints_are_refused_by_name() {
     fs::remove_file(&weights).unwrap();
     refused(&model, &[], &["has neither model.safetensors"]);
     fs::write(model.join("pytorch_model.bin"), [0u8; 8]).unwrap();
-    refused(&model, &[], &["pytorch_model.bin", "convert it to safetensors"]);
+    refused(&model, &[], &["pytorch_model.bin", "damaged or truncated", "ask its publisher"]);
 
     fresh();
     let config = fs::read_to_string(model.join("config.json")).unwrap();

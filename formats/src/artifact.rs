@@ -245,6 +245,7 @@ fn file_table(folder: &Path) -> Result<Map<String, Value>, FormatError> {
 }
 
 /// Compares the files of an artifact with its manifest; returns what differs, empty when nothing does.
+/// Names in the manifest are compared, never opened. Memory taken: as [`crate::read_json`], twice.
 ///
 /// # Errors
 /// When the manifest is missing or unreadable.

@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde::Deserialize;
 
-use crate::{FormatError, Tokenizer};
+use crate::{FormatError, Tokenizer, brief};
 
 /// Where tokens come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,43 +125,55 @@ fn windows(
         }
         CorpusSource::Ids(path) => {
             let text = std::fs::read_to_string(path).map_err(FormatError::io(path))?;
-            let mut all = Vec::new();
-            for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-                let wrong =
-                    |what: &str| FormatError::invalid(path, format!("line {}: {what}", number + 1));
-                let json: Value =
-                    serde_json::from_str(line).map_err(|error| wrong(&error.to_string()))?;
-                let list = json
-                    .get("input_ids")
-                    .and_then(Value::as_array)
-                    .ok_or_else(|| wrong("expected {\"input_ids\": [...]}"))?;
-                let mut ids: Vec<u32> = list
-                    .iter()
-                    .map(|v| v.as_u64().and_then(|v| u32::try_from(v).ok()))
-                    .collect::<Option<_>>()
-                    .ok_or_else(|| wrong("input_ids holds something that is not a token id"))?;
-                ids.truncate(context);
-                if ids.len() < 2 {
-                    return Err(wrong("a window needs at least two tokens"));
-                }
-                check(path, &ids, vocab)?;
-                all.push(ids);
-            }
-            if all.is_empty() {
-                return Err(FormatError::invalid(path, "holds no window"));
-            }
-            Ok(all)
+            parse_ids(&text, context, vocab).map_err(|reason| FormatError::invalid(path, reason))
         }
     }
+}
+
+/// One line of a file of token ids; other keys are skipped.
+#[derive(Deserialize)]
+struct Line {
+    input_ids: Option<Vec<u32>>,
+}
+
+/// Windows of a file of token ids: one `{"input_ids": [...]}` a line, cut to `context`. Memory taken: at
+/// most 64 bytes for each byte of the text plus 4 KiB.
+///
+/// # Errors
+/// Lines of another form, fewer than two tokens in one, ids that are no ids or beyond the vocabulary, no line.
+pub fn parse_ids(text: &str, context: usize, vocab: usize) -> Result<Vec<Vec<u32>>, String> {
+    let mut all = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let wrong = |what: &str| format!("line {}: {what}", number + 1);
+        let line: Line = serde_json::from_str(line).map_err(|error| {
+            wrong(&format!("expected {{\"input_ids\": [...]}}: {}", brief(error)))
+        })?;
+        let mut ids =
+            line.input_ids.ok_or_else(|| wrong("expected {\"input_ids\": [...]}, found none"))?;
+        ids.truncate(context);
+        ids.shrink_to_fit();
+        if ids.len() < 2 {
+            return Err(wrong("a window needs at least two tokens"));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(wrong(&beyond(*id, vocab)));
+        }
+        all.push(ids);
+    }
+    if all.is_empty() {
+        return Err("holds no window".into());
+    }
+    Ok(all)
+}
+
+fn beyond(id: u32, vocab: usize) -> String {
+    format!("token id {id} is beyond the model's vocabulary of {vocab}: wrong tokenizer?")
 }
 
 fn check(path: &Path, ids: &[u32], vocab: usize) -> Result<(), FormatError> {
     match ids.iter().find(|&&id| id as usize >= vocab) {
         None => Ok(()),
-        Some(id) => Err(FormatError::invalid(
-            path,
-            format!("token id {id} is beyond the model's vocabulary of {vocab}: wrong tokenizer?"),
-        )),
+        Some(id) => Err(FormatError::invalid(path, beyond(*id, vocab))),
     }
 }
 
@@ -193,5 +205,9 @@ mod tests {
         assert!(read("").unwrap_err().contains("no window"));
         assert!(read("{\"input_ids\": [1,200]}").unwrap_err().contains("wrong tokenizer"));
         assert!(read("{\"input_ids\": [1,2]}\n{\"ids\": [1]}").unwrap_err().contains("line 2"));
+        for bad in ["-1", "1.5", "4294967296", "\"1\"", "null"] {
+            let error = read(&format!("{{\"input_ids\": [1, {bad}]}}")).unwrap_err();
+            assert!(error.contains("line 1: expected"), "{error}");
+        }
     }
 }

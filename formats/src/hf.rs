@@ -1,5 +1,9 @@
-//! A Hugging Face model directory: config.json, one or many safetensors files with an index, and
-//! whatever lies beside them.
+//! A Hugging Face model directory: config.json, one or many weight files with an index, and whatever lies
+//! beside them. Weights are safetensors or, when there are none, PyTorch state dicts (see
+//! [`crate::pytorch`]).
+//!
+//! Nothing outside of the directory is reached by a name in a file: an index names files of the directory
+//! itself. The directory's own files may be links to regular files, as in the Hugging Face cache.
 
 use std::{
     collections::BTreeMap,
@@ -7,28 +11,207 @@ use std::{
 };
 
 use attar_tensor::{SourceError, TensorHeader, TensorSource, TensorView};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeSeed, Error as _, MapAccess, Visitor},
+};
 use serde_json::Value;
 
-use crate::{FormatError, hash_file, read_json, safetensors::SafetensorsFile};
+use crate::{
+    FormatError, brief, hash_file,
+    pytorch::{PytorchFile, convert_command},
+    read_bounded, read_json,
+    safetensors::SafetensorsFile,
+};
 
 /// An opened checkpoint or artifact.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
     config: Value,
-    files: Vec<SafetensorsFile>,
+    files: Vec<WeightFile>,
     headers: Vec<TensorHeader>,
     /// File of each header.
     owner: Vec<usize>,
 }
 
-const INDEX: &str = "model.safetensors.index.json";
+/// One file of weights.
+#[derive(Debug)]
+enum WeightFile {
+    Safetensors(SafetensorsFile),
+    Pytorch(PytorchFile),
+}
 
-impl Checkpoint {
-    /// Opens a directory: reads config.json and the headers of every shard, no weights.
+impl WeightFile {
+    fn open(path: &Path) -> Result<Self, FormatError> {
+        if path.extension().is_some_and(|end| end == "bin") {
+            PytorchFile::open(path).map(Self::Pytorch)
+        } else {
+            SafetensorsFile::open(path).map(Self::Safetensors)
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Safetensors(file) => file.path(),
+            Self::Pytorch(file) => file.path(),
+        }
+    }
+
+    fn headers(&self) -> Vec<TensorHeader> {
+        match self {
+            Self::Safetensors(file) => file.headers().cloned().collect(),
+            Self::Pytorch(file) => file.headers().cloned().collect(),
+        }
+    }
+
+    fn view(&self, name: &str) -> Option<TensorView<'_>> {
+        match self {
+            Self::Safetensors(file) => file.view(name),
+            Self::Pytorch(file) => file.view(name),
+        }
+    }
+
+    fn prefetch(&self, name: &str) {
+        match self {
+            Self::Safetensors(file) => file.prefetch(name),
+            Self::Pytorch(file) => file.prefetch(name),
+        }
+    }
+
+    fn release(&self, name: &str) {
+        match self {
+            Self::Safetensors(file) => file.release(name),
+            Self::Pytorch(file) => file.release(name),
+        }
+    }
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
+const PYTORCH_SINGLE: &str = "pytorch_model.bin";
+/// Largest index that is read, bytes: as large as a safetensors header may be.
+const MAX_INDEX: u64 = 100_000_000;
+
+/// The weight map of an index: which file of its directory holds which tensor.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Index {
+    /// Names of the files, sorted.
+    pub files: Vec<String>,
+    /// Tensor and its file's place in `files`.
+    pub tensors: BTreeMap<String, usize>,
+}
+
+/// Whether an index may name this file: a plain name of a weight file, no path.
+fn is_weight_file(name: &str) -> bool {
+    !name.contains(['/', '\\', ':', '\0'])
+        && [".safetensors", ".bin"]
+            .iter()
+            .any(|end| name.strip_suffix(end).is_some_and(|stem| !stem.is_empty()))
+}
+
+impl Index {
+    /// Reads `*.index.json`. Memory taken: at most 64 bytes for each byte of the text plus 4 KiB; keys other
+    /// than `weight_map` are skipped, not kept.
     ///
     /// # Errors
-    /// Missing files, shards that the index and the files tell differently about, damaged headers.
+    /// When the text is no JSON, has no `weight_map`, names a tensor twice, or names a file by a path:
+    /// absolute, with `..`, with any separator, or with an ending that no weight file has.
+    pub fn parse(json: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct File {
+            weight_map: Option<Places>,
+        }
+        #[derive(Default)]
+        struct Places {
+            files: BTreeMap<String, usize>,
+            tensors: BTreeMap<String, usize>,
+        }
+        /// Turns a file's name into its number without keeping every copy of it.
+        struct Number<'a>(&'a mut BTreeMap<String, usize>);
+        impl<'de> DeserializeSeed<'de> for Number<'_> {
+            type Value = usize;
+            fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<usize, D::Error> {
+                from.deserialize_str(self)
+            }
+        }
+        impl Visitor<'_> for Number<'_> {
+            type Value = usize;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a weight file")
+            }
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<usize, E> {
+                if let Some(&number) = self.0.get(name) {
+                    return Ok(number);
+                }
+                if !is_weight_file(name) {
+                    return Err(E::custom(format!(
+                        "names no weight file of this directory, but `{}`; paths are refused",
+                        brief(name)
+                    )));
+                }
+                let number = self.0.len();
+                self.0.insert(name.to_owned(), number);
+                Ok(number)
+            }
+        }
+        impl<'de> Deserialize<'de> for Places {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                struct Table;
+                impl<'de> Visitor<'de> for Table {
+                    type Value = Places;
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                        f.write_str("a table of tensors and files")
+                    }
+                    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Places, A::Error> {
+                        let Places { mut files, mut tensors } = Places::default();
+                        while let Some(tensor) = map.next_key::<String>()? {
+                            let file =
+                                map.next_value_seed(Number(&mut files)).map_err(|error| {
+                                    A::Error::custom(format!(
+                                        "tensor {}: {}",
+                                        brief(&tensor),
+                                        brief(error)
+                                    ))
+                                })?;
+                            if tensors.contains_key(&tensor) {
+                                return Err(A::Error::custom(format!(
+                                    "tensor {tensor} stands twice"
+                                )));
+                            }
+                            tensors.insert(tensor, file);
+                        }
+                        Ok(Places { files, tensors })
+                    }
+                }
+                from.deserialize_map(Table)
+            }
+        }
+        let file: File = serde_json::from_slice(json).map_err(brief)?;
+        let Places { files, mut tensors } = file.weight_map.ok_or("has no `weight_map`")?;
+        let mut sorted = vec![0; files.len()];
+        let mut names = Vec::with_capacity(files.len());
+        for (place, (name, number)) in files.into_iter().enumerate() {
+            sorted[number] = place;
+            names.push(name);
+        }
+        for file in tensors.values_mut() {
+            *file = sorted[*file];
+        }
+        Ok(Self { files: names, tensors })
+    }
+}
+
+impl Checkpoint {
+    /// Opens a directory: reads config.json and the headers of every shard, no weights. Looks for
+    /// `model.safetensors.index.json`, `model.safetensors`, `pytorch_model.bin.index.json` and
+    /// `pytorch_model.bin` in this order. Memory: as [`read_json`], [`Index::parse`] and, for all shards,
+    /// twice [`crate::safetensors::parse`] or [`crate::pytorch::parse`].
+    ///
+    /// # Errors
+    /// Missing files, files that are no regular files, shards that the index and the files tell differently
+    /// about, damaged headers.
     pub fn open(folder: &Path) -> Result<Self, FormatError> {
         let invalid = |reason: String| FormatError::invalid(folder, reason);
         if !folder.is_dir() {
@@ -45,30 +228,19 @@ impl Checkpoint {
             ));
         }
         let config = read_json(&path)?;
-        let index = folder.join(INDEX);
-        let mut names: Vec<String> = Vec::new();
-        let mut map = None;
-        if index.exists() {
-            let json = read_json(&index)?;
-            let weights = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| {
-                FormatError::invalid(&index, "has no `weight_map`; download the file again")
-            })?;
-            let mut placed = BTreeMap::new();
-            for (tensor, file) in weights {
-                let file = file.as_str().filter(|f| !f.contains(['/', '\\'])).ok_or_else(|| {
-                    FormatError::invalid(
-                        &index,
-                        format!("tensor {tensor} names no file of this directory"),
-                    )
+        let has = |name: &str| folder.join(name).exists();
+        let (names, map) = if let Some(name) =
+            [INDEX, SINGLE, PYTORCH_INDEX, PYTORCH_SINGLE].into_iter().find(|name| has(name))
+        {
+            if name.ends_with(".json") {
+                let path = folder.join(name);
+                let index = Index::parse(&read_bounded(&path, MAX_INDEX)?).map_err(|reason| {
+                    FormatError::invalid(&path, format!("{reason}; download the file again"))
                 })?;
-                placed.insert(tensor.clone(), file.to_owned());
-                names.push(file.to_owned());
+                (index.files, Some((name, index.tensors)))
+            } else {
+                (vec![name.to_owned()], None)
             }
-            names.sort();
-            names.dedup();
-            map = Some(placed);
-        } else if folder.join("model.safetensors").exists() {
-            names.push("model.safetensors".into());
         } else {
             let others: Vec<String> = list(folder)?
                 .into_iter()
@@ -77,46 +249,58 @@ impl Checkpoint {
             return Err(invalid(if others.is_empty() {
                 "has neither model.safetensors nor model.safetensors.index.json".into()
             } else {
-                format!("has only {}; convert it to safetensors first", others.join(", "))
+                format!(
+                    "has only {}; rename PyTorch state dicts to pytorch_model*.bin and convert them to safetensors: {}",
+                    others.join(", "),
+                    convert_command(folder)
+                )
             }));
-        }
+        };
         let mut files = Vec::new();
         for name in &names {
             let path = folder.join(name);
             if !path.exists() {
-                return Err(invalid(format!(
-                    "shard {name} is missing, but {INDEX} names it; download it"
-                )));
+                return Err(invalid(match map {
+                    Some((index, _)) => {
+                        format!("shard {name} is missing, but {index} names it; download it")
+                    }
+                    None => format!("{name} is gone"),
+                }));
             }
-            files.push(SafetensorsFile::open(&path)?);
+            files.push(WeightFile::open(&path)?);
         }
-        let mut all = BTreeMap::new();
-        for (at, file) in files.iter().enumerate() {
-            for header in file.headers() {
-                if let Some((_, other)) = all.insert(header.name.clone(), (header.clone(), at)) {
+        let mut all: Vec<(TensorHeader, usize)> = files
+            .iter()
+            .enumerate()
+            .flat_map(|(at, file)| file.headers().into_iter().map(move |header| (header, at)))
+            .collect();
+        all.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        if let Some(pair) = all.windows(2).find(|pair| pair[0].0.name == pair[1].0.name) {
+            return Err(invalid(format!(
+                "tensor {} is in {} and in {}",
+                pair[0].0.name, names[pair[0].1], names[pair[1].1]
+            )));
+        }
+        if let Some((index, map)) = map {
+            for (tensor, file) in &map {
+                let found = all.binary_search_by(|(h, _)| h.name.as_str().cmp(tensor));
+                if found.is_err() || found.is_ok_and(|at| all[at].1 != *file) {
                     return Err(invalid(format!(
-                        "tensor {} is in {} and in {}",
-                        header.name, names[other], names[at]
+                        "{index} says that tensor {tensor} is in {}, but it is not; download both again",
+                        names[*file]
                     )));
                 }
             }
-        }
-        if let Some(map) = map {
-            for (tensor, file) in &map {
-                match all.get(tensor) {
-                    Some((_, at)) if names[*at] == *file => {}
-                    _ => {
-                        return Err(invalid(format!(
-                            "{INDEX} says that tensor {tensor} is in {file}, but it is not; download both again"
-                        )));
-                    }
-                }
-            }
-            if let Some(tensor) = all.keys().find(|tensor| !map.contains_key(*tensor)) {
-                return Err(invalid(format!("tensor {tensor} is in a shard, but not in {INDEX}")));
+            if let Some((header, _)) =
+                all.iter().find(|(header, _)| !map.contains_key(&header.name))
+            {
+                return Err(invalid(format!(
+                    "tensor {} is in a shard, but not in {index}",
+                    header.name
+                )));
             }
         }
-        let (headers, owner) = all.into_values().unzip();
+        let (headers, owner) = all.into_iter().unzip();
         Ok(Self { folder: folder.to_path_buf(), config, files, headers, owner })
     }
 
@@ -139,7 +323,7 @@ impl Checkpoint {
         let skip = |name: &str| {
             name.starts_with('.')
                 || name == "config.json"
-                || name == INDEX
+                || name.ends_with(".index.json")
                 || name == crate::artifact::MANIFEST
                 || name == crate::artifact::REPORT
                 || name == crate::artifact::REPORT_PAGE
@@ -162,7 +346,7 @@ impl Checkpoint {
     pub fn hashes(&self) -> Result<BTreeMap<String, String>, FormatError> {
         let mut out = BTreeMap::new();
         let config = self.folder.join("config.json");
-        for path in self.files.iter().map(SafetensorsFile::path).chain([config.as_path()]) {
+        for path in self.files.iter().map(WeightFile::path).chain([config.as_path()]) {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             out.insert(name, hash_file(path)?);
         }
@@ -267,5 +451,135 @@ mod tests {
         std::fs::write(&index, &good).unwrap();
         std::fs::remove_file(dir.join("model-00002-of-00002.safetensors")).unwrap();
         assert!(error(dir).contains("model-00002-of-00002.safetensors is missing"));
+    }
+
+    #[test]
+    fn an_index_names_files_of_its_own_directory_only() {
+        let parse = |file: &str| {
+            let json = serde_json::json!({"metadata": {}, "weight_map": {"a": file}});
+            Index::parse(json.to_string().as_bytes())
+        };
+        for bad in [
+            "/etc/passwd.bin",
+            "../x.safetensors",
+            "sub/x.safetensors",
+            "..",
+            ".",
+            "",
+            ".bin",
+            ".safetensors",
+            "..\\x.bin",
+            "C:x.bin",
+            "x\0.safetensors",
+            "config.json",
+            "x.safetensors/",
+            "/dev/zero",
+            "x.safetensors\0",
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains("tensor a: ") && error.contains("paths are refused"), "{error}");
+        }
+        assert_eq!(parse("..x.bin").unwrap().files, ["..x.bin"]);
+        let index = |text: &str| Index::parse(text.as_bytes());
+        let good = index(r#"{"weight_map":{"a":"z.bin","b":"y.bin","c":"z.bin"}}"#).unwrap();
+        assert_eq!(good.files, ["y.bin", "z.bin"]);
+        assert_eq!(good.tensors.values().collect::<Vec<_>>(), [&1, &0, &1]);
+        for (text, expected) in [
+            (r#"{"weight_map":{"a":"z.bin","a":"y.bin"}}"#, "tensor a stands twice"),
+            (r#"{"weight_map":{"a":1}}"#, "tensor a: invalid type"),
+            (r#"{"weight_map":[]}"#, "a table of tensors and files"),
+            (r#"{"weights":{}}"#, "no `weight_map`"),
+            ("{", "EOF"),
+        ] {
+            let error = index(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let deep = format!("{{\"x\":{}", "[".repeat(1_000_000));
+        assert!(index(&deep).unwrap_err().contains("EOF"), "what is skipped is not recursed into");
+    }
+
+    /// A checkpoint whose weights are a single safetensors file.
+    fn single(dir: &Path) {
+        let headers = vec![TensorHeader { name: "a".into(), dtype: DType::F32, shape: vec![1] }];
+        let mut writer = SafetensorsWriter::create(dir, headers, 1 << 20).unwrap();
+        writer.write("a", &Tensor::from_f32(DType::F32, vec![1], &[1.0]).unwrap()).unwrap();
+        writer.finish().unwrap();
+        std::fs::write(dir.join("config.json"), "{}").unwrap();
+    }
+
+    #[test]
+    fn links_to_regular_files_work_and_everything_else_is_refused() {
+        use std::os::unix::{fs::symlink, net::UnixListener};
+        let dir = tempfile::tempdir().unwrap();
+        let (blobs, snapshot) = (dir.path().join("blobs"), dir.path().join("snapshots/rev"));
+        std::fs::create_dir(&blobs).unwrap();
+        std::fs::create_dir_all(&snapshot).unwrap();
+        single(&blobs);
+        let weights = snapshot.join(SINGLE);
+        // As the Hugging Face cache lays it out.
+        symlink("../../blobs/config.json", snapshot.join("config.json")).unwrap();
+        symlink("../../blobs/model.safetensors", &weights).unwrap();
+        let checkpoint = Checkpoint::open(&snapshot).unwrap();
+        assert_eq!(checkpoint.read("a").unwrap().to_f32().unwrap(), [1.0]);
+        assert_eq!(checkpoint.hashes().unwrap().len(), 2);
+
+        let fifo = dir.path().join("fifo");
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(made.success());
+        let socket = dir.path().join("socket");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        let folder = dir.path().join("folder");
+        std::fs::create_dir(&folder).unwrap();
+        for (target, expected) in [
+            (fifo.as_path(), "a FIFO"),
+            (socket.as_path(), "a socket"),
+            (folder.as_path(), "a directory"),
+            (Path::new("/dev/zero"), "a device"),
+        ] {
+            for name in [SINGLE, "config.json"] {
+                let path = snapshot.join(name);
+                std::fs::remove_file(&path).unwrap();
+                symlink(target, &path).unwrap();
+                let error = Checkpoint::open(&snapshot).unwrap_err().to_string();
+                assert!(error.contains(expected) && error.contains(name), "{error}");
+                assert!(hash_file(&path).unwrap_err().to_string().contains(expected));
+                std::fs::remove_file(&path).unwrap();
+                symlink(Path::new("../../blobs").join(name), &path).unwrap();
+            }
+        }
+        // A link to nothing and one to itself.
+        for target in ["nowhere", SINGLE] {
+            std::fs::remove_file(&weights).unwrap();
+            symlink(target, &weights).unwrap();
+            assert!(Checkpoint::open(&snapshot).is_err());
+        }
+    }
+
+    #[test]
+    fn state_dicts_of_pytorch_open_when_there_is_no_safetensors_file() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/pytorch");
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        std::fs::write(dir.join("config.json"), "{}").unwrap();
+        std::fs::copy(golden.join("state.bin"), dir.join(PYTORCH_SINGLE)).unwrap();
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let names: Vec<String> = checkpoint.headers().iter().map(|h| h.name.clone()).collect();
+        assert_eq!(checkpoint.read("scalar").unwrap().to_f32().unwrap(), [2.5]);
+        checkpoint.release("scalar");
+        assert!(checkpoint.auxiliary_files().unwrap().is_empty());
+
+        std::fs::rename(dir.join(PYTORCH_SINGLE), dir.join("pytorch_model-00001-of-00001.bin"))
+            .unwrap();
+        let error = Checkpoint::open(dir).unwrap_err().to_string();
+        assert!(error.contains("pytorch_model-00001-of-00001.bin") && error.contains("python3 -c"));
+        let map: BTreeMap<&String, &str> =
+            names.iter().map(|name| (name, "pytorch_model-00001-of-00001.bin")).collect();
+        let index = serde_json::json!({"weight_map": map}).to_string();
+        std::fs::write(dir.join(PYTORCH_INDEX), index).unwrap();
+        assert_eq!(Checkpoint::open(dir).unwrap().headers(), checkpoint.headers());
+        assert!(Checkpoint::open(dir).unwrap().auxiliary_files().unwrap().is_empty());
+        // safetensors come first.
+        single(dir);
+        assert_eq!(Checkpoint::open(dir).unwrap().headers().len(), 1);
     }
 }

@@ -9,6 +9,7 @@ use memmap2::Mmap;
 pub(crate) struct Map(Mmap);
 
 impl Map {
+    /// The whole of a file; an empty one is an empty map.
     pub(crate) fn open(file: &File) -> io::Result<Self> {
         // SAFETY: the map is read-only and private to this process. A file that another process
         // truncates while it is mapped raises SIGBUS, as for every tool that maps checkpoints.

@@ -9,116 +9,202 @@ use std::{
 };
 
 use attar_tensor::{DType, SourceError, Tensor, TensorHeader, TensorSink, TensorView};
-use serde_json::{Map as JsonMap, Value, json};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+use serde_json::{Map as JsonMap, json};
 
-use crate::{FormatError, mmap::Map};
+use crate::{FormatError, brief, mmap::Map};
 
 /// Largest header that is believed, bytes.
 const MAX_HEADER: u64 = 100_000_000;
 /// Data begins at a multiple of this, so that mapped tensors are aligned.
 const ALIGN: usize = 64;
 
+/// Most dimensions of a tensor.
+pub(crate) const MAX_RANK: usize = 16;
+
+/// A tensor found in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// Name, dtype, shape.
+    pub header: TensorHeader,
+    /// First byte in the file.
+    pub start: usize,
+    /// Bytes in the file.
+    pub length: usize,
+}
+
+/// What a header says of one tensor; keys beyond these three are ignored.
+#[derive(Deserialize)]
+struct Entry {
+    dtype: Option<String>,
+    shape: Option<Dims<MAX_RANK>>,
+    data_offsets: Option<Dims<2>>,
+}
+
+/// A list of at most `N` sizes.
+struct Dims<const N: usize>(Vec<usize>);
+
+impl<'de, const N: usize> Deserialize<'de> for Dims<N> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct List<const N: usize>;
+        impl<'de, const N: usize> Visitor<'de> for List<N> {
+            type Value = Vec<usize>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a shape or offsets: a list of at most {N} non-negative integers")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut sizes = Vec::new();
+                while let Some(size) = list.next_element::<u64>().map_err(|error| {
+                    A::Error::custom(format!(
+                        "in a list of shape or data_offsets: {}",
+                        brief(error)
+                    ))
+                })? {
+                    if sizes.len() == N {
+                        return Err(A::Error::invalid_length(N + 1, &self));
+                    }
+                    sizes.push(usize::try_from(size).map_err(A::Error::custom)?);
+                }
+                Ok(sizes)
+            }
+        }
+        from.deserialize_seq(List::<N>).map(Self)
+    }
+}
+
+/// The tensors of a header as they stand in it, `__metadata__` left out.
+struct Entries(Vec<(String, Entry)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Table;
+        impl<'de> Visitor<'de> for Table {
+            type Value = Vec<(String, Entry)>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a table of tensors")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    match map.next_value() {
+                        Ok(entry) => entries.push((name, entry)),
+                        Err(error) => {
+                            let (name, error) = (brief(name), brief(error));
+                            return Err(A::Error::custom(format!("tensor {name}: {error}")));
+                        }
+                    }
+                }
+                Ok(entries)
+            }
+        }
+        from.deserialize_map(Table).map(Self)
+    }
+}
+
+/// The tensors of a safetensors file whose bytes are `file`, sorted by name. Every length, offset and
+/// shape is checked; the data are not touched. Memory taken: at most 64 bytes for each byte of the header
+/// plus 16 KiB, whatever the numbers in it say.
+///
+/// # Errors
+/// Truncated files, lying headers, names that stand twice, overlapping or uncovered data, unknown dtypes.
+pub fn parse(file: &[u8]) -> Result<Vec<Placed>, String> {
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(format!(
+            "{} bytes are too few for a safetensors file; it is truncated",
+            file.len()
+        ));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER || length > rest.len() as u64 {
+        return Err(format!(
+            "the header claims {length} bytes, but the file has {}; it is truncated or not safetensors",
+            file.len()
+        ));
+    }
+    let start = 8 + length as usize;
+    let data = file.len() - start;
+    let Entries(entries) = serde_json::from_slice(&file[8..start])
+        .map_err(|error| format!("the header is not valid JSON of tensors: {}", brief(error)))?;
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, Entry { dtype, shape, data_offsets }) in entries {
+        let wrong = |what: &str| format!("tensor {}: {what}", brief(&name));
+        let dtype = dtype.ok_or_else(|| wrong("no dtype"))?;
+        let dtype = DType::from_safetensors_name(&dtype)
+            .ok_or_else(|| wrong(&format!("dtype {} is not supported", brief(&dtype))))?;
+        let Dims(shape) = shape.ok_or_else(|| wrong("no shape"))?;
+        let Dims(offsets) = data_offsets.ok_or_else(|| wrong("no data_offsets"))?;
+        let &[begin, end] = offsets.as_slice() else {
+            return Err(wrong("data_offsets is not a pair"));
+        };
+        let expected = shape
+            .iter()
+            .try_fold(dtype.size(), |size, &dim| size.checked_mul(dim))
+            .ok_or_else(|| wrong("the shape overflows"))?;
+        if begin > end || end > data {
+            return Err(wrong(&format!(
+                "data_offsets {begin}..{end} lie outside the file's {data} bytes of data; the file is truncated"
+            )));
+        }
+        if end - begin != expected {
+            return Err(wrong(&format!(
+                "{dtype} {shape:?} takes {expected} bytes, but data_offsets span {}",
+                end - begin
+            )));
+        }
+        let header = TensorHeader { name, dtype, shape };
+        tensors.push(Placed { header, start: start + begin, length: expected });
+    }
+    tensors.sort_by_key(|tensor| (tensor.start, tensor.length));
+    let mut at = start;
+    for Placed { header, start, length } in &tensors {
+        if *start < at {
+            return Err(format!(
+                "tensor {}: its data overlaps another tensor's",
+                brief(&header.name)
+            ));
+        }
+        if *start > at {
+            return Err(format!(
+                "{} bytes before tensor {} belong to no tensor",
+                start - at,
+                brief(&header.name)
+            ));
+        }
+        at = start + length;
+    }
+    if at != file.len() {
+        return Err(format!("{} bytes at the end belong to no tensor", file.len() - at));
+    }
+    tensors.sort_by(|a, b| a.header.name.cmp(&b.header.name));
+    if let Some(pair) = tensors.windows(2).find(|pair| pair[0].header.name == pair[1].header.name) {
+        return Err(format!("tensor {} stands twice in the header", brief(&pair[0].header.name)));
+    }
+    Ok(tensors)
+}
+
 /// One mapped file.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
     map: Map,
-    /// Header, first byte and length in the file.
-    tensors: Vec<(TensorHeader, usize, usize)>,
+    tensors: Vec<Placed>,
 }
 
 impl SafetensorsFile {
-    /// Opens and checks a file.
+    /// Maps and checks a file; memory as [`parse`].
     ///
     /// # Errors
-    /// Truncated files, lying headers, overlapping or uncovered data, unknown dtypes.
+    /// As [`parse`], and when it is no regular file.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let invalid = |reason: String| FormatError::invalid(path, reason);
-        let file = File::open(path).map_err(FormatError::io(path))?;
-        let size = file.metadata().map_err(FormatError::io(path))?.len();
-        if size < 8 {
-            return Err(invalid(format!(
-                "{size} bytes are too few for a safetensors file; it is truncated"
-            )));
-        }
-        let map = Map::open(&file).map_err(FormatError::io(path))?;
-        let bytes = map.bytes();
-        let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
-        if length > MAX_HEADER || length > size - 8 {
-            return Err(invalid(format!(
-                "the header claims {length} bytes, but the file has {size}; it is truncated or not safetensors"
-            )));
-        }
-        let start = 8 + length as usize;
-        let header: JsonMap<String, Value> = serde_json::from_slice(&bytes[8..start])
-            .map_err(|error| invalid(format!("the header is not valid JSON: {error}")))?;
-        let data = bytes.len() - start;
-        let mut tensors = Vec::new();
-        for (name, entry) in &header {
-            if name == "__metadata__" {
-                continue;
-            }
-            let wrong = |what: &str| invalid(format!("tensor {name}: {what}"));
-            let dtype =
-                entry.get("dtype").and_then(Value::as_str).ok_or_else(|| wrong("no dtype"))?;
-            let dtype = DType::from_safetensors_name(dtype)
-                .ok_or_else(|| wrong(&format!("dtype {dtype} is not supported")))?;
-            let numbers = |key: &str| -> Option<Vec<usize>> {
-                let list = entry.get(key)?.as_array()?;
-                list.iter().map(|v| v.as_u64().and_then(|v| usize::try_from(v).ok())).collect()
-            };
-            let shape = numbers("shape").ok_or_else(|| wrong("no valid shape"))?;
-            let offsets = numbers("data_offsets").ok_or_else(|| wrong("no valid data_offsets"))?;
-            let &[begin, end] = offsets.as_slice() else {
-                return Err(wrong("data_offsets is not a pair"));
-            };
-            let expected = shape
-                .iter()
-                .try_fold(dtype.size(), |size, &dim| size.checked_mul(dim))
-                .ok_or_else(|| wrong("the shape overflows"))?;
-            if begin > end || end > data {
-                return Err(wrong(&format!(
-                    "data_offsets {begin}..{end} lie outside the file's {data} bytes of data; the file is truncated"
-                )));
-            }
-            if end - begin != expected {
-                return Err(wrong(&format!(
-                    "{dtype} {shape:?} takes {expected} bytes, but data_offsets span {}",
-                    end - begin
-                )));
-            }
-            tensors.push((
-                TensorHeader { name: name.clone(), dtype, shape },
-                start + begin,
-                expected,
-            ));
-        }
-        let mut by_offset: Vec<_> = tensors.iter().collect();
-        by_offset.sort_by_key(|(_, begin, length)| (*begin, *length));
-        let mut at = start;
-        for (header, begin, length) in by_offset {
-            if *begin < at {
-                return Err(invalid(format!(
-                    "tensor {}: its data overlaps another tensor's",
-                    header.name
-                )));
-            }
-            if *begin > at {
-                return Err(invalid(format!(
-                    "{} bytes before tensor {} belong to no tensor",
-                    begin - at,
-                    header.name
-                )));
-            }
-            at = begin + length;
-        }
-        if at != bytes.len() {
-            return Err(invalid(format!(
-                "{} bytes at the end belong to no tensor",
-                bytes.len() - at
-            )));
-        }
-        tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        let map = Map::open(&crate::open_regular(path)?).map_err(FormatError::io(path))?;
+        let tensors = parse(map.bytes()).map_err(|reason| FormatError::invalid(path, reason))?;
         Ok(Self { path: path.to_path_buf(), map, tensors })
     }
 
@@ -129,32 +215,32 @@ impl SafetensorsFile {
 
     /// Headers, sorted by name.
     pub fn headers(&self) -> impl Iterator<Item = &TensorHeader> {
-        self.tensors.iter().map(|(header, _, _)| header)
+        self.tensors.iter().map(|tensor| &tensor.header)
     }
 
-    fn find(&self, name: &str) -> Option<&(TensorHeader, usize, usize)> {
-        let at = self.tensors.binary_search_by(|(h, _, _)| h.name.as_str().cmp(name)).ok()?;
+    fn find(&self, name: &str) -> Option<&Placed> {
+        let at = self.tensors.binary_search_by(|t| t.header.name.as_str().cmp(name)).ok()?;
         Some(&self.tensors[at])
     }
 
     /// The mapped data of one tensor.
     pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
-        let (header, start, length) = self.find(name)?;
+        let Placed { header, start, length } = self.find(name)?;
         let bytes = &self.map.bytes()[*start..start + length];
         TensorView::new(header.dtype, header.shape.clone(), bytes).ok()
     }
 
     /// Asks the system to read the tensor ahead.
     pub fn prefetch(&self, name: &str) {
-        if let Some((_, start, length)) = self.find(name) {
-            self.map.prefetch(*start, *length);
+        if let Some(tensor) = self.find(name) {
+            self.map.prefetch(tensor.start, tensor.length);
         }
     }
 
     /// Gives the tensor's mapped pages back.
     pub fn release(&self, name: &str) {
-        if let Some((_, start, length)) = self.find(name) {
-            self.map.release(*start, *length);
+        if let Some(tensor) = self.find(name) {
+            self.map.release(tensor.start, tensor.length);
         }
     }
 }
@@ -369,6 +455,7 @@ mod tests {
             format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
         };
         let two = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+        let twice = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#;
         let cases: Vec<(&str, Vec<u8>, &str)> = vec![
             ("empty", vec![], "truncated"),
             ("huge header", u64::MAX.to_le_bytes().to_vec(), "truncated"),
@@ -382,6 +469,17 @@ mod tests {
             ("hole", file(&t("F32", "[2]", "[4,12]"), &[0; 12]), "belong to no tensor"),
             ("tail", file(&t("F32", "[2]", "[0,8]"), &[0; 9]), "belong to no tensor"),
             ("negative", file(&t("F32", "[-1]", "[0,8]"), &[0; 8]), "shape"),
+            ("fraction", file(&t("F32", "[2.0]", "[0,8]"), &[0; 8]), "tensor a: "),
+            ("rank", file(&t("F32", &format!("{:?}", [1; 17]), "[0,4]"), &[0; 4]), "at most 16"),
+            ("three offsets", file(&t("F32", "[2]", "[0,4,8]"), &[0; 8]), "at most 2"),
+            (
+                "no shape",
+                file(r#"{"a":{"dtype":"F32","data_offsets":[0,4]}}"#, &[0; 4]),
+                "no shape",
+            ),
+            ("twice", file(twice, &[0; 8]), "tensor a stands twice"),
+            ("deep", file(&format!("{{\"a\":{}", "[".repeat(100_000)), &[]), "not valid JSON"),
+            ("list", file("[]", &[]), "a table of tensors"),
         ];
         for (name, bytes, expected) in cases {
             std::fs::write(&path, bytes).unwrap();

@@ -2,7 +2,13 @@
 
 use std::path::Path;
 
-use crate::{FormatError, read_json};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{FormatError, brief, read_bounded, read_json};
+
+/// Largest tokenizer.json that is read, bytes; Gemma's has 33 MB.
+const MAX_TOKENIZER: u64 = 256 << 20;
 
 /// The tokenizer of a checkpoint.
 #[derive(Debug)]
@@ -15,10 +21,11 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Opens `tokenizer.json` of a model directory.
+    /// Opens `tokenizer.json` of a model directory. Memory taken: at most 1024 bytes for each byte of the
+    /// file (vocabularies are kept in several tables) plus 64 MiB.
     ///
     /// # Errors
-    /// When it is missing or damaged.
+    /// When it is missing, damaged, no regular file or larger than 256 MiB.
     pub fn open(folder: &Path) -> Result<Self, FormatError> {
         let path = folder.join("tokenizer.json");
         if !path.exists() {
@@ -27,13 +34,8 @@ impl Tokenizer {
                 "has no tokenizer.json; give token ids with --ids instead of --text",
             ));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| FormatError::invalid(&path, format!("not a tokenizer: {error}")))?;
-        // Truncation and padding are for training batches; a corpus is tokenized whole.
-        inner
-            .with_truncation(None)
-            .map_err(|error| FormatError::invalid(&path, error.to_string()))?;
-        inner.with_padding(None);
+        let inner = parse(&read_bounded(&path, MAX_TOKENIZER)?)
+            .map_err(|reason| FormatError::invalid(&path, reason))?;
         let (mut bos, mut eos) = (None, Vec::new());
         for name in ["config.json", "generation_config.json"] {
             let path = folder.join(name);
@@ -41,12 +43,12 @@ impl Tokenizer {
                 continue;
             }
             let config = read_json(&path)?;
-            let id =
-                |key: &str| config.get(key).and_then(serde_json::Value::as_u64).map(|v| v as u32);
-            bos = bos.or(id("bos_token_id"));
-            eos.extend(id("eos_token_id"));
-            if let Some(list) = config.get("eos_token_id").and_then(|v| v.as_array()) {
-                eos.extend(list.iter().filter_map(serde_json::Value::as_u64).map(|v| v as u32));
+            // What is no token id (null, -1, a number beyond 32 bits) names no token.
+            let token = |v: &serde_json::Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+            bos = bos.or(config.get("bos_token_id").and_then(token));
+            match config.get("eos_token_id") {
+                Some(serde_json::Value::Array(list)) => eos.extend(list.iter().filter_map(token)),
+                other => eos.extend(other.and_then(token)),
             }
         }
         eos.sort_unstable();
@@ -54,15 +56,23 @@ impl Tokenizer {
         Ok(Self { inner, bos, eos })
     }
 
+    /// Reads the text of a `tokenizer.json`, without the special tokens that config.json names; memory as
+    /// [`Tokenizer::open`].
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn parse(json: &[u8]) -> Result<Self, String> {
+        Ok(Self { inner: parse(json)?, bos: None, eos: Vec::new() })
+    }
+
     /// Token ids of a text, no special token added.
     ///
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, FormatError> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|error| {
+        guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())).map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot encode: {error}"))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// Text of token ids, special tokens left out.
@@ -70,8 +80,132 @@ impl Tokenizer {
     /// # Errors
     /// When an id is unknown.
     pub fn decode(&self, ids: &[u32]) -> Result<String, FormatError> {
-        self.inner.decode(ids, true).map_err(|error| {
+        guarded(|| self.inner.decode(ids, true)).map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot decode: {error}"))
         })
+    }
+}
+
+/// Runs code of the `tokenizers` crate, which panics on some files that it cannot use (a damaged
+/// `precompiled_charsmap`, for one): a panic there is an error here.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(brief),
+        Err(cause) => {
+            let text = cause.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| cause.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+            Err(format!("the tokenizer library stopped: {}", brief(text)))
+        }
+    }
+}
+
+/// Checks every `precompiled_charsmap` of the normalizer: it begins with the length of a trie, for which
+/// the library would allocate without looking whether the bytes are there.
+fn check_charsmaps(json: &[u8]) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Head {
+        normalizer: Option<Value>,
+    }
+    fn check(value: &Value) -> Result<(), String> {
+        match value {
+            Value::Object(table) => {
+                if let Some(map) = table.get("precompiled_charsmap").and_then(Value::as_str) {
+                    let claimed = base64_u32(map).ok_or("a precompiled_charsmap is not base64")?;
+                    let present = (map.len() / 4 * 3).saturating_sub(4);
+                    if claimed as usize > present {
+                        return Err(format!(
+                            "a precompiled_charsmap claims {claimed} bytes, but has {present}"
+                        ));
+                    }
+                }
+                table.values().try_for_each(check)
+            }
+            Value::Array(list) => list.iter().try_for_each(check),
+            _ => Ok(()),
+        }
+    }
+    let head: Head = serde_json::from_slice(json).map_err(brief)?;
+    head.normalizer.as_ref().map_or(Ok(()), check)
+}
+
+/// The first four bytes of a base64 text, little-endian.
+fn base64_u32(text: &str) -> Option<u32> {
+    let mut bits = 0u64;
+    for character in text.as_bytes().get(..6)? {
+        let digit = match character {
+            b'A'..=b'Z' => character - b'A',
+            b'a'..=b'z' => character - b'a' + 26,
+            b'0'..=b'9' => character - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u64::from(digit);
+    }
+    Some(((bits >> 4) as u32).swap_bytes())
+}
+
+fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    check_charsmaps(json).map_err(|error| format!("not a tokenizer: {error}"))?;
+    let inner = guarded(|| {
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)?;
+        // Truncation and padding are for training batches; a corpus is tokenized whole.
+        inner.with_truncation(None)?;
+        inner.with_padding(None);
+        Ok(inner)
+    })
+    .map_err(|error| format!("not a tokenizer: {error}"))?;
+    if let tokenizers::ModelWrapper::BPE(model) = inner.get_model()
+        && model.dropout.is_some_and(|dropout| dropout > 0.0)
+    {
+        return Err("has a `dropout`, which gives other tokens at every run; set it to null".into());
+    }
+    Ok(inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn json(normalizer: &str, dropout: &str) -> String {
+        format!(
+            r#"{{"version":"1.0","truncation":{{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0}},
+            "padding":null,"added_tokens":[],"normalizer":{normalizer},"pre_tokenizer":null,"post_processor":null,"decoder":null,
+            "model":{{"type":"BPE","dropout":{dropout},"vocab":{{"a":0,"b":1}},"merges":[]}}}}"#
+        )
+    }
+
+    #[test]
+    fn texts_are_not_cut() {
+        let tokenizer = Tokenizer::parse(json("null", "null").as_bytes()).unwrap();
+        assert_eq!(tokenizer.encode("abba").unwrap(), [0, 1, 1, 0]);
+    }
+
+    /// The library unwraps what it reads of a `precompiled_charsmap`.
+    #[test]
+    fn a_panic_of_the_library_is_an_error() {
+        let bad = json(r#"{"type":"Precompiled","precompiled_charsmap":"BAAAAAAAAA!!"}"#, "null");
+        let error = Tokenizer::parse(bad.as_bytes()).unwrap_err();
+        assert!(error.contains("the tokenizer library stopped"), "{error}");
+    }
+
+    /// Found by fuzzing: 316 bytes made the library allocate 8 GB.
+    #[test]
+    fn a_charsmap_that_claims_more_than_it_holds_is_refused() {
+        assert_eq!(base64_u32("ALQCAACE"), Some(0x0002_b400));
+        for map in ["ALQC+ACEAAAAAACAAQAAgMz8AgC4BQAA", "////////", "ALQCAA", ""] {
+            let inner = format!(r#"{{"type":"Precompiled","precompiled_charsmap":"{map}"}}"#);
+            let sequence = format!(r#"{{"type":"Sequence","normalizers":[{inner}]}}"#);
+            for normalizer in [inner, sequence] {
+                let error = Tokenizer::parse(json(&normalizer, "null").as_bytes()).unwrap_err();
+                assert!(error.contains("precompiled_charsmap"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_do_not_depend_on_chance() {
+        let error = Tokenizer::parse(json("null", "0.1").as_bytes()).unwrap_err();
+        assert!(error.contains("dropout"), "{error}");
     }
 }

@@ -78,7 +78,8 @@ impl Decoder {
         };
         let (hidden, inner) = (spec.hidden, spec.intermediate);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut blocks = Vec::with_capacity(spec.layers);
+        // Grows with the tensors found, not with what config.json claims.
+        let mut blocks = Vec::new();
         for index in 0..spec.layers {
             let prefix = format!("model.layers.{index}.");
             let name = |part: &str| format!("{prefix}{part}");

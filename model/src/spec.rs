@@ -150,8 +150,15 @@ pub const ARCHS: &[ArchDef] = &[
     },
 ];
 
-fn number(config: &Value, key: &str) -> Option<f64> {
-    config.get(key).and_then(Value::as_f64)
+/// A finite number; absent when the key is missing or null.
+fn number(config: &Value, key: &str) -> Result<Option<f64>, ModelError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(number) if number.is_finite() => Ok(Some(number)),
+            _ => Err(ModelError::Config(format!("`{key}` is {}, not a number", short(value)))),
+        },
+    }
 }
 
 /// Larger sizes are lies, and products of two of these do not overflow.
@@ -159,19 +166,50 @@ const MAX_SIZE: usize = 1 << 28;
 /// More blocks than any model has.
 const MAX_LAYERS: usize = 1 << 16;
 
-fn size(config: &Value, key: &str) -> Option<usize> {
-    config.get(key).and_then(Value::as_u64).map(|v| v as usize)
+/// An integer from 0 to [`MAX_SIZE`]; absent when the key is missing or null.
+fn size(config: &Value, key: &str) -> Result<Option<usize>, ModelError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64() {
+            Some(size) if size <= MAX_SIZE as u64 => Ok(Some(size as usize)),
+            Some(size) => Err(ModelError::Config(format!(
+                "`{key}` is {size}, more than the largest supported size {MAX_SIZE}"
+            ))),
+            None => Err(ModelError::Config(format!(
+                "`{key}` is {}, not an integer of at least 0",
+                short(value)
+            ))),
+        },
+    }
 }
 
-fn flag(config: &Value, key: &str) -> Option<bool> {
-    config.get(key).and_then(Value::as_bool)
+/// A value as errors show it, without pages of nested JSON.
+fn short(value: &Value) -> String {
+    match value {
+        Value::Array(_) => "a list".into(),
+        Value::Object(_) => "a table".into(),
+        Value::String(_) => "a text".into(),
+        other => other.to_string(),
+    }
+}
+
+/// True or false; absent when the key is missing or null.
+fn flag(config: &Value, key: &str) -> Result<Option<bool>, ModelError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(flag)) => Ok(Some(*flag)),
+        Some(value) => {
+            Err(ModelError::Config(format!("`{key}` is {}, not true or false", short(value))))
+        }
+    }
 }
 
 impl DecoderSpec {
-    /// Reads config.json.
+    /// Reads config.json. Sizes up to 2^28 and 65536 layers are believed; memory taken: at most 2 MiB, of
+    /// which the windows of the layers are most.
     ///
     /// # Errors
-    /// [`ModelError::Config`] naming the missing or unsupported fact.
+    /// [`ModelError::Config`] naming the missing or unsupported fact, or the one of the wrong type or size.
     pub fn read(config: &Value) -> Result<Self, ModelError> {
         let fail = |message: String| Err(ModelError::Config(message));
         let supported: Vec<_> = ARCHS.iter().map(|arch| arch.model_type).collect();
@@ -188,13 +226,10 @@ impl DecoderSpec {
                 supported.join(", ")
             ));
         };
-        let need = |key: &str| match size(config, key) {
+        let need = |key: &str| match size(config, key)? {
             Some(0) | None => {
                 Err(ModelError::Config(format!("`{key}` is missing or not a positive integer")))
             }
-            Some(value) if value > MAX_SIZE => Err(ModelError::Config(format!(
-                "`{key}` is {value}, more than the largest supported size {MAX_SIZE}"
-            ))),
             Some(value) => Ok(value),
         };
         if let Some(act) = config.get("hidden_act").and_then(Value::as_str)
@@ -204,25 +239,31 @@ impl DecoderSpec {
             return fail(format!("hidden_act `{act}` is not supported, only silu"));
         }
         let (hidden, heads) = (need("hidden_size")?, need("num_attention_heads")?);
-        let kv_heads = size(config, "num_key_value_heads").unwrap_or(heads);
+        let kv_heads = size(config, "num_key_value_heads")?.unwrap_or(heads);
         let default_dim = if arch.head_dim > 0 { arch.head_dim } else { hidden / heads };
-        let head_dim = size(config, "head_dim").unwrap_or(default_dim);
+        let head_dim = size(config, "head_dim")?.unwrap_or(default_dim);
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return fail(format!("{heads} heads cannot share {kv_heads} key/value heads"));
         }
-        if !head_dim.is_multiple_of(2) || head_dim == 0 || head_dim > MAX_SIZE {
-            return fail(format!("head_dim {head_dim} is not an even number up to {MAX_SIZE}"));
+        if !head_dim.is_multiple_of(2) || head_dim == 0 || heads * head_dim > MAX_SIZE {
+            return fail(format!(
+                "head_dim {head_dim} is not an even number with which {heads} heads take up to {MAX_SIZE}"
+            ));
         }
         let layers = need("num_hidden_layers")?;
         if layers > MAX_LAYERS {
             return fail(format!("`num_hidden_layers` {layers} is more than {MAX_LAYERS}"));
         }
-        let context = size(config, "max_position_embeddings").unwrap_or(2048);
+        let context = size(config, "max_position_embeddings")?.unwrap_or(2048);
+        let rms_eps = number(config, "rms_norm_eps")?.unwrap_or(1e-6) as f32;
+        if !(rms_eps >= 0.0 && rms_eps.is_finite()) {
+            return fail(format!("rms_norm_eps {rms_eps} is not a small number of at least 0"));
+        }
         let window = windows(config, arch.window, layers)?;
         if window.contains(&Some(0)) {
             return fail("sliding_window 0 lets no token attend to itself".into());
         }
-        let bias = arch.reads_attention_bias && flag(config, "attention_bias").unwrap_or(false);
+        let bias = arch.reads_attention_bias && flag(config, "attention_bias")?.unwrap_or(false);
         Ok(Self {
             family: family.to_owned(),
             hidden,
@@ -233,14 +274,14 @@ impl DecoderSpec {
             layers,
             vocab: need("vocab_size")?,
             context,
-            rms_eps: number(config, "rms_norm_eps").unwrap_or(1e-6) as f32,
+            rms_eps,
             rope: rope(config, context)?,
             qkv_bias: arch.qkv_bias || bias,
             o_bias: bias,
-            mlp_bias: flag(config, "mlp_bias").unwrap_or(false),
+            mlp_bias: flag(config, "mlp_bias")?.unwrap_or(false),
             qk_norm: arch.qk_norm,
             window,
-            tied: flag(config, "tie_word_embeddings").unwrap_or(false),
+            tied: flag(config, "tie_word_embeddings")?.unwrap_or(false),
         })
     }
 }
@@ -253,7 +294,7 @@ fn windows(
     let window = match (config.get("sliding_window"), rule) {
         // Mistral's window when config.json does not mention one; an explicit null is none.
         (None, WindowRule::Always) => Some(4096),
-        _ => size(config, "sliding_window"),
+        _ => size(config, "sliding_window")?,
     };
     if let Some(types) = config.get("layer_types").and_then(Value::as_array) {
         if types.len() != layers {
@@ -269,15 +310,18 @@ fn windows(
                 Some("sliding_attention") => window.map(Some).ok_or_else(|| {
                     ModelError::Config("sliding_attention without `sliding_window`".into())
                 }),
-                _ => Err(ModelError::Config(format!("layer type {kind} is not supported"))),
+                other => Err(ModelError::Config(format!(
+                    "layer type {} is not supported",
+                    other.map_or_else(|| short(kind), |name| format!("`{name}`"))
+                ))),
             })
             .collect();
     }
     let first = match rule {
         WindowRule::Never => layers,
         WindowRule::Always => 0,
-        WindowRule::FromLayer if flag(config, "use_sliding_window").unwrap_or(false) => {
-            size(config, "max_window_layers").unwrap_or(28)
+        WindowRule::FromLayer if flag(config, "use_sliding_window")?.unwrap_or(false) => {
+            size(config, "max_window_layers")?.unwrap_or(28)
         }
         WindowRule::FromLayer => layers,
     };
@@ -291,6 +335,12 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
         .or_else(|| config.get("rope_scaling"))
         .filter(|v| !v.is_null())
         .unwrap_or(&null);
+    if !scaling.is_null() && !scaling.is_object() {
+        return Err(ModelError::Config(format!(
+            "the rope scaling is {}, not a table",
+            short(scaling)
+        )));
+    }
     for kind in ["full_attention", "sliding_attention"] {
         if scaling.get(kind).is_some() {
             return Err(ModelError::Config(format!(
@@ -298,10 +348,12 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
             )));
         }
     }
-    let theta =
-        number(scaling, "rope_theta").or_else(|| number(config, "rope_theta")).unwrap_or(10_000.0);
+    let theta = match number(scaling, "rope_theta")? {
+        Some(theta) => theta,
+        None => number(config, "rope_theta")?.unwrap_or(10_000.0),
+    };
     for holder in [scaling, config] {
-        if let Some(partial) = number(holder, "partial_rotary_factor")
+        if let Some(partial) = number(holder, "partial_rotary_factor")?
             && (partial - 1.0).abs() > 1e-9
         {
             return Err(ModelError::Config(format!(
@@ -315,11 +367,13 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
         .and_then(Value::as_str)
         .unwrap_or("default");
     let need = |key: &str| {
-        number(scaling, key)
+        number(scaling, key)?
             .ok_or_else(|| ModelError::Config(format!("rope type {name} without `{key}`")))
     };
-    let original = number(scaling, "original_max_position_embeddings")
-        .or_else(|| number(config, "original_max_position_embeddings"));
+    let original = match number(scaling, "original_max_position_embeddings")? {
+        Some(original) => Some(original),
+        None => number(config, "original_max_position_embeddings")?,
+    };
     let kind = match name {
         "default" => RopeKind::Default,
         "linear" => RopeKind::Linear { factor: need("factor")? },
@@ -330,28 +384,28 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
             original: original.unwrap_or(context as f64),
         },
         "yarn" => {
-            let factor = match number(scaling, "factor") {
+            let factor = match number(scaling, "factor")? {
                 Some(factor) => factor,
                 None => context as f64 / original.unwrap_or(context as f64),
             };
             let mscale = |scale: f64, m: f64| {
                 if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
             };
-            let attention_factor = number(scaling, "attention_factor").unwrap_or_else(|| {
-                match (number(scaling, "mscale"), number(scaling, "mscale_all_dim")) {
-                    (Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
-                        mscale(factor, m) / mscale(factor, all)
-                    }
-                    _ => mscale(factor, 1.0),
+            let scales = (number(scaling, "mscale")?, number(scaling, "mscale_all_dim")?);
+            let attention_factor = match (number(scaling, "attention_factor")?, scales) {
+                (Some(given), _) => given,
+                (None, (Some(m), Some(all))) if m != 0.0 && all != 0.0 => {
+                    mscale(factor, m) / mscale(factor, all)
                 }
-            });
+                _ => mscale(factor, 1.0),
+            };
             RopeKind::Yarn {
                 factor,
-                beta_fast: number(scaling, "beta_fast").unwrap_or(32.0),
-                beta_slow: number(scaling, "beta_slow").unwrap_or(1.0),
+                beta_fast: number(scaling, "beta_fast")?.unwrap_or(32.0),
+                beta_slow: number(scaling, "beta_slow")?.unwrap_or(1.0),
                 original: original.unwrap_or(context as f64),
                 attention_factor,
-                truncate: flag(scaling, "truncate").unwrap_or(true),
+                truncate: flag(scaling, "truncate")?.unwrap_or(true),
             }
         }
         other => {
@@ -370,6 +424,18 @@ fn rope(config: &Value, context: usize) -> Result<RopeSpec, ModelError> {
         if !(value > 0.0 && value.is_finite()) {
             return Err(ModelError::Config(format!("rope `{key}` {value} is not positive")));
         }
+    }
+    let finite = match kind {
+        RopeKind::Default | RopeKind::Linear { .. } => true,
+        RopeKind::Llama3 { low, high, original, .. } => low > 0.0 && high > low && original > 0.0,
+        RopeKind::Yarn { beta_fast, beta_slow, original, attention_factor, .. } => {
+            beta_fast > 0.0 && beta_slow > 0.0 && original > 0.0 && attention_factor.is_finite()
+        }
+    };
+    if !finite {
+        return Err(ModelError::Config(format!(
+            "the numbers of rope type {name} give no frequencies: {kind:?}"
+        )));
     }
     Ok(RopeSpec { theta, kind })
 }
@@ -426,6 +492,28 @@ mod tests {
             (json!({"rope_scaling": {"type": "linear", "factor": 0.0}}), "factor"),
             (json!({"rope_parameters": {"full_attention": {}}}), "per layer type"),
             (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+            (json!({"hidden_size": 1_u64 << 60}), "hidden_size"),
+            (json!({"hidden_size": -32}), "`hidden_size` is -32"),
+            (json!({"hidden_size": 32.5}), "`hidden_size` is 32.5"),
+            (json!({"hidden_size": [[]]}), "`hidden_size` is a list"),
+            (json!({"num_hidden_layers": 1_000_000_000_000_u64}), "num_hidden_layers"),
+            (json!({"num_key_value_heads": -1}), "num_key_value_heads"),
+            (json!({"head_dim": 1 << 28}), "head_dim"),
+            (json!({"max_position_embeddings": u64::MAX}), "max_position_embeddings"),
+            (json!({"rms_norm_eps": -1.0}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": 1e300}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": "1e-5"}), "`rms_norm_eps` is a text"),
+            (json!({"tie_word_embeddings": "yes"}), "`tie_word_embeddings` is a text"),
+            (json!({"rope_scaling": "linear"}), "rope scaling is a text"),
+            (json!({"rope_theta": -1}), "rope_theta"),
+            (
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}}),
+                "no frequencies",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 8, "beta_fast": 0}}),
+                "no frequencies",
+            ),
         ] {
             let error = read("llama", &change).unwrap_err().to_string();
             assert!(error.contains(word), "{change}: {error}");

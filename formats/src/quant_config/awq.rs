@@ -22,7 +22,9 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     match quant.get("version").and_then(Value::as_str) {
         None => {}
         Some(version) if version.eq_ignore_ascii_case("gemm") => {}
-        Some(other) => return Err(format!("AWQ version `{other}` cannot be read, only gemm")),
+        Some(other) => {
+            return Err(format!("AWQ version `{}` cannot be read, only gemm", crate::brief(other)));
+        }
     }
     let bits = integer(quant, "bits").or_else(|_| integer(quant, "w_bit"))?;
     let group = integer(quant, "group_size").or_else(|_| integer(quant, "q_group_size"))?;

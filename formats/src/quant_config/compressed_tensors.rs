@@ -3,7 +3,7 @@
 use attar_tensor::{Granularity, QuantScheme, ScaleGrid};
 use serde_json::{Map, Value, json};
 
-use super::{Entry, Parsed, Pattern};
+use super::{Compiler, Entry, Parsed, Pattern};
 
 fn weights(scheme: QuantScheme) -> Value {
     let (strategy, group) = match scheme.granularity {
@@ -72,7 +72,8 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let format = quant.get("format").and_then(Value::as_str).unwrap_or("");
     if format != "pack-quantized" {
         return Err(format!(
-            "compressed-tensors format `{format}` cannot be read, only pack-quantized"
+            "compressed-tensors format `{}` cannot be read, only pack-quantized",
+            crate::brief(format)
         ));
     }
     let groups = quant
@@ -81,10 +82,17 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
         .ok_or("compressed-tensors config has no config_groups")?;
     // A name counts before an expression, and that before the class; `ignore` before all.
     let (mut rules, mut regexes, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+    let is_regex = |target: &&Value| target.as_str().is_some_and(|t| t.starts_with("re:"));
+    let targets = groups.values().filter_map(|group| group.get("targets"));
+    let expressions = targets
+        .chain(quant.get("ignore"))
+        .filter_map(Value::as_array)
+        .map(|targets| targets.iter().filter(is_regex).count());
+    let compiler = Compiler::new(expressions.sum())?;
     for target in quant.get("ignore").and_then(Value::as_array).into_iter().flatten() {
         match target.as_str() {
             Some("Linear") | None => {}
-            Some(target) => rules.push((pattern(target)?, None)),
+            Some(target) => rules.push((pattern(&compiler, target)?, None)),
         }
     }
     for (name, group) in groups {
@@ -119,7 +127,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
         };
         let targets = group.get("targets").and_then(Value::as_array);
         for target in targets.into_iter().flatten().filter_map(Value::as_str) {
-            match pattern(target)? {
+            match pattern(&compiler, target)? {
                 Pattern::Any => classes.push((Pattern::Any, Some(scheme))),
                 found @ Pattern::Name(_) => rules.push((found, Some(scheme))),
                 found @ Pattern::Regex(_) => regexes.push((target.to_owned(), found, scheme)),
@@ -132,9 +140,9 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     Ok(Parsed { layout: "compressed-tensors", rules })
 }
 
-fn pattern(target: &str) -> Result<Pattern, String> {
+fn pattern(compiler: &Compiler, target: &str) -> Result<Pattern, String> {
     match target.strip_prefix("re:") {
-        Some(regex) => Pattern::regex(regex),
+        Some(regex) => compiler.regex(regex),
         None if target == "Linear" => Ok(Pattern::Any),
         None => Ok(Pattern::Name(target.to_owned())),
     }

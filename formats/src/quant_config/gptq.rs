@@ -3,7 +3,7 @@
 use attar_tensor::{QuantScheme, ScaleGrid};
 use serde_json::{Map, Value, json};
 
-use super::{Entry, Parsed, Pattern, bits, granularity, integer, one_scheme};
+use super::{Compiler, Entry, Parsed, Pattern, bits, granularity, integer, one_scheme};
 
 pub(super) fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value, String> {
     let scheme = one_scheme(layout, linears)?;
@@ -35,7 +35,9 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let layout = match quant.get("checkpoint_format").and_then(Value::as_str) {
         None | Some("gptq") => "gptq",
         Some("gptq_v2") => "gptq_v2",
-        Some(other) => return Err(format!("GPTQ checkpoint_format `{other}` cannot be read")),
+        Some(other) => {
+            return Err(format!("GPTQ checkpoint_format `{}` cannot be read", crate::brief(other)));
+        }
     };
     let scheme = |rule: Option<&Value>| -> Result<QuantScheme, String> {
         let from = |key: &str| rule.filter(|rule| rule.get(key).is_some()).unwrap_or(quant);
@@ -50,11 +52,12 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     // GPTQModel's `dynamic`: in order, `-:` leaves a linear dense, everything else overrides.
     let mut rules = Vec::new();
     let dynamic = quant.get("dynamic").and_then(Value::as_object);
+    let compiler = Compiler::new(dynamic.map_or(0, Map::len))?;
     for (pattern, rule) in dynamic.into_iter().flatten() {
         if let Some(pattern) = pattern.strip_prefix("-:") {
-            rules.push((Pattern::regex(pattern)?, None));
+            rules.push((compiler.regex(pattern)?, None));
         } else {
-            let pattern = Pattern::regex(pattern.strip_prefix("+:").unwrap_or(pattern))?;
+            let pattern = compiler.regex(pattern.strip_prefix("+:").unwrap_or(pattern))?;
             rules.push((pattern, Some(scheme(Some(rule))?)));
         }
     }

@@ -7,6 +7,8 @@ mod gptq;
 use attar_tensor::QuantScheme;
 use serde_json::Value;
 
+use crate::brief;
+
 /// What a config says of one quantized linear.
 pub type Entry = (String, QuantScheme);
 
@@ -34,13 +36,72 @@ enum Pattern {
     Any,
 }
 
-impl Pattern {
-    fn regex(text: &str) -> Result<Self, String> {
-        fancy_regex::Regex::new(&format!("^(?:{text})"))
-            .map(Self::Regex)
-            .map_err(|error| format!("`{text}` is not a regular expression: {error}"))
+/// Bytes that all compiled expressions of a config may take together.
+const MAX_COMPILED: usize = 64 << 20;
+/// Most expressions of a config.
+const MAX_EXPRESSIONS: usize = 1024;
+/// Longest expression, bytes.
+const MAX_EXPRESSION: usize = 4096;
+
+/// Largest product of an expression's counts: the library multiplies nested ones without looking.
+const MAX_REPETITIONS: u64 = 1 << 32;
+
+/// Product of the numbers between braces, as `{3}` and `{2,5}`; saturates. Where comments may hide a
+/// brace, all numbers count.
+fn repetitions(text: &str) -> u64 {
+    let product = |text: &str| {
+        let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+        numbers.fold(1u64, |product, digits| {
+            product.saturating_mul(digits.parse().unwrap_or(u64::MAX).max(1))
+        })
+    };
+    if text.contains('#') && text.contains('{') {
+        return product(text);
+    }
+    let counts = text.split('{').skip(1).map(|rest| product(rest.split('}').next().unwrap_or("")));
+    counts.fold(1, u64::saturating_mul)
+}
+
+/// Compiles the expressions of one config within its memory.
+struct Compiler {
+    /// Of one compiled expression, bytes.
+    limit: usize,
+}
+
+impl Compiler {
+    /// For a config of at most `count` expressions.
+    fn new(count: usize) -> Result<Self, String> {
+        if count > MAX_EXPRESSIONS {
+            return Err(format!(
+                "quantization_config has {count} rules, more than the {MAX_EXPRESSIONS} that are read"
+            ));
+        }
+        Ok(Self { limit: (MAX_COMPILED / count.max(1)).min(1 << 20) })
     }
 
+    fn regex(&self, text: &str) -> Result<Pattern, String> {
+        if text.len() > MAX_EXPRESSION {
+            return Err(format!(
+                "a regular expression of quantization_config has {} bytes, more than {MAX_EXPRESSION}",
+                text.len()
+            ));
+        }
+        if repetitions(text) > MAX_REPETITIONS {
+            return Err(format!("`{}` repeats too often to be read", brief(text)));
+        }
+        fancy_regex::RegexBuilder::new(&format!("^(?:{text})"))
+            .delegate_size_limit(self.limit)
+            .delegate_dfa_size_limit(self.limit)
+            .build()
+            .map(Pattern::Regex)
+            .map_err(|error| {
+                let (text, error) = (brief(text), brief(error));
+                format!("`{text}` is not a regular expression that is read: {error}")
+            })
+    }
+}
+
+impl Pattern {
     /// `None` when an expression backtracks beyond its limit.
     fn matches(&self, linear: &str) -> Option<bool> {
         match self {
@@ -75,7 +136,9 @@ impl Parsed {
     }
 }
 
-/// Parses the quantization config of a model's config.json; `None` when it has none.
+/// Parses the quantization config of a model's config.json; `None` when it has none. Memory taken,
+/// matching included: at most 8 bytes for each byte of the config plus 192 MiB for regular expressions, of
+/// which 1024 of 4096 bytes each are read at most; together they are compiled to 64 MiB at most.
 ///
 /// # Errors
 /// When it describes something that cannot be read.
@@ -91,7 +154,8 @@ pub fn parse(config: &Value) -> Result<Option<Parsed>, String> {
         "gptq" => gptq::parse(quant).map(Some),
         "awq" => awq::parse(quant).map(Some),
         other => Err(format!(
-            "quantization_config: quant_method `{other}` cannot be read; supported: compressed-tensors, gptq, awq"
+            "quantization_config: quant_method `{}` cannot be read; supported: compressed-tensors, gptq, awq",
+            brief(other)
         )),
     }
 }
@@ -168,6 +232,33 @@ mod tests {
         assert!(
             parse(&serde_json::json!({"quantization_config": {"quant_method": "fp8"}})).is_err()
         );
+    }
+
+    /// `(\w{100}){100}` takes 20 bytes in a file and gigabytes when it is compiled.
+    #[test]
+    fn expressions_share_a_bounded_memory() {
+        let parse = |dynamic: Value| {
+            let quant = serde_json::json!({
+                "quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic,
+            });
+            super::parse(&serde_json::json!({"quantization_config": quant}))
+        };
+        let error = parse(serde_json::json!({"(?:\\w{100}){100}": {}})).unwrap_err();
+        assert!(error.contains("regular expression"), "{error}");
+        // Found by fuzzing: counts are multiplied without looking for an overflow.
+        for text in
+            ["(a{0000018446744073709550815}){1000}", "(?x)(a{#}\n18446744073709550815}){1000}"]
+        {
+            let error = parse(serde_json::json!({text: {}})).unwrap_err();
+            assert!(error.contains("repeats too often"), "{error}");
+        }
+        assert!(parse(serde_json::json!({"layers\\.\\d{1,2}\\.(?!x)": {}})).is_ok());
+        assert!(parse(serde_json::json!({"a".repeat(4097): {}})).unwrap_err().contains("4097"));
+        let many = |count: usize| {
+            Value::Object((0..count).map(|i| (format!("-:^{i}$"), serde_json::json!({}))).collect())
+        };
+        assert!(parse(many(1025)).unwrap_err().contains("1025 rules"));
+        assert_eq!(parse(many(1024)).unwrap().unwrap().rules.len(), 1025);
     }
 
     #[test]
