@@ -44,9 +44,9 @@ impl Pass for Fake {
         }
     }
 
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+    fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
-        Cost { flops: weights as f64, peak_bytes: weights }
+        Cost { flops: weights as f64, peak_bytes: weights, scratch_bytes: 0 }
     }
 
     fn apply(
@@ -249,7 +249,9 @@ fn data_free_plans_need_two_tensors() {
     };
     let plan = plan_of(&recipe, 0).unwrap();
     assert!(!plan.calibrates());
-    assert_eq!(plan.memory.peak(), 2 * 512 * HIDDEN * 2 + plan.memory.base);
+    let copy = plan.memory.moments.iter().find(|m| m.what == "copy").unwrap();
+    assert_eq!(copy.total(), 512 * HIDDEN * 2 + copy.base);
+    assert!(plan.memory.moments.iter().all(|m| m.stream + m.statistics + m.activations == 0));
     assert_eq!((plan.work.forward, plan.work.hessian), (0.0, 0.0));
     insta::assert_snapshot!(plan.render());
 }
@@ -287,9 +289,15 @@ fn work_counts_one_staged_forward_and_one_hessian_per_input() {
     assert!((plan.work.forward - (forward - unread)).abs() < 1.0);
     let channels = (3 * HIDDEN * HIDDEN + MLP * MLP) as f64;
     assert!((plan.work.hessian - 3.0 * channels * tokens).abs() < 1.0);
-    assert_eq!(plan.memory.statistics, 8 * MLP * MLP);
+    let step = |place: &str| {
+        let of = |m: &&Moment| m.what == "step[0] (gptq)" && m.place == place;
+        plan.memory.moments.iter().find(of).unwrap()
+    };
+    let down = step(&plan.graph.blocks[0].inputs[3].name);
+    assert_eq!(down.statistics, 4 * MLP * MLP + 20 * MLP);
     // Beside the residual stream lies what down_proj reads.
-    assert_eq!(plan.memory.stream, 4 * 1024 * (HIDDEN + MLP));
+    assert_eq!(down.stream, 4 * 1024 * (HIDDEN + MLP));
+    assert_eq!(step(&plan.graph.blocks[0].inputs[2].name).stream, 4 * 1024 * HIDDEN);
 }
 
 #[test]
