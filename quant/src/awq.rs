@@ -270,8 +270,9 @@ impl Pass for Awq {
         for target in targets {
             let site = &block.sites[target.site];
             let (o, n) = (site.out_features as f64, site.in_features as f64);
+            // A scaled copy, its codes, and their error.
             cost.flops += 2.0 * o * n * n * (2.0 * self.0.grid as f64 + 1.0);
-            cost.peak_bytes = cost.peak_bytes.max(site.weights() * 24);
+            cost.peak_bytes = cost.peak_bytes.max(site.weights() * 10);
         }
         cost
     }

@@ -18,7 +18,8 @@ use serde::Serialize;
 
 use super::{PlanError, PlanStep, Round, rounds};
 use crate::{
-    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Touches, Upstream,
+    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
+    Upstream,
 };
 
 /// Code, allocator, config and reports of any run, bytes.
@@ -82,14 +83,16 @@ impl Moment {
 /// Predicted resident memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
+    /// The largest total of a moment.
+    pub peak_bytes: usize,
     /// In the order of the run; of moments that repeat in every block, the largest.
     pub moments: Vec<Moment>,
 }
 
 impl Memory {
     /// The predicted peak, bytes.
-    pub fn peak(&self) -> usize {
-        self.worst().map_or(0, Moment::total)
+    pub const fn peak(&self) -> usize {
+        self.peak_bytes
     }
 
     /// The moment of the peak.
@@ -99,6 +102,7 @@ impl Memory {
     }
 
     fn add(&mut self, moment: Moment) {
+        self.peak_bytes = self.peak_bytes.max(moment.total());
         let same = |m: &&mut Moment| m.what == moment.what && m.place == moment.place;
         match self.moments.iter_mut().find(same) {
             Some(old) if old.total() >= moment.total() => {}
@@ -344,15 +348,17 @@ impl<'a> Walk<'a> {
             let header = source.iter().find(|header| header.name.starts_with(name));
             header.map_or(0, TensorHeader::bytes)
         };
-        let original =
-            block_rounds.iter().flatten().any(|r| r.observes() && r.upstream == Upstream::Original);
+        let upstreams = [Upstream::Original, Upstream::Compressed];
+        let reads = |upstream: &Upstream| {
+            block_rounds.iter().flatten().any(|r| r.observes() && r.upstream == *upstream)
+        };
+        let streams = upstreams.iter().filter(|upstream| reads(upstream)).count();
         if last_observed.is_some() {
             self.add(Moment {
                 what: "read corpus".into(),
                 tensors: CORPUS_FACTOR * budget.corpus,
                 ..Moment::default()
             });
-            let streams = 1 + usize::from(original);
             let stream = 4 * tokens * graph.hidden;
             if stream <= self.limits.stream {
                 self.stream = streams * stream;
@@ -411,7 +417,8 @@ impl<'a> Walk<'a> {
         };
         let mut advanced = false;
         for (at, round) in rounds.iter().enumerate() {
-            let staged = !round.whole && at + 1 == rounds.len() && streams;
+            let compressed = round.upstream == Upstream::Compressed;
+            let staged = !round.whole && at + 1 == rounds.len() && streams && compressed;
             if staged {
                 let mut reached = 0;
                 for stage in 0..inputs {
@@ -445,13 +452,14 @@ impl<'a> Walk<'a> {
                         }
                         let weights = self.weights(block, &quantized);
                         let cost = passes[step].cost(block, &targets, &self.limits);
+                        let stored = Self::stored(block, &targets, &steps[step]);
                         self.add(Moment {
                             what: steps[step].label.clone(),
                             place: place.clone(),
                             block_index: index,
                             block: weights,
                             statistics: hessian_bytes(width, needs),
-                            solver: cost.peak_bytes,
+                            solver: cost.peak_bytes.max(stored),
                             stream,
                             ..Moment::default()
                         });
@@ -480,7 +488,9 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let needs = round.needs.iter().fold(Needs::empty(), |a, b| a | *b);
-            if round.observes() && streams {
+            if round.observes() && streams && !compressed {
+                self.observe_original(block, &round.needs);
+            } else if round.observes() && streams {
                 let weights = self.weights(block, &quantized);
                 self.add(Moment {
                     what: "observe".into(),
@@ -500,12 +510,16 @@ impl<'a> Walk<'a> {
             for &step in &round.steps {
                 let targets = &steps[step].targets[block.index];
                 let cost = passes[step].cost(block, targets, &self.limits);
-                let statistics = if round.observes() {
-                    block.inputs.iter().map(|input| hessian_bytes(input.width, needs)).sum()
-                } else {
-                    0
+                let held = block.inputs.iter().map(|i| hessian_bytes(i.width, needs));
+                // Of the original's statistics, those of one input at a time are read from scratch, beside
+                // their pages.
+                let statistics = match (round.observes(), compressed || round.whole) {
+                    (false, _) => 0,
+                    (true, true) => held.sum(),
+                    (true, false) => held.max().map_or(0, |bytes| bytes + bytes / 2),
                 };
                 let weights = self.weights(block, &quantized);
+                let stored = Self::stored(block, targets, &steps[step]);
                 self.add(Moment {
                     what: steps[step].label.clone(),
                     place: if steps[step].contract.touches == Touches::Folds {
@@ -516,17 +530,18 @@ impl<'a> Walk<'a> {
                     block_index: index,
                     block: weights,
                     statistics,
-                    solver: cost.peak_bytes,
+                    solver: cost.peak_bytes.max(stored),
                     ..Moment::default()
                 });
                 self.scratch_beside(block, cost.scratch_bytes);
                 quantize(step, &mut quantized, None);
             }
         }
-        if advance && !advanced {
+        if streams && block.attention.is_some() && (advance || !advanced) {
+            // Also a run that goes on after a kill: its stream is carried through blocks that are done.
             let weights = self.weights(block, &quantized);
             self.add(Moment {
-                what: "forward".into(),
+                what: "carry on".into(),
                 block_index: index,
                 block: weights + Self::packed(block, sites_of(block, 0..inputs), &quantized),
                 activations: self.activations(block, windows, context, false),
@@ -542,6 +557,46 @@ impl<'a> Walk<'a> {
             tensors: 2 * largest,
             ..Moment::default()
         });
+    }
+
+    /// Copies of what a step made, on their way to the work directory.
+    fn stored(block: &Block, targets: &[Target], step: &PlanStep) -> usize {
+        let quantizes = step.contract.produces.numeric == Some(Numeric::Quantized);
+        let bytes = |site: usize| {
+            let weights = block.sites[site].weights();
+            if quantizes { weights + weights / 5 } else { 4 * weights }
+        };
+        targets.iter().map(|target| bytes(target.site)).sum()
+    }
+
+    /// The stages of the original block, whose statistics go to scratch one after the other.
+    fn observe_original(&mut self, block: &Block, needs: &[Needs]) {
+        let dense = vec![false; block.sites.len()];
+        let windows = self.windows();
+        let context = self.facts.context.min(self.facts.tokens.max(1));
+        let mut reached = 0;
+        for stage in 0..block.inputs.len() {
+            if needs[stage].is_empty() {
+                continue;
+            }
+            let old = if reached == stage { 0 } else { self.beside(block, reached) };
+            let stream = old + self.beside(block, stage);
+            let run = sites_of(block, reached..stage);
+            self.add(Moment {
+                what: "observe original".into(),
+                place: block.inputs[stage].name.to_owned(),
+                block_index: Some(block.index),
+                block: self.weights(block, &dense) + Self::packed(block, run, &dense),
+                statistics: self.sums(block.inputs[stage].width, needs[stage]),
+                stream,
+                activations: self.activations(block, windows, context, false),
+                ..Moment::default()
+            });
+            let sums = GramAccumulator::bytes(block.inputs[stage].width, 0, 0, false);
+            let kept = 2 * block.inputs[stage].width * block.inputs[stage].width;
+            self.scratch_beside(block, kept + if self.limits.gram_on_scratch { sums } else { 0 });
+            reached = stage;
+        }
     }
 
     fn scratch_beside(&mut self, block: &Block, bytes: usize) {

@@ -197,7 +197,7 @@ fn source(graph: &ModelGraph) -> Vec<TensorHeader> {
     headers
 }
 
-fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
+fn plan_within(recipe: &Recipe, tokens: usize, budget: Budget) -> Result<Plan, PlanErrors> {
     let name = |step: &Step| ["rtn", "gptq", "awq"].into_iter().find(|n| *n == step.pass);
     let passes = recipe
         .steps
@@ -209,7 +209,12 @@ fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
     let variant = variants(recipe)?.remove(0);
     PassGraph::new(graph, passes.collect(), &variant.recipe, &layouts, &headers, tokens)
         .numbered(&variant)
+        .with_budget(budget)
         .check()
+}
+
+fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
+    plan_within(recipe, tokens, Budget::default())
 }
 
 fn plan(text: &str) -> Result<Plan, PlanErrors> {
@@ -482,4 +487,35 @@ fn named_chains_are_accepted() {
     let awq = "[[step]]\npass = \"awq\"\nid = \"a\"\n";
     let text = format!("{awq}{GPTQ_STEP}after = \"a\"\nid = \"b\"\n{EMIT}of = \"b\"\n");
     assert_eq!(plan(&text).unwrap().steps[1].label, "step[1] (gptq, id b)");
+}
+
+#[test]
+fn a_budget_takes_the_fastest_way_that_keeps_it_or_names_the_smallest() {
+    let recipe = Recipe::parse(&format!("{GPTQ_STEP}{EMIT}")).unwrap();
+    let within = |memory| {
+        let budget = Budget { memory, threads: 4, ..Budget::default() };
+        plan_within(&recipe, 1 << 16, budget)
+    };
+    let free = within(None).unwrap();
+    assert_eq!(free.limits, Limits::unbounded(4));
+    let roomy = within(Some(1 << 40)).unwrap();
+    assert_eq!((roomy.limits.threads, roomy.scratch_bytes), (4, 0));
+    assert_eq!(roomy.memory, free.memory);
+    let error = within(Some(1 << 20)).unwrap_err();
+    let [PlanError::Memory { budget, wanted, smallest, .. }] = error.0[..] else {
+        panic!("{error}")
+    };
+    assert_eq!((budget, wanted), (1 << 20, free.memory.peak()));
+    assert!(error.to_string().contains("give --memory "), "{error}");
+    // What is named can be kept, and nothing below it.
+    let least = within(Some(smallest)).unwrap();
+    assert_eq!((least.memory.peak(), least.limits.threads), (smallest, 1));
+    assert!(least.scratch_bytes > 0 && within(Some(smallest - 1)).is_err());
+    // Between the two, activations go before threads do.
+    let tight = within(Some(wanted - 1)).unwrap();
+    assert!(tight.limits.threads == 4 && tight.limits.beside == 0 && tight.limits.stream > 0);
+    for plan in [&roomy, &tight, &least] {
+        assert!(plan.memory.moments.iter().all(|m| m.total() <= plan.memory.peak()));
+    }
+    insta::assert_snapshot!(least.render());
 }
