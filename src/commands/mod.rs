@@ -42,6 +42,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
 }
 
 fn compress(args: &Compress, threads: Option<usize>) -> Result<bool, Error> {
+    attar_formats::give_freed_memory_back();
     let measure = args.eval_text.clone().map(|text| Measure { text, context: args.eval_context });
     let job = compile::prepare(&args.what, measure::threads(threads), measure.as_ref())?;
     // A tight budget lets fewer threads work.
