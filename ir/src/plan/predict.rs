@@ -246,6 +246,8 @@ struct Walk<'a> {
     scratch_stream: usize,
     /// The most that lies on scratch beside them.
     scratch: usize,
+    /// The block before, which is packed and written while this one is computed.
+    behind: usize,
     base: usize,
 }
 
@@ -258,12 +260,13 @@ impl<'a> Walk<'a> {
     fn new(facts: &'a Facts<'a>, limits: Limits) -> Self {
         let base = BASE_BYTES + limits.threads * THREAD_BYTES;
         let memory = Memory::default();
-        Self { facts, limits, memory, stream: 0, scratch_stream: 0, scratch: 0, base }
+        Self { facts, limits, memory, stream: 0, scratch_stream: 0, scratch: 0, behind: 0, base }
     }
 
     fn add(&mut self, moment: Moment) {
         let (base, stream) = (self.base, self.stream + moment.stream);
-        self.memory.add(Moment { base, stream, ..moment });
+        let tensors = moment.tensors + self.behind;
+        self.memory.add(Moment { base, stream, tensors, ..moment });
     }
 
     /// Windows run at once.
@@ -384,7 +387,7 @@ impl<'a> Walk<'a> {
             self.block(block, rounds, advance, streams);
         }
         let scratch = self.scratch_stream + self.scratch;
-        self.stream = 0;
+        (self.stream, self.behind) = (0, 0);
         self.after();
         (self.memory, scratch)
     }
@@ -549,14 +552,17 @@ impl<'a> Walk<'a> {
             });
         }
         let largest = block.sites.iter().map(crate::Site::weights).max().unwrap_or(0);
+        // Packed words, and the rows they are made from.
+        let (made, packing) = (self.weights(block, &quantized), 2 * largest);
+        self.behind = 0;
         self.add(Moment {
             what: "write".into(),
             block_index: index,
-            block: self.weights(block, &quantized),
-            // Packed words, and the rows they are made from.
-            tensors: 2 * largest,
+            block: made,
+            tensors: packing,
             ..Moment::default()
         });
+        self.behind = made + packing;
     }
 
     /// Copies of what a step made, on their way to the work directory.
