@@ -88,6 +88,11 @@ pub(crate) struct What {
     /// Seed [default: 0, or the recipe's].
     #[arg(long)]
     pub(crate) seed: Option<u64>,
+    /// Resident memory that the run may use at its peak, e.g. 6GiB, 512MB or bytes: the plan picks what
+    /// goes to scratch files and how many threads work, or names the smallest budget that would do
+    /// [default: no limit].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: Option<u64>,
     #[command(flatten)]
     pub(crate) promise: Promise,
     /// Print one JSON object instead of text.
@@ -219,6 +224,12 @@ pub(crate) struct Plan {
     /// Ignored likewise.
     #[arg(long, hide = true)]
     pub(crate) scratch: Option<PathBuf>,
+    /// Count the memory of measuring accuracy on this text too.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) eval_text: Option<PathBuf>,
+    /// Tokens per window of that measurement.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) eval_context: usize,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

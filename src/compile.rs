@@ -7,7 +7,7 @@ mod walk;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    sync::mpsc,
     time::Duration,
 };
 
@@ -22,13 +22,13 @@ use attar_formats::{
     stage::Stage,
 };
 use attar_ir::{
-    BlockState, Needs,
+    BlockState, Limits, Needs,
     plan::{self, PassGraph, Plan, PlanErrors, Variant},
     recipe::{Emit, Recipe},
     target::Violation,
 };
-use attar_model::{Decoder, Spill};
-use attar_tensor::{TensorSource, linalg};
+use attar_model::Decoder;
+use attar_tensor::{Scratch, TensorSource, linalg};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -62,23 +62,25 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Threads that work: all variants keep to the budget.
+    pub(crate) fn threads(&self) -> usize {
+        self.variants.iter().map(|(_, plan)| plan.limits.threads).min().unwrap_or(1)
+    }
+
     /// True when any variant reads statistics.
     pub(crate) fn calibrates(&self) -> bool {
         self.variants.iter().any(|(_, plan)| plan.calibrates())
     }
+}
 
-    /// Where activations go that do not fit.
-    fn spill(&self, stage: Option<&Stage>) -> Spill {
-        match stage {
-            Some(stage) => {
-                let place = stage.scratch();
-                Spill {
-                    limit: measure::STREAM_LIMIT,
-                    open: Arc::new(move || tempfile::tempfile_in(&place)),
-                }
-            }
-            None => measure::spill(),
+/// Opens scratch files in the work directory, else in the system's temporary one.
+fn scratch_of(stage: Option<&Stage>) -> Scratch {
+    match stage {
+        Some(stage) => {
+            let place = stage.scratch();
+            Scratch::new(move || tempfile::tempfile_in(&place))
         }
+        None => measure::scratch(),
     }
 }
 
@@ -148,7 +150,11 @@ fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
 }
 
 /// Reads recipe and headers and proves the plan; no weight is read.
-pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
+pub(crate) fn prepare(
+    what: &What,
+    threads: usize,
+    measure: Option<&Measure>,
+) -> Result<Job, Error> {
     let checkpoint = Checkpoint::open(&what.checkpoint)?;
     if let Some(parsed) = quant_config::parse(checkpoint.config())? {
         return Err(format!(
@@ -176,6 +182,11 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
     };
     let context = calibration.context.min(decoder.spec.context);
     let tokens = if corpus.is_some() { calibration.samples * context } else { 0 };
+    let texts = match &corpus {
+        Some(CorpusSource::Text(texts)) => texts.as_slice(),
+        _ => &[],
+    };
+    let budget = measure::budget(what.memory, threads, checkpoint.folder(), texts, measure);
     let layouts = registry::layouts();
     let (mut variants, mut errors) = (Vec::new(), Vec::new());
     for mut variant in plan::variants(&recipe)? {
@@ -189,7 +200,7 @@ pub(crate) fn prepare(what: &What) -> Result<Job, Error> {
             tokens,
         )
         .numbered(&variant)
-        .with_stream_in_memory(measure::STREAM_LIMIT)
+        .with_budget(budget)
         .check();
         match checked {
             Ok(plan) => variants.push((variant, plan)),
@@ -392,11 +403,18 @@ fn produce(
             }
             time.verify += trace.end(Phase::Verify, what, begun);
             let begun = trace.begin(Phase::Eval, what);
-            let eval = options.measure.as_ref().map(|m| accuracy(job, &opened, m)).transpose()?;
+            let eval = options
+                .measure
+                .as_ref()
+                .map(|m| accuracy(job, &opened, m, &plan.limits, stage))
+                .transpose()?;
             if eval.is_some() {
                 time.eval += trace.end(Phase::Eval, what, begun);
             }
             time.total = trace.total();
+            // Variants run one after the other in one process.
+            let peak = job.variants.iter().map(|(_, plan)| plan.memory.peak()).max();
+            let peak = peak.unwrap_or(0) as u64;
             let report = Report {
                 attar: env!("CARGO_PKG_VERSION").into(),
                 layout: emit.layout.0.into(),
@@ -409,7 +427,7 @@ fn produce(
                 eval,
                 notes: [plan.notes.clone(), kept.warnings].concat(),
                 ledger,
-                predicted_peak_bytes: plan.memory.peak() as u64,
+                predicted_peak_bytes: peak,
                 measured_peak_bytes: peak_memory(),
                 timings: time,
                 timeline: trace.spans(),
@@ -559,6 +577,8 @@ fn accuracy(
     job: &Job,
     artifact: &Opened,
     measure: &Measure,
+    limits: &Limits,
+    stage: Option<&Stage>,
 ) -> Result<attar_eval::Evaluation, Error> {
     let reference = Opened::open(job.checkpoint.folder())?;
     let tokenizer = Tokenizer::open(job.checkpoint.folder())?;
@@ -566,7 +586,9 @@ fn accuracy(
     let source = CorpusSource::Text(vec![measure.text.clone()]);
     let vocab = job.decoder.spec.vocab;
     let windows = corpus::evaluation(&source, Some(&tokenizer), context, None, vocab)?;
-    let found = measure::evaluate(artifact, Some(&reference), &windows, None, context, Score::All)?;
+    let spill = measure::spill(limits, &scratch_of(stage));
+    let found =
+        measure::evaluate(artifact, Some(&reference), &windows, None, context, Score::All, &spill)?;
     Ok(found.0)
 }
 

@@ -8,6 +8,9 @@ use serde::Serialize;
 
 use crate::{Error, packed::Opened};
 
+/// Elements scanned for NaN and infinity at once.
+const PIECE: usize = 1 << 20;
+
 /// What was checked and what was wrong.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Verification {
@@ -89,11 +92,19 @@ pub(crate) fn verify(
         }
     }
     for header in opened.checkpoint.headers().iter().filter(|h| h.dtype.is_float()) {
-        let values = opened.checkpoint.read(&header.name)?.to_f32()?;
-        opened.checkpoint.release(&header.name);
-        if let Some(at) = first_non_finite(&values) {
-            result.problems.push(format!("{}: {} at flat index {at}", header.name, values[at]));
+        let view = opened.checkpoint.read(&header.name)?;
+        // Piece by piece: an embedding in f32 can be larger than all else that a run holds.
+        let mut values = vec![0.0f32; PIECE.min(header.elements())];
+        for start in (0..header.elements()).step_by(PIECE) {
+            let piece = &mut values[..PIECE.min(header.elements() - start)];
+            view.copy_to_f32(start, piece)?;
+            if let Some(at) = first_non_finite(piece) {
+                let (name, value) = (&header.name, piece[at]);
+                result.problems.push(format!("{name}: {value} at flat index {}", start + at));
+                break;
+            }
         }
+        opened.checkpoint.release(&header.name);
     }
     if let Some(source) = source {
         for header in source.headers() {

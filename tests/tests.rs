@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
 mod headers;
+mod memory;
 mod provenance;
 mod refusals;
 mod resume;

@@ -9,6 +9,7 @@
 pub mod form;
 pub mod graph;
 pub mod ledger;
+pub mod limits;
 pub mod pass;
 pub mod plan;
 pub mod recipe;
@@ -20,6 +21,7 @@ pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
 pub use graph::{
     AttentionShape, Block, ChannelMap, Fold, InputGroup, ModelGraph, Norm, Producer, Role, Site,
 };
+pub use limits::{Budget, Limits, Measured};
 pub use pass::{
     Contract, Cost, Event, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target,
     Touches, Upstream,

@@ -2,10 +2,12 @@
 
 use std::fmt::Debug;
 
-use attar_tensor::QuantScheme;
+use attar_tensor::{QuantScheme, Scratch};
 use serde::{Deserialize, Serialize};
 
-use crate::{Block, BlockState, BlockStats, FormChange, FormSet, Needs, recipe::RecipeError};
+use crate::{
+    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, recipe::RecipeError,
+};
 
 /// Which activations the statistics come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -53,6 +55,8 @@ pub struct Cost {
     pub flops: f64,
     /// Peak bytes beyond the block's weights and statistics.
     pub peak_bytes: usize,
+    /// Bytes on scratch.
+    pub scratch_bytes: usize,
 }
 
 /// A site to work on, with the scheme that applies to it: its own when the pass quantizes, the next
@@ -65,13 +69,15 @@ pub struct Target {
     pub scheme: Option<QuantScheme>,
 }
 
-/// What a pass gets beside the block: no clock, no files.
+/// What a pass gets beside the block: no clock, no files but scratch.
 #[derive(Debug, Clone, Copy)]
 pub struct PassContext<'a> {
     /// The block's description.
     pub block: &'a Block,
     /// Seed of the run.
     pub seed: u64,
+    /// Where the large parts of a factorization lie; `None` is memory. Bits do not depend on it.
+    pub scratch: Option<&'a Scratch>,
 }
 
 /// Something worth telling that is not an error.
@@ -134,6 +140,14 @@ pub enum PassError {
         /// What failed, with the index, and what can be done.
         reason: String,
     },
+    /// The scratch file failed.
+    #[error("site {site}: scratch file: {source}; free space there or raise the memory limit")]
+    Scratch {
+        /// Where.
+        site: String,
+        /// The operating system's word.
+        source: std::io::Error,
+    },
 }
 
 /// A transformation of one block.
@@ -144,8 +158,8 @@ pub trait Pass: Debug + Send + Sync {
     /// What it promises.
     fn contract(&self) -> Contract;
 
-    /// What it costs on `targets` of a block, statistics excluded.
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost;
+    /// What it costs on `targets` of a block, statistics excluded, within `limits`.
+    fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost;
 
     /// Transforms the targets. `stats` holds what the contract asked for, for the inputs of all targets.
     /// A pass that touches folds updates `stats` analytically ([`crate::InputStats::fold`]) so that

@@ -16,17 +16,16 @@ use serde::Serialize;
 
 pub use error::{PlanError, PlanErrors};
 pub use graph::{dot, text, to_json};
-pub use predict::{Memory, Work};
+pub use predict::{Memory, Moment, Work};
 pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;
-use crate::{Contract, Form, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream};
+use crate::{
+    Budget, Contract, Form, Limits, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream,
+};
 
 /// Containers that artifacts can be written to.
 pub const CONTAINERS: &[&str] = &["safetensors"];
-
-/// Bytes of activations kept in memory before the stream spills to disk, unless set otherwise.
-pub const STREAM_IN_MEMORY: usize = 256 << 20;
 
 /// A recipe, the model it is for, and everything known before weights are read.
 #[derive(Debug)]
@@ -39,7 +38,7 @@ pub struct PassGraph<'a> {
     layouts: &'a [&'a dyn LayoutSpec],
     source: &'a [TensorHeader],
     calibration_tokens: usize,
-    stream_in_memory: usize,
+    budget: Budget,
 }
 
 impl<'a> PassGraph<'a> {
@@ -58,18 +57,9 @@ impl<'a> PassGraph<'a> {
         calibration_tokens: usize,
     ) -> Self {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
-        let stream_in_memory = STREAM_IN_MEMORY;
+        let budget = Budget::default();
         let numbers = Default::default();
-        Self {
-            graph,
-            passes,
-            recipe,
-            numbers,
-            layouts,
-            source,
-            calibration_tokens,
-            stream_in_memory,
-        }
+        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget }
     }
 
     /// Calls steps and emits by their places in the recipe that this is a variant of.
@@ -78,9 +68,9 @@ impl<'a> PassGraph<'a> {
         self
     }
 
-    /// Sets how many bytes of activations stay in memory.
-    pub fn with_stream_in_memory(mut self, bytes: usize) -> Self {
-        self.stream_in_memory = bytes;
+    /// Sets the budget that the plan keeps to.
+    pub fn with_budget(mut self, budget: Budget) -> Self {
+        self.budget = budget;
         self
     }
 
@@ -251,7 +241,11 @@ pub struct Plan {
     pub context: usize,
     /// Predicted memory, bytes.
     pub memory: Memory,
-    /// Bytes of activations that spill to disk.
+    /// The budget, bytes.
+    pub memory_budget: Option<usize>,
+    /// What keeps the run within it.
+    pub limits: Limits,
+    /// Bytes on scratch at once.
     pub scratch_bytes: usize,
     /// Predicted work, floating-point operations.
     pub work: Work,

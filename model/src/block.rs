@@ -4,14 +4,17 @@
 
 use std::time::{Duration, Instant};
 
-use attar_ir::{BlockState, BlockStats, InputStats, Needs};
-use attar_tensor::{TensorSource, linalg::GramAccumulator};
+use attar_ir::{BlockState, BlockStats, InputGroup, InputStats, Needs};
+use attar_tensor::{
+    TensorSource,
+    linalg::{GramAccumulator, syrk},
+};
 use rayon::prelude::*;
 
 use crate::{
     Decoder, ModelError, Spill, Stream,
     attention::QkNorm,
-    evaluate::{BlockOps, SITES_OF, Walk},
+    evaluate::{BlockOps, SITES_OF, Walk, release_buffers},
     rope::RopeTable,
 };
 
@@ -39,30 +42,47 @@ struct Observer {
 }
 
 impl Observer {
-    fn new(width: usize, needs: Needs) -> Self {
-        Self {
+    /// For `tokens` rows at most.
+    fn new(
+        width: usize,
+        needs: Needs,
+        tokens: usize,
+        spill: Option<&Spill>,
+    ) -> Result<Self, ModelError> {
+        let hessian = needs.contains(Needs::HESSIAN);
+        let scratch = spill.filter(|spill| spill.gram).map(|spill| &spill.scratch);
+        let gram = hessian.then(|| GramAccumulator::with_scratch(width, scratch)).transpose()?;
+        // Reserved at once: a vector that grows by doubling is copied while both lie in memory.
+        let batch = if hessian { syrk::ROWS.min(tokens) * width } else { 0 };
+        Ok(Self {
             width,
             needs,
             tokens: 0,
-            gram: needs.contains(Needs::HESSIAN).then(|| GramAccumulator::new(width)),
-            rows: Vec::new(),
+            gram,
+            rows: Vec::with_capacity(batch),
             abs_max: vec![0.0; width],
             abs_sum: vec![0.0; width],
             square_sum: vec![0.0; width],
-        }
+        })
     }
 
-    fn add(&mut self, x: &[f32]) {
+    fn add(&mut self, x: &[f32]) -> Result<(), ModelError> {
         self.tokens += x.len() / self.width;
         if let Some(gram) = &mut self.gram {
-            let batch = attar_tensor::linalg::syrk::ROWS * self.width;
+            let batch = syrk::ROWS * self.width;
             let mut rest = x;
             while !rest.is_empty() {
+                if self.rows.is_empty() && rest.len() >= batch {
+                    let (now, later) = rest.split_at(batch);
+                    gram.add(now)?;
+                    rest = later;
+                    continue;
+                }
                 let (now, later) = rest.split_at((batch - self.rows.len()).min(rest.len()));
                 self.rows.extend_from_slice(now);
                 rest = later;
                 if self.rows.len() == batch {
-                    gram.add(&self.rows);
+                    gram.add(&self.rows)?;
                     self.rows.clear();
                 }
             }
@@ -76,15 +96,16 @@ impl Observer {
                 }
             }
         }
+        Ok(())
     }
 
-    fn finish(mut self) -> InputStats {
+    fn finish(mut self) -> Result<InputStats, ModelError> {
         let n = self.tokens.max(1) as f64;
         if let Some(gram) = &mut self.gram {
-            gram.add(&self.rows);
+            gram.add(&self.rows)?;
         }
         drop(std::mem::take(&mut self.rows));
-        InputStats {
+        Ok(InputStats {
             tokens: self.tokens,
             abs_max: self.needs.contains(Needs::ABS_MAX).then_some(self.abs_max),
             abs_mean: self
@@ -92,8 +113,8 @@ impl Observer {
                 .contains(Needs::ABS_MEAN)
                 .then(|| self.abs_sum.iter().map(|sum| (sum / n) as f32).collect()),
             square_sum: self.needs.contains(Needs::SQUARE_SUM).then_some(self.square_sum),
-            hessian: self.gram.map(|gram| gram.finish(2.0 / n)),
-        }
+            hessian: self.gram.map(|gram| gram.finish(2.0 / n)).transpose()?,
+        })
     }
 }
 
@@ -159,9 +180,10 @@ impl<'a> BlockRun<'a> {
         needs: Needs,
     ) -> Result<InputStats, ModelError> {
         let width = self.decoder.block(self.index).inputs[stage].width;
-        let mut observer = Observer::new(width, needs);
+        let tokens = self.stream.tokens();
+        let mut observer = Observer::new(width, needs, tokens, self.spill.as_ref())?;
         self.advance(stage, state, Some(&mut observer))?;
-        Ok(observer.finish())
+        observer.finish()
     }
 
     /// Runs what remains, so that the stream holds the block's output.
@@ -194,7 +216,7 @@ impl<'a> BlockRun<'a> {
         let old_mid = self.mid.take();
         let width = |stage: usize| self.decoder.block(self.index).inputs[stage].width;
         let mut new_mid = if from != to && to < 4 && has_mid(to) {
-            Some(self.stream.like(width(to), self.spill.as_ref())?)
+            Some(self.stream.beside(width(to), self.spill.as_ref())?)
         } else {
             None
         };
@@ -233,14 +255,15 @@ impl<'a> BlockRun<'a> {
                     match to {
                         0 | 2 => {
                             walk.norm_into(&ops.norms[to / 2], x, &mut normed);
-                            observer.add(&normed);
+                            observer.add(&normed)?;
                         }
-                        _ => observer.add(beside),
+                        _ => observer.add(beside)?,
                     }
                 }
             }
             self.timing.statistics += started.elapsed();
         }
+        release_buffers();
         self.mid = if from == to { old_mid } else { new_mid };
         self.stage = to;
         Ok(())
@@ -258,6 +281,7 @@ pub fn observe_block(
     state: &BlockState,
     stream: &Stream,
     needs: Needs,
+    spill: Option<&Spill>,
 ) -> Result<(BlockStats, Timing), ModelError> {
     let mut timing = Timing::default();
     let block = decoder.block(index);
@@ -268,8 +292,9 @@ pub fn observe_block(
     let stages = block.inputs.len();
     let wanted: Vec<usize> = (0..block.sites.len()).collect();
     let ops = BlockOps::from_state(state, &wanted, &qk_norm);
+    let observer = |input: &InputGroup| Observer::new(input.width, needs, stream.tokens(), spill);
     let mut observers: Vec<_> =
-        block.inputs.iter().map(|input| Observer::new(input.width, needs)).collect();
+        block.inputs.iter().map(observer).collect::<Result<_, ModelError>>()?;
     let batch = rayon::current_num_threads();
     for first in (0..stream.windows()).step_by(batch) {
         let started = Instant::now();
@@ -295,11 +320,13 @@ pub fn observe_block(
         let started = Instant::now();
         for inputs in &inputs {
             for (observer, x) in observers.iter_mut().zip(inputs) {
-                observer.add(x);
+                observer.add(x)?;
             }
         }
         timing.statistics += started.elapsed();
     }
-    let inputs = observers.into_iter().map(|observer| Some(observer.finish())).collect();
+    release_buffers();
+    let inputs =
+        observers.into_iter().map(|o| o.finish().map(Some)).collect::<Result<_, ModelError>>()?;
     Ok((BlockStats { inputs }, timing))
 }

@@ -182,6 +182,12 @@ thread_local! {
     static BUFFERS: RefCell<[Vec<f32>; 4]> = const { RefCell::new([const { Vec::new() }; 4]) };
 }
 
+/// Gives the memory of the activations inside a block back, on every thread.
+pub(crate) fn release_buffers() {
+    drop(BUFFERS.take());
+    rayon::broadcast(|_| drop(BUFFERS.take()));
+}
+
 /// What runs one window through one block, step by step.
 pub(crate) struct Walk<'a> {
     pub(crate) decoder: &'a Decoder,
@@ -285,6 +291,8 @@ pub fn embed(
             )));
         }
     }
+    // Rows lie all over the table, and the system maps more than is touched.
+    source.release(name);
     Ok(out)
 }
 
@@ -319,6 +327,7 @@ pub fn run_block(
             stream.write(window, &x)?;
         }
     }
+    release_buffers();
     Ok(())
 }
 

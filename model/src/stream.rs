@@ -1,27 +1,28 @@
 //! Activations between blocks: per window `[tokens, width]` f32, in memory up to a limit, else in a
 //! scratch file with positioned reads and writes.
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::io;
 
-/// Where activations go when they do not fit.
-#[derive(Clone)]
+use attar_tensor::{Scratch, Shelf};
+
+/// Where activations and sums go when they do not fit.
+#[derive(Debug, Clone)]
 pub struct Spill {
-    /// Largest stream kept in memory, bytes.
+    /// Largest stream between blocks kept in memory, bytes.
     pub limit: usize,
-    /// Opens an anonymous scratch file.
-    pub open: Arc<dyn Fn() -> io::Result<File> + Send + Sync>,
+    /// Largest stream inside a block kept in memory, bytes.
+    pub beside: usize,
+    /// Sums of Hessians lie on scratch.
+    pub gram: bool,
+    /// Opens scratch files.
+    pub scratch: Scratch,
 }
 
-impl std::fmt::Debug for Spill {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Spill").field("limit", &self.limit).finish_non_exhaustive()
+impl Spill {
+    /// Keeps everything in memory up to `limit` bytes each.
+    pub fn above(limit: usize, scratch: Scratch) -> Self {
+        Self { limit, beside: limit, gram: false, scratch }
     }
-}
-
-#[derive(Debug)]
-enum Store {
-    Memory(Vec<f32>),
-    File(File),
 }
 
 /// Activations of all windows at one place of the model.
@@ -30,7 +31,7 @@ pub struct Stream {
     width: usize,
     /// First token of each window, and the end.
     starts: Vec<usize>,
-    store: Store,
+    values: Shelf<f32>,
 }
 
 impl Stream {
@@ -44,23 +45,18 @@ impl Stream {
             starts.push(starts[starts.len() - 1] + length);
         }
         let elements = starts[starts.len() - 1] * width;
-        let store = match spill {
-            Some(spill) if elements * 4 > spill.limit => {
-                let file = (spill.open)()?;
-                file.set_len(elements as u64 * 4)?;
-                Store::File(file)
-            }
-            _ => Store::Memory(vec![0.0; elements]),
-        };
-        Ok(Self { width, starts, store })
+        let spill = spill.filter(|spill| elements * 4 > spill.limit);
+        let values = Shelf::new(elements, spill.map(|spill| &spill.scratch))?;
+        Ok(Self { width, starts, values })
     }
 
-    /// A stream with the same windows and another width.
+    /// A stream inside a block: the same windows, another width.
     ///
     /// # Errors
     /// As [`Stream::new`].
-    pub fn like(&self, width: usize, spill: Option<&Spill>) -> io::Result<Self> {
-        Self::new(&self.lengths(), width, spill)
+    pub fn beside(&self, width: usize, spill: Option<&Spill>) -> io::Result<Self> {
+        let spill = spill.map(|spill| Spill { limit: spill.beside, ..spill.clone() });
+        Self::new(&self.lengths(), width, spill.as_ref())
     }
 
     /// Tokens of each window.
@@ -85,10 +81,7 @@ impl Stream {
 
     /// Bytes held in memory.
     pub fn resident_bytes(&self) -> usize {
-        match &self.store {
-            Store::Memory(values) => values.len() * 4,
-            Store::File(_) => 0,
-        }
+        self.values.resident_bytes()
     }
 
     /// Copies out one window `[tokens, width]`.
@@ -108,15 +101,7 @@ impl Stream {
     pub fn read_into(&self, window: usize, out: &mut Vec<f32>) -> io::Result<()> {
         let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
         out.resize(end - start, 0.0);
-        match &self.store {
-            Store::Memory(values) => {
-                out.copy_from_slice(&values[start..end]);
-                Ok(())
-            }
-            Store::File(file) => {
-                file.read_exact_at(bytemuck::cast_slice_mut(out), start as u64 * 4)
-            }
-        }
+        self.values.read(start, out)
     }
 
     /// Stores one window.
@@ -129,13 +114,7 @@ impl Stream {
     pub fn write(&mut self, window: usize, values: &[f32]) -> io::Result<()> {
         let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
         assert_eq!(values.len(), end - start, "a window is written whole");
-        match &mut self.store {
-            Store::Memory(all) => {
-                all[start..end].copy_from_slice(values);
-                Ok(())
-            }
-            Store::File(file) => file.write_all_at(bytemuck::cast_slice(values), start as u64 * 4),
-        }
+        self.values.write(start, values)
     }
 }
 
@@ -145,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_spilled_stream_holds_what_one_in_memory_holds() {
-        let spill = Spill { limit: 16, open: Arc::new(tempfile::tempfile) };
+        let spill = Spill::above(16, Scratch::new(tempfile::tempfile));
         let (lengths, width) = ([3, 1, 5], 2);
         let mut memory = Stream::new(&lengths, width, None).unwrap();
         let mut file = Stream::new(&lengths, width, Some(&spill)).unwrap();
@@ -166,7 +145,7 @@ mod tests {
     #[test]
     fn a_scratch_file_that_cannot_be_opened_is_an_error() {
         let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
-        let spill = Spill { limit: 0, open: Arc::new(full) };
+        let spill = Spill::above(0, Scratch::new(full));
         let error = Stream::new(&[4], 2, Some(&spill)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     }

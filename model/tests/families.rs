@@ -10,7 +10,7 @@ use attar_model::{
     final_logits, observe_block, run_block,
 };
 use attar_tensor::{
-    DType, SourceError, Tensor, TensorHeader, TensorSource, TensorView, compare::distance,
+    DType, Scratch, SourceError, Tensor, TensorHeader, TensorSource, TensorView, compare::distance,
 };
 use safetensors::SafeTensors;
 
@@ -148,7 +148,7 @@ fn staged_observation_equals_whole_observation_and_the_forward() {
         let needs = Needs::HESSIAN | Needs::ABS_MEAN | Needs::ABS_MAX;
         let mut stream = hidden(&case);
         let (whole, _) =
-            observe_block(&case.decoder, 0, &case.source, &state, &stream, needs).unwrap();
+            observe_block(&case.decoder, 0, &case.source, &state, &stream, needs, None).unwrap();
         let mut run = BlockRun::begin(&case.decoder, 0, &case.source, &mut stream, None).unwrap();
         for (stage, want) in whole.inputs.iter().enumerate() {
             let got = run.observe(stage, &state, needs).unwrap();
@@ -186,7 +186,8 @@ fn calibrate(case: &Case, threads: usize, spill: Option<Spill>) -> (Vec<InputSta
 
 #[test]
 fn threads_and_spilling_do_not_change_a_bit() {
-    let spill = Spill { limit: 0, open: std::sync::Arc::new(tempfile::tempfile) };
+    let mut spill = Spill::above(0, Scratch::new(tempfile::tempfile));
+    spill.gram = true;
     for case in cases().iter().filter(|c| c.name == "qwen3" || c.name == "mistral-sliding") {
         let one = calibrate(case, 1, None);
         assert_eq!(one, calibrate(case, 2, None), "{}", case.name);
@@ -217,7 +218,8 @@ fn a_later_stage_reads_what_the_changed_weights_put_out() {
     v.mapv_inplace(|w| w * 0.5);
     let got = run.observe(1, &state, needs).unwrap().abs_mean.unwrap();
     let (whole, _) =
-        observe_block(&case.decoder, 0, &case.source, &original, &hidden(&case), needs).unwrap();
+        observe_block(&case.decoder, 0, &case.source, &original, &hidden(&case), needs, None)
+            .unwrap();
     let whole = whole.input(1).unwrap().abs_mean.as_ref().unwrap();
     let want: Vec<f32> = whole.iter().map(|v| v * 0.5).collect();
     assert!(distance(&got, &want).relative() < 1e-6);

@@ -12,8 +12,8 @@
 
 use attar_ir::{
     Block, BlockState, BlockStats, ChannelMap, Contract, Cost, Event, Fold, FormChange, FormSet,
-    Needs, Pass, PassContext, PassDef, PassError, PassReport, Producer, Target, Touches, Upstream,
-    Weight,
+    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Producer, Target, Touches,
+    Upstream, Weight,
 };
 use attar_tensor::{
     Mat, QuantScheme,
@@ -265,13 +265,14 @@ impl Pass for Awq {
         }
     }
 
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+    fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let mut cost = Cost::default();
         for target in targets {
             let site = &block.sites[target.site];
             let (o, n) = (site.out_features as f64, site.in_features as f64);
+            // A scaled copy, its codes, and their error.
             cost.flops += 2.0 * o * n * n * (2.0 * self.0.grid as f64 + 1.0);
-            cost.peak_bytes = cost.peak_bytes.max(site.weights() * 24);
+            cost.peak_bytes = cost.peak_bytes.max(site.weights() * 10);
         }
         cost
     }
@@ -448,7 +449,7 @@ mod tests {
     fn apply(clip: bool, state: &mut BlockState, stats: &mut BlockStats) -> PassReport {
         let block = block();
         let targets = [0, 1].map(|site| Target { site, scheme: Some(scheme()) });
-        let context = PassContext { block: &block, seed: 0 };
+        let context = PassContext { block: &block, seed: 0, scratch: None };
         Awq(Options { grid: 20, clip }).apply(&context, &targets, state, stats).unwrap()
     }
 

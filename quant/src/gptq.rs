@@ -10,12 +10,16 @@
 //! et al. 2023, arXiv:2309.01885; `tile`), each move accepted only when it lowers the objective; dead columns are
 //! rounded to nearest instead of zeroed; failed factorizations raise the dampening and are reported.
 
+use std::io;
+
 use attar_ir::{
-    Block, BlockState, BlockStats, Contract, Cost, Event, FormChange, FormSet, Needs, Pass,
+    Block, BlockState, BlockStats, Contract, Cost, Event, FormChange, FormSet, Limits, Needs, Pass,
     PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme, QuantizedLinear, grid::GroupGrid, linalg::inverse_cholesky_upper,
+    Mat, QuantScheme, QuantizedLinear, Scratch,
+    grid::GroupGrid,
+    linalg::{InverseFactor, LinalgError, UpperPanels},
 };
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -69,21 +73,36 @@ impl Default for Options {
 struct Gptq(Options);
 
 /// What all sites with the same input share.
+#[derive(Debug)]
 struct Factor {
     /// Order in which columns are solved.
     order: Vec<usize>,
-    /// `U [in, in]` of the permuted, damped Hessian, f32.
-    upper: Vec<f32>,
-    /// Hessian in the original order, dead columns with a diagonal, f32.
-    hessian: Mat,
-    /// Its diagonal.
+    /// `U [in, in]` of the permuted, damped Hessian, f32, in panels of `block_size` rows.
+    upper: UpperPanels,
+    /// Diagonal of the Hessian; dead columns have one too.
     diagonal: Vec<f32>,
     /// What was added to the diagonal of each column.
     added: Vec<f32>,
     events: Vec<Event>,
 }
 
-fn factorize(hessian: &Mat, options: &Options, site: &str) -> Result<Factor, PassError> {
+impl Factor {
+    /// Gives dead columns of the Hessian their diagonal, or takes it away again.
+    fn fill(&self, hessian: &mut Mat, fill: bool) {
+        for (i, value) in hessian.diag_mut().iter_mut().enumerate() {
+            if self.added[i] > 0.0 {
+                *value = if fill { self.diagonal[i] } else { self.diagonal[i] - self.added[i] };
+            }
+        }
+    }
+}
+
+fn factorize(
+    hessian: &Mat,
+    options: &Options,
+    site: &str,
+    scratch: Option<&Scratch>,
+) -> Result<Factor, PassError> {
     let n = hessian.nrows();
     let mut events = Vec::new();
     let mut diagonal: Vec<f64> = hessian.diag().iter().map(|&v| f64::from(v)).collect();
@@ -107,21 +126,23 @@ fn factorize(hessian: &Mat, options: &Options, site: &str) -> Result<Factor, Pas
     if options.actorder {
         order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
     }
+    let failed = |source| PassError::Scratch { site: site.to_owned(), source };
+    let values = hessian.as_slice().expect("standard layout");
     let (mut percdamp, mut failures) = (options.percdamp, 0);
-    let upper = loop {
-        let mut a = vec![0.0f64; n * n];
-        for (i, &ri) in order.iter().enumerate() {
-            for (j, &rj) in order.iter().enumerate() {
-                a[i * n + j] = f64::from(hessian[[ri, rj]]);
+    let inverse = loop {
+        let row = |i: usize, out: &mut [f64]| {
+            let from = &values[order[i] * n..][..n];
+            for (to, &column) in out.iter_mut().zip(&order[i..]) {
+                *to = f64::from(from[column]);
             }
-            a[i * n + i] = diagonal[ri] + percdamp * mean;
-        }
-        match inverse_cholesky_upper(a, n) {
-            Ok(upper) => break upper,
-            Err(error) if failures < 8 => {
+            out[0] = diagonal[order[i]] + percdamp * mean;
+        };
+        match InverseFactor::new(n, row, scratch) {
+            Ok(inverse) => break inverse,
+            Err(LinalgError::Scratch(source)) => return Err(failed(source)),
+            Err(_) if failures < 8 => {
                 failures += 1;
                 percdamp = (percdamp * 10.0).max(1e-4);
-                let _ = error;
             }
             Err(error) => {
                 return Err(PassError::Numeric {
@@ -134,24 +155,23 @@ fn factorize(hessian: &Mat, options: &Options, site: &str) -> Result<Factor, Pas
     if failures > 0 {
         events.push(Event::DampeningRaised { percdamp, failures });
     }
+    let upper = inverse.into_upper(options.block_size.clamp(1, n), scratch).map_err(failed)?;
     let diagonal: Vec<f32> = diagonal.iter().map(|&d| d as f32).collect();
     let added = diagonal.iter().zip(hessian.diag()).map(|(d, h)| d - h).collect();
-    let mut filled = hessian.clone();
-    for (to, &d) in filled.diag_mut().iter_mut().zip(&diagonal) {
-        *to = d;
-    }
-    let upper = upper.iter().map(|&v| v as f32).collect();
-    Ok(Factor { order, upper, hessian: filled, diagonal, added, events })
+    Ok(Factor { order, upper, diagonal, added, events })
 }
 
+/// `hessian` is that of the factor, dead columns filled.
 fn quantize(
     weight: &Mat,
+    hessian: &Mat,
     factor: &Factor,
     scheme: QuantScheme,
     options: &Options,
-) -> (QuantizedLinear, Errors) {
+) -> io::Result<(QuantizedLinear, Errors)> {
     let (out, n) = weight.dim();
     let groups = n / scheme.group_size(n);
+    let hessian = hessian.as_slice().expect("standard layout");
     let mut codes = vec![0u8; out * n];
     let mut grids = vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups];
     let errors: Vec<Errors> = weight
@@ -161,14 +181,14 @@ fn quantize(
         .zip(codes.par_chunks_mut(TILE * n))
         .zip(grids.par_chunks_mut(TILE * groups))
         .map(|((weight, codes), grids)| {
-            Tile { weight, codes, grids }.solve(factor, scheme, options)
+            Tile { weight, codes, grids }.solve(hessian, factor, scheme, options)
         })
-        .collect();
+        .collect::<io::Result<_>>()?;
     let total = errors.iter().fold(Errors::default(), |sum, e| Errors {
         weight: sum.weight + e.weight,
         output: sum.output + e.output,
     });
-    (assemble(scheme, (out, n), codes, &grids), total)
+    Ok((assemble(scheme, (out, n), codes, &grids), total))
 }
 
 impl Pass for Gptq {
@@ -187,7 +207,7 @@ impl Pass for Gptq {
         }
     }
 
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+    fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {
         let mut cost = Cost::default();
         let mut seen = Vec::new();
         for target in targets {
@@ -201,11 +221,20 @@ impl Pass for Gptq {
                 seen.push(input);
                 cost.flops += n * n * n * 2.0 / 3.0;
             }
-            // The damped Hessian and its inverse factor in f64, then both in f32 beside tiles of f32.
-            let factor = site.in_features * site.in_features;
-            let tile = 5 * 4 * TILE.min(site.out_features) * site.in_features;
-            let solving = (16 * factor).max(8 * factor + tile) + site.weights() * 2;
-            cost.peak_bytes = cost.peak_bytes.max(solving);
+            let n = site.in_features;
+            let (factorizing, factor) = InverseFactor::bytes(n, limits.factor_on_scratch);
+            // Weights in the factor's order, errors, codes as floats; then the residual in the place of
+            // the weights. A panel of U where it lies on scratch.
+            let lines = 3 * n + 2 * self.0.block_size.min(n) + n / 8;
+            let panel = if limits.factor_on_scratch { self.0.block_size.min(n) * n } else { 0 };
+            let tile = 4 * (TILE.min(site.out_features).next_multiple_of(16) * lines + panel);
+            let tiles = limits.threads.min(site.out_features.div_ceil(TILE)) * tile;
+            // Codes, scales and zero points.
+            let solving = factor + tiles + site.weights() + site.weights() / 5;
+            cost.peak_bytes = cost.peak_bytes.max(factorizing.max(solving));
+            if limits.factor_on_scratch {
+                cost.scratch_bytes = cost.scratch_bytes.max(6 * n * n);
+            }
         }
         cost
     }
@@ -224,20 +253,27 @@ impl Pass for Gptq {
             let scheme = target.scheme.expect("the plan gives quantizing steps a scheme");
             let input = context.block.input_of(target.site);
             let hessian = stats
-                .input(input)
-                .and_then(|input| input.hessian.as_ref())
+                .inputs
+                .get_mut(input)
+                .and_then(|input| input.as_mut()?.hessian.as_mut())
                 .expect("the plan provides what the contract needs");
             let linear = &mut state.linears[target.site];
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
             let factor = match shared.take() {
                 Some((of, factor)) if of == input => factor,
-                _ => {
+                old => {
+                    // Two factors are never held at once.
+                    drop(old);
                     check_finite(&site.name, "the Hessian", hessian)?;
-                    factorize(hessian, &self.0, &site.name)?
+                    factorize(hessian, &self.0, &site.name, context.scratch)?
                 }
             };
-            let (quantized, errors) = quantize(weight, &factor, scheme, &self.0);
+            factor.fill(hessian, true);
+            let result = quantize(weight, hessian, &factor, scheme, &self.0);
+            factor.fill(hessian, false);
+            let (quantized, errors) =
+                result.map_err(|source| PassError::Scratch { site: site.name.clone(), source })?;
             sites.push(SiteReport {
                 site: site.name.clone(),
                 pass: "gptq".into(),
@@ -265,8 +301,8 @@ mod tests {
         });
         let x = Mat::from_shape_vec((tokens, n), rng.normals(tokens * n)).unwrap().dot(&mix);
         let mut gram = GramAccumulator::new(n);
-        gram.add(x.as_standard_layout().as_slice().unwrap());
-        gram.finish(2.0 / tokens as f64)
+        gram.add(x.as_standard_layout().as_slice().unwrap()).unwrap();
+        gram.finish(2.0 / tokens as f64).unwrap()
     }
 
     fn scheme(bits: u8, group: usize, symmetric: bool) -> QuantScheme {
@@ -295,8 +331,8 @@ mod tests {
                 let mut last = f64::INFINITY;
                 for refine in [0, 1, 3] {
                     let options = Options { refine, ..Options::default() };
-                    let factor = factorize(&h, &options, "test").unwrap();
-                    let (q, errors) = quantize(&w, &factor, s, &options);
+                    let factor = factorize(&h, &options, "test", None).unwrap();
+                    let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
                     let found = loss(&w, &q, &h);
                     assert!((errors.output / found - 1.0).abs() < 1e-3);
                     assert!(found < rtn && found <= last * 1.0001, "{bits} {found} {rtn} {last}");
@@ -321,8 +357,8 @@ mod tests {
             let mut last = f64::INFINITY;
             for refine in [0, 1, 2] {
                 let options = Options { refine, ..Options::default() };
-                let factor = factorize(&h, &options, "test").unwrap();
-                let (q, errors) = quantize(&w, &factor, s, &options);
+                let factor = factorize(&h, &options, "test", None).unwrap();
+                let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
                 let found = loss(&w, &q, &h);
                 assert!((errors.output / found - 1.0).abs() < 1e-3, "{n} {errors:?} {found}");
                 assert!(found < last, "{n} {refine}: {found} {last}");
@@ -342,29 +378,31 @@ mod tests {
             }
         }
         let options = Options { percdamp: 0.0, ..Options::default() };
-        let factor = factorize(&h, &options, "test").unwrap();
+        let factor = factorize(&h, &options, "test", None).unwrap();
         assert!(factor.events.contains(&Event::DeadColumns { count: n / 2 }));
         assert!(matches!(
             factor.events.last(),
             Some(Event::DampeningRaised { failures, .. }) if *failures > 0
         ));
         let zero = Mat::zeros((n, n));
-        assert!(factorize(&zero, &options, "test").is_err());
+        assert!(factorize(&zero, &options, "test", None).is_err());
     }
 
     #[test]
-    fn bits_do_not_depend_on_threads() {
+    fn bits_depend_neither_on_threads_nor_on_scratch() {
         let (out, n) = (300, 128);
         let h = correlated(n, 300, 2);
         let w = Mat::from_shape_vec((out, n), Rng::new(3).normals(out * n)).unwrap();
         let options = Options::default();
-        let run = |threads| {
+        let scratch = Scratch::new(tempfile::tempfile);
+        let run = |threads, scratch: Option<&Scratch>| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-                let factor = factorize(&h, &options, "test").unwrap();
-                quantize(&w, &factor, scheme(3, 32, true), &options).0
+                let factor = factorize(&h, &options, "test", scratch).unwrap();
+                quantize(&w, &h, &factor, scheme(3, 32, true), &options).unwrap().0
             })
         };
-        assert_eq!(run(1), run(2));
+        assert_eq!(run(1, None), run(2, None));
+        assert_eq!(run(1, None), run(2, Some(&scratch)));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! clipping range. The range search minimises the group's squared error.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Needs, Pass, PassContext,
-    PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
+    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
+    PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
     Mat, QuantScheme, QuantizedLinear,
@@ -149,11 +149,11 @@ impl Pass for Rtn {
         }
     }
 
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+    fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
         let each = if self.0.clip == Range::Mse { 500.0 } else { 8.0 };
         let largest = targets.iter().map(|t| block.sites[t.site].weights()).max().unwrap_or(0);
-        Cost { flops: each * weights as f64, peak_bytes: largest * 8 }
+        Cost { flops: each * weights as f64, peak_bytes: largest * 8, scratch_bytes: 0 }
     }
 
     fn apply(

@@ -54,6 +54,8 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
     let text = CorpusSource::Text(vec![held_out]);
     let vocab = original.decoder.spec.vocab;
     let windows = corpus::evaluation(&text, Some(&tokenizer), CONTEXT, None, vocab)?;
+    let limits = attar_ir::Limits::unbounded(measure::threads(None));
+    let spill = measure::spill(&limits, &measure::scratch());
     let greedy = Sampling { temperature: 0.0, seed: 0 };
     say!(
         "TinyStories-656K: 656,000 parameters, group 128, perplexity over {} tokens at context {CONTEXT}\n",
@@ -68,7 +70,8 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
         "KL (nats)",
         "top-1"
     );
-    let (base, _) = measure::evaluate(&original, None, &windows, None, CONTEXT, Score::All)?;
+    let (base, _) =
+        measure::evaluate(&original, None, &windows, None, CONTEXT, Score::All, &spill)?;
     let mb =
         |model: &Opened| -> Result<f64, Error> { Ok(model.checkpoint.file_bytes()? as f64 / 1e6) };
     say!(
@@ -98,12 +101,21 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             context: Some(CONTEXT),
             seed: None,
             promise: Promise::default(),
+            memory: None,
             json: false,
         };
-        compile::compile(&compile::prepare(&what)?, &compile::Options::new(&out))?;
+        let job = compile::prepare(&what, measure::threads(None), None)?;
+        compile::compile(&job, &compile::Options::new(&out))?;
         let model = Opened::open(&out)?;
-        let (eval, _) =
-            measure::evaluate(&model, Some(&original), &windows, None, CONTEXT, Score::All)?;
+        let (eval, _) = measure::evaluate(
+            &model,
+            Some(&original),
+            &windows,
+            None,
+            CONTEXT,
+            Score::All,
+            &spill,
+        )?;
         say!(
             "{:<10} {:>10.3} {:>8.3} {:>12.3} {:>10.4} {:>7.1}%",
             preset,

@@ -68,8 +68,10 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
         ScoreArg::All => Score::All,
         ScoreArg::SecondHalf => Score::SecondHalf,
     };
+    let limits = attar_ir::Limits::unbounded(measure::threads(None));
+    let spill = measure::spill(&limits, &measure::scratch());
     let (eval, logits) =
-        measure::evaluate(&model, reference.as_ref(), &windows, bos, args.context, score)?;
+        measure::evaluate(&model, reference.as_ref(), &windows, bos, args.context, score, &spill)?;
     if let Some(path) = &args.dump_logits {
         dump(path, &logits)?;
     }

@@ -19,22 +19,22 @@ use crate::{
     Error,
     args::{Args, Command, Compress, Gate, Plan, ProgressArg, Run, Verify},
     compile::{self, Measure, Options},
-    contract,
+    contract, measure,
     packed::Opened,
     registry, verify,
 };
 
 /// Runs what was typed; `false` when a check or gate failed.
 pub(crate) fn run(args: Args) -> Result<bool, Error> {
-    if let Some(threads) = args.threads {
+    if let (Some(threads), false) = (args.threads, matches!(args.command, Command::Compress(_))) {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     if let Some(isa) = args.isa {
         attar_tensor::linalg::pin(isa).map_err(|error| format!("--isa {isa}: {error}"))?;
     }
     match args.command {
-        Command::Compress(args) => compress(&args),
-        Command::Plan(args) => print_plan(&args),
+        Command::Compress(what) => compress(&what, args.threads),
+        Command::Plan(what) => print_plan(&what, args.threads),
         Command::Eval(args) => evaluate::evaluate(&args),
         Command::Verify(args) => verify_artifact(&args),
         Command::Inspect(args) => inspect::inspect(&args),
@@ -50,12 +50,16 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
     }
 }
 
-fn compress(args: &Compress) -> Result<bool, Error> {
-    let job = compile::prepare(&args.what)?;
+fn compress(args: &Compress, threads: Option<usize>) -> Result<bool, Error> {
+    attar_formats::give_freed_memory_back();
+    let measure = args.eval_text.clone().map(|text| Measure { text, context: args.eval_context });
+    let job = compile::prepare(&args.what, measure::threads(threads), measure.as_ref())?;
+    // A tight budget lets fewer threads work.
+    rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build_global()?;
     let every = std::time::Duration::try_from_secs_f64(args.checkpoint_every)
         .map_err(|_| "--checkpoint-every: give a number of seconds, 0 or more")?;
     let options = Options {
-        measure: args.eval_text.clone().map(|text| Measure { text, context: args.eval_context }),
+        measure,
         scratch: args.scratch.as_deref(),
         checkpoint_every: every,
         cache_limit: args.cache_limit,
@@ -126,8 +130,9 @@ fn print_report(path: &std::path::Path, report: &Report) {
     );
 }
 
-fn print_plan(args: &Plan) -> Result<bool, Error> {
-    let job = compile::prepare(&args.what)?;
+fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
+    let measure = args.eval_text.clone().map(|text| Measure { text, context: args.eval_context });
+    let job = compile::prepare(&args.what, measure::threads(threads), measure.as_ref())?;
     if args.what.json {
         let mut json = plan::to_json(&job.variants);
         for (at, (_, plan)) in job.variants.iter().enumerate() {

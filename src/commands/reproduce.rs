@@ -15,6 +15,7 @@ use crate::{
     Error,
     args::{Promise, Reproduce, What},
     compile::{self, Job},
+    measure,
     provenance::{Record, platform, short},
 };
 
@@ -277,7 +278,7 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
         .map_err(|error| format!("{}: {error}", recipe.display()))?;
     let what = recorded.what(args, recipe)?;
     recorded.check_source(&what.checkpoint)?;
-    let job = compile::prepare(&what)?;
+    let job = compile::prepare(&what, measure::threads(None), None)?;
     recorded.check_calibration(&job)?;
     let root = args.out.clone().unwrap_or_else(|| scratch.path().join("artifact"));
     let made_in = made_in(&job, &recorded, &root)?;

@@ -10,15 +10,16 @@ use attar_formats::{Windows, stage::Stage};
 use attar_ir::{
     Block, BlockState, BlockStats, InputStats, PassContext, Upstream, plan::Plan, recipe::Recipe,
 };
-use attar_model::{BlockRun, Stream, embed, observe_block};
+use attar_model::{BlockRun, Spill, Stream, embed, observe_block};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
 use serde_json::json;
 
 use super::{
     Job,
     keys::{BlockKeys, Ground, RoundKeys, Statistic, Unit},
+    scratch_of,
 };
-use crate::{Error, trace::Trace};
+use crate::{Error, measure, trace::Trace};
 
 /// Activations on their way through the blocks.
 #[derive(Default)]
@@ -86,6 +87,11 @@ impl<'a> Walk<'a> {
             lanes: Default::default(),
             stored: Instant::now(),
         }
+    }
+
+    /// Where activations and sums go that do not fit.
+    fn spill(&self) -> Spill {
+        measure::spill(&self.plan.limits, &scratch_of(self.stage))
     }
 
     /// The block after all its steps.
@@ -168,9 +174,18 @@ impl<'a> Walk<'a> {
             .stream
             .as_ref()
             .ok_or("the plan counted on calibration data")?;
+        let spill = self.spill();
         let what = name_of(block);
         let (found, _) = self.trace.run(Phase::Calibrate, what, || {
-            observe_block(&job.decoder, block.index, &job.checkpoint, state, stream, needs)
+            observe_block(
+                &job.decoder,
+                block.index,
+                &job.checkpoint,
+                state,
+                stream,
+                needs,
+                Some(&spill),
+            )
         });
         let (stats, timing) = found?;
         self.time.forward += timing.forward.as_secs_f64();
@@ -200,7 +215,7 @@ impl<'a> Walk<'a> {
             block.index,
             &job.checkpoint,
             &mut stream,
-            Some(job.spill(self.stage)),
+            Some(self.spill()),
         )?;
         for input in 0..block.inputs.len() {
             let mut stats = BlockStats::empty(block.inputs.len());
@@ -257,7 +272,7 @@ impl<'a> Walk<'a> {
             block.index,
             &job.checkpoint,
             &mut stream,
-            Some(job.spill(self.stage)),
+            Some(self.spill()),
         )?;
         for input in 0..block.inputs.len() {
             let wanted = keys
@@ -304,7 +319,7 @@ impl<'a> Walk<'a> {
                     }
                 }
             }
-            let spill = job.spill(self.stage);
+            let spill = self.spill();
             let Some(stream) = &mut self.lanes[lane].stream else { break };
             let forward = || {
                 BlockRun::begin(&job.decoder, at, &job.checkpoint, stream, Some(spill))?
@@ -323,7 +338,7 @@ impl<'a> Walk<'a> {
         let lane = lane_of(upstream);
         let windows = self.windows.ok_or("the plan counted on calibration data")?;
         let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
-        let spill = job.spill(self.stage);
+        let spill = self.spill();
         let mut stream = Stream::new(&lengths, job.decoder.spec.hidden, Some(&spill))?;
         if let Some(stage) = self.stage {
             for at in (1..=to).rev() {
@@ -469,7 +484,12 @@ impl<'a> Walk<'a> {
         state: &mut BlockState,
         stats: &mut BlockStats,
     ) -> Result<(), Error> {
-        let context = PassContext { block, seed: self.job.recipe.calibration.seed };
+        let scratch = scratch_of(self.stage);
+        let context = PassContext {
+            block,
+            seed: self.job.recipe.calibration.seed,
+            scratch: self.plan.limits.factor_on_scratch.then_some(&scratch),
+        };
         let what = name_of(block);
         let pass = &self.plan.passes[unit.step];
         let (report, seconds) = self

@@ -2,7 +2,7 @@
 //! [scalar|avx2|avx512]`.
 #![allow(clippy::print_stdout, reason = "an example prints its result")]
 use attar_tensor::{
-    linalg::{GramAccumulator, gemm_nt, gemm_tn},
+    linalg::{GramAccumulator, InverseFactor, gemm_nt, gemm_tn},
     rng::Rng,
 };
 use std::time::Instant;
@@ -47,13 +47,29 @@ fn main() {
         }
         println!("tn {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
     }
+    for n in [2816, 5632] {
+        let mut gram = GramAccumulator::new(n);
+        gram.add(&Rng::new(3).normals((n + 64) * n)).expect("memory is no file");
+        let a = gram.finish_f64(1.0).expect("memory is no file");
+        let start = Instant::now();
+        let row = |i: usize, out: &mut [f64]| out.copy_from_slice(&a[i * n + i..(i + 1) * n]);
+        let factor = InverseFactor::new(n, row, None).expect("XᵀX with more rows than columns");
+        let seconds = start.elapsed().as_secs_f64();
+        let upper = factor.into_upper(128, None).expect("memory is no file");
+        let rate = 2.0 / 3.0 * (n as f64).powi(3) / seconds / 1e9;
+        println!(
+            "factor {n}: {seconds:.2} s, {rate:.1} GFLOP/s, in panels of {} {:.2} s",
+            upper.rows(),
+            start.elapsed().as_secs_f64()
+        );
+    }
     for n in [1024, 2816] {
         let x = Rng::new(2).normals(2048 * n);
         let mut gram = GramAccumulator::new(n);
         let mut best = f64::INFINITY;
         for _ in 0..4 {
             let start = Instant::now();
-            gram.add(&x);
+            gram.add(&x).expect("memory is no file");
             best = best.min(start.elapsed().as_secs_f64());
         }
         println!("gram {n}: {:.1} GFLOP/s (n² per row)", (2048 * n * n) as f64 / best / 1e9);

@@ -12,6 +12,7 @@ pub mod packed;
 pub mod quantized;
 pub mod rng;
 pub mod scheme;
+pub mod scratch;
 pub mod store;
 #[allow(
     clippy::module_inception,
@@ -23,6 +24,7 @@ pub use dtype::DType;
 pub use packed::{LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, PartHeader};
 pub use quantized::QuantizedLinear;
 pub use scheme::{Granularity, QuantScheme, ScaleGrid};
+pub use scratch::{Scratch, Shelf};
 pub use store::{SourceError, TensorHeader, TensorSink, TensorSource};
 pub use tensor::{Tensor, TensorView};
 

@@ -18,16 +18,8 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
-    let PassGraph {
-        graph,
-        passes,
-        recipe,
-        numbers,
-        layouts,
-        source,
-        calibration_tokens,
-        stream_in_memory,
-    } = input;
+    let PassGraph { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget } =
+        input;
     let mut errors = Vec::new();
     // Steps and emits are called by their places in the recipe as it was written.
     let place = |list: &[usize], at: usize| list.get(at).copied().unwrap_or(at);
@@ -202,15 +194,17 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
     let notes = notes(&table, &graph, &emits);
-    let (memory, scratch_bytes, work) = predict::predict(&predict::Facts {
+    let facts = predict::Facts {
         graph: &graph,
         steps: &steps,
         passes: &passes,
         source,
         tokens: calibration_tokens,
         context,
-        stream_in_memory,
-    });
+        budget,
+    };
+    let predict::Prediction { limits, memory, scratch_bytes, work } =
+        predict::within(&facts).map_err(|error| PlanErrors(vec![error]))?;
     Ok(Plan {
         untied: graph.tied && head_quantized,
         graph,
@@ -222,6 +216,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         calibration_tokens,
         context,
         memory,
+        memory_budget: budget.memory,
+        limits,
         scratch_bytes,
         work,
         notes,

@@ -179,6 +179,22 @@ pub enum PlanError {
         /// The sites.
         sites: Vec<String>,
     },
+    /// A budget that cannot be kept.
+    #[error(
+        "memory {}: the run needs {} without a limit and {} with everything on scratch and one \
+         thread (at {at}); give --memory {} or more",
+        mib(*.budget), mib(*.wanted), mib(*.smallest), mib(*.smallest)
+    )]
+    Memory {
+        /// Bytes allowed.
+        budget: usize,
+        /// Predicted peak without a budget.
+        wanted: usize,
+        /// The smallest budget that can be kept.
+        smallest: usize,
+        /// Where its peak lies.
+        at: String,
+    },
     /// Siblings that runtimes fuse differ.
     #[error(
         "runtimes of {layouts} fuse the sites that read the {input}, so they need one scheme, but {}",
@@ -192,6 +208,11 @@ pub enum PlanError {
         /// The sites and their schemes.
         sites: Vec<(String, String)>,
     },
+}
+
+/// Bytes as `--memory` takes them, rounded up.
+fn mib(bytes: usize) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
 /// A list for people: at most six names, then how many more.

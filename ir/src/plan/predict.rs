@@ -1,46 +1,66 @@
 //! What a plan costs: memory, scratch space and work, from shapes alone.
 //!
-//! Memory with calibration, bytes:
-//! `block f32 weights + the stage with the largest (statistics + solver scratch + activations beside the
-//! residual stream) + stream in memory + activations of one window + largest tensor + base`, where a Hessian
-//! of n channels is counted once as the lower triangle in f64 and once in full in f32 (8 n²), and a stream
-//! larger than the limit lies on disk. Without calibration one linear at a time is
-//! read and written: `2 · largest tensor + base`.
+//! Memory is followed through the run: each [`Moment`] is a state in which much is held at once (a stage
+//! observed, a step applied, activations carried on, an artifact written and read back), worst block first,
+//! and the peak is the largest of them. A block holds f32 for linears not yet quantized and codes for the
+//! others; forwards hold packed copies of the linears they run; each thread holds one window of activations;
+//! a Hessian of n channels is `4 n²` bytes of sums in f64, then `4 n²` bytes in f32. [`within`] takes the
+//! fastest [`Limits`] whose peak keeps to the budget.
 //!
 //! Work, floating-point operations: forwards of blocks, `n² · tokens` per symmetric Hessian update, and
 //! what the passes say of themselves.
 
-use attar_tensor::TensorHeader;
+use attar_tensor::{
+    TensorHeader,
+    linalg::{GramAccumulator, syrk},
+};
 use serde::Serialize;
 
-use super::{PlanStep, rounds};
-use crate::{Block, Fold, ModelGraph, Needs, Pass, Producer, Upstream};
+use super::{PlanError, PlanStep, Round, rounds};
+use crate::{
+    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
+    Upstream,
+};
 
-/// Code, allocator, tokenizer and buffers of files.
-const BASE_BYTES: usize = 64 << 20;
+/// Code, allocator, config and reports of any run, bytes.
+const BASE_BYTES: usize = 16 << 20;
+/// Stack, packing space and allocator of one thread, bytes.
+const THREAD_BYTES: usize = 4 << 20;
+/// Resident bytes per byte of tokenizer and text while they are read.
+const CORPUS_FACTOR: usize = 12;
+/// What the system maps around a touched row of the embedding, bytes.
+const FAULT_BYTES: usize = 64 << 10;
+/// Query rows whose scores are held at once (`attar_model`'s attention).
+const QUERY_ROWS: usize = 128;
 
-/// Predicted resident memory by cause, bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Memory {
-    /// The largest block in f32.
+/// One state of the run, bytes by cause.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Moment {
+    /// What happens: `observe`, the label of a step, `forward`, `load`, `write`, `verify`, ...
+    pub what: String,
+    /// The input group, where there is one.
+    pub place: String,
+    /// The block in which it is largest; the number of blocks is the epilogue.
+    pub block_index: Option<usize>,
+    /// Weights of the block: f32, codes, and copies packed for forwards.
     pub block: usize,
-    /// Statistics of the widest observation.
+    /// Hessians and channel statistics, with the sums they come from.
     pub statistics: usize,
-    /// The largest scratch of a pass.
+    /// Scratch of the pass.
     pub solver: usize,
-    /// Activations between blocks that stay in memory.
+    /// Activations of all windows that stay in memory.
     pub stream: usize,
-    /// Activations inside a block for one window.
+    /// Activations of the windows at work.
     pub activations: usize,
-    /// Tensors in transit.
+    /// Tensors in transit and pages of mapped files.
     pub tensors: usize,
     /// Everything else.
     pub base: usize,
 }
 
-impl Memory {
-    /// The predicted peak.
-    pub const fn peak(&self) -> usize {
+impl Moment {
+    /// All of it.
+    pub const fn total(&self) -> usize {
         self.block
             + self.statistics
             + self.solver
@@ -48,6 +68,47 @@ impl Memory {
             + self.activations
             + self.tensors
             + self.base
+    }
+
+    /// `what` and `place` for people.
+    pub fn name(&self) -> String {
+        if self.place.is_empty() {
+            self.what.clone()
+        } else {
+            format!("{}, {}", self.what, self.place)
+        }
+    }
+}
+
+/// Predicted resident memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// The largest total of a moment.
+    pub peak_bytes: usize,
+    /// In the order of the run; of moments that repeat in every block, the largest.
+    pub moments: Vec<Moment>,
+}
+
+impl Memory {
+    /// The predicted peak, bytes.
+    pub const fn peak(&self) -> usize {
+        self.peak_bytes
+    }
+
+    /// The moment of the peak.
+    pub fn worst(&self) -> Option<&Moment> {
+        // The first of equals.
+        self.moments.iter().rev().max_by_key(|moment| moment.total())
+    }
+
+    fn add(&mut self, moment: Moment) {
+        self.peak_bytes = self.peak_bytes.max(moment.total());
+        let same = |m: &&mut Moment| m.what == moment.what && m.place == moment.place;
+        match self.moments.iter_mut().find(same) {
+            Some(old) if old.total() >= moment.total() => {}
+            Some(old) => *old = moment,
+            None => self.moments.push(moment),
+        }
     }
 }
 
@@ -77,86 +138,85 @@ pub(super) struct Facts<'a> {
     pub(super) source: &'a [TensorHeader],
     pub(super) tokens: usize,
     pub(super) context: usize,
-    pub(super) stream_in_memory: usize,
+    pub(super) budget: Budget,
 }
 
-/// What one stage of a round holds, bytes.
-#[derive(Debug, Clone, Copy, Default)]
-struct Stage {
-    statistics: usize,
-    solver: usize,
-    beside: usize,
+/// What was predicted, and for which limits.
+pub(super) struct Prediction {
+    pub(super) limits: Limits,
+    pub(super) memory: Memory,
+    pub(super) scratch_bytes: usize,
+    pub(super) work: Work,
 }
 
-impl Stage {
-    fn worse(self, other: Self) -> Self {
-        let sum = |stage: Self| stage.statistics + stage.solver + stage.beside;
-        if sum(other) > sum(self) { other } else { self }
-    }
+/// The prediction for the fastest limits that keep to the budget.
+///
+/// # Errors
+/// [`PlanError::Memory`] when none do.
+pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanError> {
+    let free = Limits::unbounded(facts.budget.threads);
+    let predict = |limits: Limits| {
+        let (memory, scratch_bytes) = Walk::new(facts, limits).run();
+        (limits, memory, scratch_bytes)
+    };
+    let (limits, memory, scratch_bytes) = match facts.budget.memory {
+        None => predict(free),
+        Some(budget) => {
+            let mut smallest: Option<Memory> = None;
+            let mut found = None;
+            for limits in Limits::ladder(facts.budget.threads) {
+                let prediction = predict(limits);
+                if prediction.1.peak() <= budget {
+                    found = Some(prediction);
+                    break;
+                }
+                if smallest.as_ref().is_none_or(|least| prediction.1.peak() < least.peak()) {
+                    smallest = Some(prediction.1);
+                }
+            }
+            found.ok_or_else(|| {
+                let smallest = smallest.unwrap_or_default();
+                PlanError::Memory {
+                    budget,
+                    wanted: predict(free).1.peak(),
+                    smallest: smallest.peak(),
+                    at: smallest.worst().map(Moment::name).unwrap_or_default(),
+                }
+            })?
+        }
+    };
+    let work = work(facts, limits);
+    Ok(Prediction { limits, memory, scratch_bytes, work })
 }
 
-/// Memory, bytes of scratch on disk, work.
-pub(super) fn predict(facts: &Facts<'_>) -> (Memory, usize, Work) {
-    let Facts { graph, steps, passes, source, tokens, context, stream_in_memory } = *facts;
-    let largest = source.iter().map(TensorHeader::bytes).max().unwrap_or(0);
-    let mut memory = Memory { base: BASE_BYTES, ..Memory::default() };
+/// Which rounds run on which block, and the last block that is observed.
+fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
+    let all = facts.graph.all_blocks();
+    let rounds: Vec<_> = all.map(|block| rounds(facts.graph, facts.steps, block.index)).collect();
+    let last = rounds.iter().rposition(|r: &Vec<Round>| r.iter().any(Round::observes));
+    (rounds, last)
+}
+
+fn work(facts: &Facts<'_>, limits: Limits) -> Work {
+    let Facts { graph, steps, passes, tokens, context, .. } = *facts;
     let mut work = Work::default();
-    let all: Vec<&Block> = graph.all_blocks().collect();
-    let block_rounds: Vec<_> = all.iter().map(|block| rounds(graph, steps, block.index)).collect();
-    let last_observed = block_rounds.iter().rposition(|r| r.iter().any(super::Round::observes));
-    let (mut original, mut worst) = (false, Stage::default());
-    for (block, rounds) in all.iter().zip(&block_rounds) {
+    let (block_rounds, last_observed) = schedule(facts);
+    let mut original = false;
+    for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
         for round in rounds {
-            let mut whole = Stage::default();
-            for (at, (input, needs)) in block.inputs.iter().zip(&round.needs).enumerate() {
-                let mut stage =
-                    Stage { statistics: statistics_bytes(input.width, *needs), ..Stage::default() };
+            for (input, needs) in block.inputs.iter().zip(&round.needs) {
                 if needs.contains(Needs::HESSIAN) {
                     work.hessian += (input.width * input.width) as f64 * tokens as f64;
                 }
-                if round.whole {
-                    whole.statistics += stage.statistics;
-                    continue;
-                }
-                for &step in &round.steps {
-                    let targets: Vec<_> = steps[step].targets[block.index]
-                        .iter()
-                        .copied()
-                        .filter(|target| block.input_of(target.site) == at)
-                        .collect();
-                    if !targets.is_empty() {
-                        let cost = passes[step].cost(block, &targets);
-                        work.solve += cost.flops;
-                        stage.solver = stage.solver.max(cost.peak_bytes);
-                    }
-                }
-                // What a linear feeds on without a norm between lies beside the residual stream.
-                let beside = 4 * tokens * input.width;
-                let no_norm =
-                    |fold: &Fold| fold.input == at && matches!(fold.producer, Producer::Rows(_));
-                if beside <= stream_in_memory && block.folds.iter().any(no_norm) {
-                    stage.beside = beside;
-                }
-                worst = worst.worse(stage);
             }
-            if round.whole {
-                for &step in &round.steps {
-                    let cost = passes[step].cost(block, &steps[step].targets[block.index]);
-                    work.solve += cost.flops;
-                    whole.solver = whole.solver.max(cost.peak_bytes);
-                }
-                worst = worst.worse(whole);
+            for &step in &round.steps {
+                let targets = &steps[step].targets[block.index];
+                work.solve += passes[step].cost(block, targets, &limits).flops;
             }
             original |= round.observes() && round.upstream == Upstream::Original;
         }
     }
-    memory.statistics = worst.statistics;
-    memory.solver = worst.solver;
-    let Some(last_observed) = last_observed else {
-        memory.tensors = 2 * largest;
-        memory.solver = 0;
-        return (memory, 0, work);
-    };
+    let Some(last_observed) = last_observed else { return work };
     // The epilogue's input is what the last block put out: its own forward is never needed.
     for (block, rounds) in graph.blocks.iter().zip(&block_rounds).take(last_observed + 1) {
         let observed = rounds.iter().filter(|round| round.observes()).count();
@@ -173,33 +233,441 @@ pub(super) fn predict(facts: &Facts<'_>) -> (Memory, usize, Work) {
             work.forward -= 2.0 * weights as f64 * tokens as f64;
         }
     }
-    let block_bytes = |block: &&Block| {
-        let sites: usize = block.sites.iter().map(|site| site.weights() + site.out_features).sum();
-        let norms: usize = block.norms.iter().map(|norm| norm.width).sum();
-        4 * (sites + norms)
-    };
-    memory.block = graph.blocks.iter().map(|block| block_bytes(&block)).max().unwrap_or(0);
-    if last_observed == graph.blocks.len() {
-        memory.block = memory.block.max(block_bytes(&&graph.epilogue));
-    }
-    let widest = graph.blocks.iter().flat_map(|b| &b.inputs).map(|i| i.width).max().unwrap_or(0);
-    memory.activations = 4 * context * (4 * graph.hidden + 3 * widest);
-    memory.tensors = largest;
-    let streams = 1 + usize::from(original);
-    let stream = 4 * tokens * graph.hidden * streams;
-    // A stream lies in memory or on disk as a whole.
-    let spills = 4 * tokens * graph.hidden > stream_in_memory;
-    memory.stream = worst.beside + if spills { 0 } else { stream };
-    let beside = 4 * tokens * widest;
-    let scratch =
-        if spills { stream } else { 0 } + if beside > stream_in_memory { beside } else { 0 };
-    (memory, scratch, work)
+    work
 }
 
-fn statistics_bytes(width: usize, needs: Needs) -> usize {
-    let per_channel = [(Needs::ABS_MAX, 4), (Needs::ABS_MEAN, 4), (Needs::SQUARE_SUM, 8)];
-    let channels: usize =
-        per_channel.iter().filter(|(need, _)| needs.contains(*need)).map(|(_, b)| b * width).sum();
-    let hessian = if needs.contains(Needs::HESSIAN) { 8 * width * width } else { 0 };
-    channels + hessian
+/// The run, followed for one set of limits.
+struct Walk<'a> {
+    facts: &'a Facts<'a>,
+    limits: Limits,
+    memory: Memory,
+    /// Streams of residual activations in memory, and on scratch.
+    stream: usize,
+    scratch_stream: usize,
+    /// The most that lies on scratch beside them.
+    scratch: usize,
+    /// The block before, which is packed and written while this one is computed.
+    behind: usize,
+    base: usize,
+}
+
+/// Sites of `block` whose input group is one of `inputs`.
+fn sites_of(block: &Block, inputs: std::ops::Range<usize>) -> impl Iterator<Item = usize> {
+    block.inputs[inputs].iter().flat_map(|input| &input.sites).copied()
+}
+
+impl<'a> Walk<'a> {
+    fn new(facts: &'a Facts<'a>, limits: Limits) -> Self {
+        let base = BASE_BYTES + limits.threads * THREAD_BYTES;
+        let memory = Memory::default();
+        Self { facts, limits, memory, stream: 0, scratch_stream: 0, scratch: 0, behind: 0, base }
+    }
+
+    fn add(&mut self, moment: Moment) {
+        let (base, stream) = (self.base, self.stream + moment.stream);
+        let tensors = moment.tensors + self.behind;
+        self.memory.add(Moment { base, stream, tensors, ..moment });
+    }
+
+    /// Windows run at once.
+    fn windows(&self) -> usize {
+        self.limits.threads.min(self.facts.tokens.div_ceil(self.facts.context.max(1)).max(1))
+    }
+
+    /// Activations of the windows at work inside a block, `context` tokens each.
+    fn activations(&self, block: &Block, windows: usize, context: usize, whole: bool) -> usize {
+        let hidden = self.facts.graph.hidden;
+        let widths: usize = block.inputs.iter().map(|input| input.width).sum();
+        let inner = block.inputs.iter().map(|input| input.width).max().unwrap_or(hidden);
+        let Some(attention) = block.attention else {
+            return 4 * context * hidden * (windows + 1);
+        };
+        let keys = attention.kv_heads * attention.head_dim;
+        // The residual stream and what lies beside it, then the buffers of a thread: a normed input, the
+        // widest product, keys, values and scores.
+        let window = 2 * hidden + 2 * inner + 2 * keys + QUERY_ROWS.min(context);
+        let inputs = if whole { windows * widths } else { hidden };
+        4 * context * (windows * window + inputs)
+    }
+
+    /// Weights of a block where `quantized` says which linears are codes.
+    fn weights(&self, block: &Block, quantized: &[bool]) -> usize {
+        let norms: usize = block.norms.iter().map(|norm| 4 * norm.width).sum();
+        let site = |(site, &quantized): (&crate::Site, &bool)| {
+            // Codes are bytes; scales and zero points of groups of 32 are the finest that is usual.
+            let weight =
+                if quantized { site.weights() + site.weights() / 5 } else { 4 * site.weights() };
+            weight + 4 * site.out_features
+        };
+        norms + block.sites.iter().zip(quantized).map(site).sum::<usize>()
+    }
+
+    /// Packed copies of the sites that a forward runs, with the largest one that is dequantized on the way.
+    fn packed(block: &Block, sites: impl Iterator<Item = usize>, quantized: &[bool]) -> usize {
+        let (mut packed, mut transit) = (0, 0);
+        for site in sites {
+            let bytes = 4 * block.sites[site].weights();
+            packed += bytes;
+            if quantized[site] {
+                transit = transit.max(bytes);
+            }
+        }
+        packed + transit
+    }
+
+    /// What an input group's statistics are made in: sums, products, and rows collected for them.
+    fn sums(&self, width: usize, needs: Needs) -> usize {
+        if !needs.contains(Needs::HESSIAN) {
+            return channel_bytes(width, needs);
+        }
+        let Limits { threads, gram_on_scratch, .. } = self.limits;
+        let rows = syrk::ROWS.min(self.facts.tokens);
+        GramAccumulator::bytes(width, rows, threads, gram_on_scratch)
+            + 4 * rows * width
+            + channel_bytes(width, needs)
+    }
+
+    /// Bytes in memory of what lies beside the residual stream while input group `at` is next.
+    fn beside(&mut self, block: &Block, at: usize) -> usize {
+        // What a linear feeds on without a norm between.
+        let no_norm = |fold: &Fold| fold.input == at && matches!(fold.producer, Producer::Rows(_));
+        if !block.folds.iter().any(no_norm) {
+            return 0;
+        }
+        let bytes = 4 * self.facts.tokens * block.inputs[at].width;
+        if bytes <= self.limits.beside { bytes } else { 0 }
+    }
+
+    fn spilled_beside(&self, block: &Block) -> usize {
+        let widest = block.inputs.iter().map(|input| input.width).max().unwrap_or(0);
+        let bytes = 4 * self.facts.tokens * widest;
+        if block.attention.is_some() && bytes > self.limits.beside { bytes } else { 0 }
+    }
+
+    fn run(mut self) -> (Memory, usize) {
+        let Facts { graph, source, tokens, context, budget, .. } = *self.facts;
+        let (block_rounds, last_observed) = schedule(self.facts);
+        let transit = |name: &str| {
+            let header = source.iter().find(|header| header.name.starts_with(name));
+            header.map_or(0, TensorHeader::bytes)
+        };
+        let upstreams = [Upstream::Original, Upstream::Compressed];
+        let reads = |upstream: &Upstream| {
+            block_rounds.iter().flatten().any(|r| r.observes() && r.upstream == *upstream)
+        };
+        let streams = upstreams.iter().filter(|upstream| reads(upstream)).count();
+        if last_observed.is_some() {
+            self.add(Moment {
+                what: "read corpus".into(),
+                tensors: CORPUS_FACTOR * budget.corpus,
+                ..Moment::default()
+            });
+            let stream = 4 * tokens * graph.hidden;
+            if stream <= self.limits.stream {
+                self.stream = streams * stream;
+            } else {
+                self.scratch_stream = streams * stream;
+            }
+            let pages = transit(&graph.embedding).min(context * FAULT_BYTES);
+            self.add(Moment {
+                what: "embed".into(),
+                activations: 4 * context * graph.hidden,
+                tensors: pages,
+                ..Moment::default()
+            });
+        }
+        for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
+            let feeds = |later: &Vec<Round>| later.iter().any(Round::observes);
+            let streams = last_observed.is_some();
+            let advance = streams && block_rounds.iter().skip(block.index + 1).any(feeds);
+            let runs = streams && last_observed.is_some_and(|last| block.index <= last);
+            if rounds.is_empty() && !runs {
+                continue;
+            }
+            self.block(block, rounds, advance, streams);
+        }
+        let scratch = self.scratch_stream + self.scratch;
+        (self.stream, self.behind) = (0, 0);
+        self.after();
+        (self.memory, scratch)
+    }
+
+    fn block(&mut self, block: &Block, rounds: &[Round], advance: bool, streams: bool) {
+        let Facts { steps, passes, .. } = *self.facts;
+        let prefix = |name: &str| self.facts.source.iter().find(|h| h.name == name);
+        let mapped = block.sites.iter().filter_map(|s| prefix(&format!("{}.weight", s.name)));
+        let tensors = mapped.map(TensorHeader::bytes).max().unwrap_or(0);
+        let mut quantized = vec![false; block.sites.len()];
+        let inputs = block.inputs.len();
+        let windows = self.windows();
+        let context = self.facts.context.min(self.facts.tokens.max(1));
+        let index = Some(block.index);
+        self.add(Moment {
+            what: "load".into(),
+            block_index: index,
+            block: self.weights(block, &quantized),
+            tensors,
+            ..Moment::default()
+        });
+        let quantize = |step: usize, quantized: &mut [bool], stage: Option<usize>| {
+            if steps[step].contract.produces.numeric == Some(Numeric::Quantized) {
+                for target in &steps[step].targets[block.index] {
+                    if stage.is_none_or(|stage| block.input_of(target.site) == stage) {
+                        quantized[target.site] = true;
+                    }
+                }
+            }
+        };
+        let mut advanced = false;
+        for (at, round) in rounds.iter().enumerate() {
+            let compressed = round.upstream == Upstream::Compressed;
+            let staged = !round.whole && at + 1 == rounds.len() && streams && compressed;
+            if staged {
+                let mut reached = 0;
+                for stage in 0..inputs {
+                    let needs = round.needs[stage];
+                    let place = block.inputs[stage].name.to_owned();
+                    let width = block.inputs[stage].width;
+                    if !needs.is_empty() {
+                        let old = if reached == stage { 0 } else { self.beside(block, reached) };
+                        let stream = old + self.beside(block, stage);
+                        let run = sites_of(block, reached..stage);
+                        let weights = self.weights(block, &quantized);
+                        self.add(Moment {
+                            what: "observe".into(),
+                            place: place.clone(),
+                            block_index: index,
+                            block: weights + Self::packed(block, run, &quantized),
+                            statistics: self.sums(width, needs),
+                            stream,
+                            activations: self.activations(block, windows, context, false),
+                            ..Moment::default()
+                        });
+                        reached = stage;
+                    }
+                    let stream = self.beside(block, reached);
+                    for &step in &round.steps {
+                        let targets = steps[step].targets[block.index].iter().copied();
+                        let targets: Vec<_> =
+                            targets.filter(|t| block.input_of(t.site) == stage).collect();
+                        if targets.is_empty() {
+                            continue;
+                        }
+                        let weights = self.weights(block, &quantized);
+                        let cost = passes[step].cost(block, &targets, &self.limits);
+                        let stored = Self::stored(block, &targets, &steps[step]);
+                        self.add(Moment {
+                            what: steps[step].label.clone(),
+                            place: place.clone(),
+                            block_index: index,
+                            block: weights,
+                            statistics: hessian_bytes(width, needs),
+                            solver: cost.peak_bytes.max(stored),
+                            stream,
+                            ..Moment::default()
+                        });
+                        self.scratch_beside(block, cost.scratch_bytes);
+                        quantize(step, &mut quantized, Some(stage));
+                    }
+                    if self.limits.gram_on_scratch && needs.contains(Needs::HESSIAN) {
+                        let sums = GramAccumulator::bytes(width, 0, 0, false);
+                        self.scratch_beside(block, sums);
+                    }
+                }
+                if advance {
+                    let stream = self.beside(block, reached);
+                    let run = sites_of(block, reached..inputs);
+                    let weights = self.weights(block, &quantized);
+                    self.add(Moment {
+                        what: "forward".into(),
+                        block_index: index,
+                        block: weights + Self::packed(block, run, &quantized),
+                        stream,
+                        activations: self.activations(block, windows, context, false),
+                        ..Moment::default()
+                    });
+                }
+                advanced = true;
+                continue;
+            }
+            let needs = round.needs.iter().fold(Needs::empty(), |a, b| a | *b);
+            if round.observes() && streams && !compressed {
+                self.observe_original(block, &round.needs);
+            } else if round.observes() && streams {
+                let weights = self.weights(block, &quantized);
+                self.add(Moment {
+                    what: "observe".into(),
+                    place: "whole block".into(),
+                    block_index: index,
+                    block: weights + Self::packed(block, sites_of(block, 0..inputs), &quantized),
+                    statistics: block.inputs.iter().map(|i| self.sums(i.width, needs)).sum(),
+                    activations: self.activations(block, windows, context, true),
+                    ..Moment::default()
+                });
+                if self.limits.gram_on_scratch && needs.contains(Needs::HESSIAN) {
+                    let sums = |i: &crate::InputGroup| GramAccumulator::bytes(i.width, 0, 0, false);
+                    let sums = block.inputs.iter().map(sums).sum();
+                    self.scratch_beside(block, sums);
+                }
+            }
+            for &step in &round.steps {
+                let targets = &steps[step].targets[block.index];
+                let cost = passes[step].cost(block, targets, &self.limits);
+                let held = block.inputs.iter().map(|i| hessian_bytes(i.width, needs));
+                // Of the original's statistics, those of one input at a time are read from scratch, beside
+                // their pages.
+                let statistics = match (round.observes(), compressed || round.whole) {
+                    (false, _) => 0,
+                    (true, true) => held.sum(),
+                    (true, false) => held.max().map_or(0, |bytes| bytes + bytes / 2),
+                };
+                let weights = self.weights(block, &quantized);
+                let stored = Self::stored(block, targets, &steps[step]);
+                self.add(Moment {
+                    what: steps[step].label.clone(),
+                    place: if steps[step].contract.touches == Touches::Folds {
+                        "whole block".into()
+                    } else {
+                        String::new()
+                    },
+                    block_index: index,
+                    block: weights,
+                    statistics,
+                    solver: cost.peak_bytes.max(stored),
+                    ..Moment::default()
+                });
+                self.scratch_beside(block, cost.scratch_bytes);
+                quantize(step, &mut quantized, None);
+            }
+        }
+        if streams && block.attention.is_some() && (advance || !advanced) {
+            // Also a run that goes on after a kill: its stream is carried through blocks that are done.
+            let weights = self.weights(block, &quantized);
+            self.add(Moment {
+                what: "carry on".into(),
+                block_index: index,
+                block: weights + Self::packed(block, sites_of(block, 0..inputs), &quantized),
+                activations: self.activations(block, windows, context, false),
+                ..Moment::default()
+            });
+        }
+        let largest = block.sites.iter().map(crate::Site::weights).max().unwrap_or(0);
+        // Packed words, and the rows they are made from.
+        let (made, packing) = (self.weights(block, &quantized), 2 * largest);
+        self.behind = 0;
+        self.add(Moment {
+            what: "write".into(),
+            block_index: index,
+            block: made,
+            tensors: packing,
+            ..Moment::default()
+        });
+        self.behind = made + packing;
+    }
+
+    /// Copies of what a step made, on their way to the work directory.
+    fn stored(block: &Block, targets: &[Target], step: &PlanStep) -> usize {
+        let quantizes = step.contract.produces.numeric == Some(Numeric::Quantized);
+        let bytes = |site: usize| {
+            let weights = block.sites[site].weights();
+            if quantizes { weights + weights / 5 } else { 4 * weights }
+        };
+        targets.iter().map(|target| bytes(target.site)).sum()
+    }
+
+    /// The stages of the original block, whose statistics go to scratch one after the other.
+    fn observe_original(&mut self, block: &Block, needs: &[Needs]) {
+        let dense = vec![false; block.sites.len()];
+        let windows = self.windows();
+        let context = self.facts.context.min(self.facts.tokens.max(1));
+        let mut reached = 0;
+        for stage in 0..block.inputs.len() {
+            if needs[stage].is_empty() {
+                continue;
+            }
+            let old = if reached == stage { 0 } else { self.beside(block, reached) };
+            let stream = old + self.beside(block, stage);
+            let run = sites_of(block, reached..stage);
+            self.add(Moment {
+                what: "observe original".into(),
+                place: block.inputs[stage].name.to_owned(),
+                block_index: Some(block.index),
+                block: self.weights(block, &dense) + Self::packed(block, run, &dense),
+                statistics: self.sums(block.inputs[stage].width, needs[stage]),
+                stream,
+                activations: self.activations(block, windows, context, false),
+                ..Moment::default()
+            });
+            let sums = GramAccumulator::bytes(block.inputs[stage].width, 0, 0, false);
+            let kept = 2 * block.inputs[stage].width * block.inputs[stage].width;
+            self.scratch_beside(block, kept + if self.limits.gram_on_scratch { sums } else { 0 });
+            reached = stage;
+        }
+    }
+
+    fn scratch_beside(&mut self, block: &Block, bytes: usize) {
+        self.scratch = self.scratch.max(bytes + self.spilled_beside(block));
+    }
+
+    /// What comes after the blocks: the rest is copied, the artifact read back and measured.
+    fn after(&mut self) {
+        let Facts { graph, source, budget, .. } = *self.facts;
+        let largest = source.iter().map(TensorHeader::bytes).max().unwrap_or(0);
+        self.add(Moment { what: "copy".into(), tensors: largest, ..Moment::default() });
+        let widest = graph.blocks.iter().flat_map(|b| &b.sites).map(crate::Site::weights).max();
+        self.add(Moment {
+            what: "verify".into(),
+            // Codes unpacked and packed again; one dense tensor's pages.
+            tensors: largest.max(3 * widest.unwrap_or(0)),
+            ..Moment::default()
+        });
+        let Some(measured) = budget.measured else { return };
+        self.add(Moment {
+            what: "read corpus to measure".into(),
+            tensors: CORPUS_FACTOR * measured.corpus,
+            ..Moment::default()
+        });
+        let context = measured.context.min(graph.context);
+        let tokens = measured.tokens.max(1);
+        let one = 4 * tokens * graph.hidden;
+        let stream = if one <= self.limits.stream { 2 * one } else { 0 };
+        if stream == 0 {
+            self.scratch = self.scratch.max(2 * one);
+        }
+        let windows = self.limits.threads.min(tokens.div_ceil(context.max(1)));
+        let heads = 4 * graph.vocab * graph.hidden;
+        for block in &graph.blocks {
+            let weights = self.weights(block, &vec![false; block.sites.len()]);
+            let mapped = block.sites.iter().map(|site| site.weights() * site.dtype.size());
+            self.add(Moment {
+                what: "measure, blocks".into(),
+                block_index: Some(block.index),
+                // The head of the model measured first is kept.
+                block: weights + heads,
+                stream,
+                activations: self.activations(block, windows, context, true),
+                tensors: mapped.max().unwrap_or(0),
+                ..Moment::default()
+            });
+        }
+        self.add(Moment {
+            what: "measure, logits".into(),
+            block: 2 * heads,
+            stream,
+            // Logits of both models, those of the first window, and rows at work.
+            activations: 4 * context * (3 * graph.vocab + 4 * graph.hidden),
+            tensors: largest,
+            ..Moment::default()
+        });
+    }
+}
+
+fn channel_bytes(width: usize, needs: Needs) -> usize {
+    // Maxima and two sums in f64 are kept whatever is asked for.
+    if needs.is_empty() { 0 } else { 20 * width }
+}
+
+fn hessian_bytes(width: usize, needs: Needs) -> usize {
+    let hessian = if needs.contains(Needs::HESSIAN) { 4 * width * width } else { 0 };
+    hessian + channel_bytes(width, needs)
 }

@@ -63,23 +63,7 @@ fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
     for note in &plan.notes {
         writeln!(out, "  note: {note}")?;
     }
-    let memory = &plan.memory;
-    writeln!(out, "\nmemory    {} at the peak:", bytes(memory.peak()))?;
-    let causes = [
-        ("block", memory.block),
-        ("statistics", memory.statistics),
-        ("solver", memory.solver),
-        ("stream", memory.stream),
-        ("activations", memory.activations),
-        ("tensors", memory.tensors),
-        ("base", memory.base),
-    ];
-    let causes: Vec<_> = causes
-        .iter()
-        .filter(|(_, size)| *size > 0)
-        .map(|(name, size)| format!("{name} {}", bytes(*size)))
-        .collect();
-    writeln!(out, "          {}", causes.join(", "))?;
+    write_memory(out, plan)?;
     if plan.scratch_bytes > 0 {
         writeln!(out, "scratch   {} on disk", bytes(plan.scratch_bytes))?;
     }
@@ -92,6 +76,58 @@ fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
         flops(work.hessian),
         flops(work.solve),
     )
+}
+
+/// The peak, how it is kept, and what is held when.
+fn write_memory(out: &mut String, plan: &Plan) -> std::fmt::Result {
+    let (memory, limits) = (&plan.memory, &plan.limits);
+    let peak = memory.worst().map(super::Moment::name).unwrap_or_default();
+    write!(out, "\nmemory    {} at the peak ({peak})", bytes(memory.peak()))?;
+    if let Some(budget) = plan.memory_budget {
+        write!(out, ", budget {}", bytes(budget))?;
+    }
+    let threads = if limits.threads == 1 { "thread" } else { "threads" };
+    write!(out, ", {} {threads}", limits.threads)?;
+    let spilled = [
+        (limits.stream == 0, "activations between blocks"),
+        (limits.beside == 0, "activations inside blocks"),
+        (limits.gram_on_scratch, "sums of Hessians"),
+        (limits.factor_on_scratch, "factors"),
+    ];
+    let spilled: Vec<_> = spilled.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
+    if plan.calibrates() && !spilled.is_empty() {
+        write!(out, "; on scratch: {}", spilled.join(", "))?;
+    }
+    writeln!(out)?;
+    let header =
+        ["when", "peak", "block", "statistics", "solver", "stream", "windows", "tensors", "base"];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    for moment in &memory.moments {
+        let mut row = vec![moment.name()];
+        let sizes = [
+            moment.total(),
+            moment.block,
+            moment.statistics,
+            moment.solver,
+            moment.stream,
+            moment.activations,
+            moment.tensors,
+            moment.base,
+        ];
+        row.extend(sizes.map(|size| if size == 0 { "-".to_owned() } else { bytes(size) }));
+        rows.push(row);
+    }
+    let widths: Vec<usize> = (0..rows[0].len())
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in &rows {
+        write!(out, "  {:<width$}", row[0], width = widths[0])?;
+        for (cell, width) in row.iter().zip(&widths).skip(1) {
+            write!(out, "  {cell:>width$}")?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
 }
 
 fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {

@@ -44,9 +44,9 @@ impl Pass for Fake {
         }
     }
 
-    fn cost(&self, block: &Block, targets: &[Target]) -> Cost {
+    fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
-        Cost { flops: weights as f64, peak_bytes: weights }
+        Cost { flops: weights as f64, peak_bytes: weights, scratch_bytes: 0 }
     }
 
     fn apply(
@@ -197,7 +197,7 @@ fn source(graph: &ModelGraph) -> Vec<TensorHeader> {
     headers
 }
 
-fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
+fn plan_within(recipe: &Recipe, tokens: usize, budget: Budget) -> Result<Plan, PlanErrors> {
     let name = |step: &Step| ["rtn", "gptq", "awq"].into_iter().find(|n| *n == step.pass);
     let passes = recipe
         .steps
@@ -209,7 +209,12 @@ fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
     let variant = variants(recipe)?.remove(0);
     PassGraph::new(graph, passes.collect(), &variant.recipe, &layouts, &headers, tokens)
         .numbered(&variant)
+        .with_budget(budget)
         .check()
+}
+
+fn plan_of(recipe: &Recipe, tokens: usize) -> Result<Plan, PlanErrors> {
+    plan_within(recipe, tokens, Budget::default())
 }
 
 fn plan(text: &str) -> Result<Plan, PlanErrors> {
@@ -249,7 +254,9 @@ fn data_free_plans_need_two_tensors() {
     };
     let plan = plan_of(&recipe, 0).unwrap();
     assert!(!plan.calibrates());
-    assert_eq!(plan.memory.peak(), 2 * 512 * HIDDEN * 2 + plan.memory.base);
+    let copy = plan.memory.moments.iter().find(|m| m.what == "copy").unwrap();
+    assert_eq!(copy.total(), 512 * HIDDEN * 2 + copy.base);
+    assert!(plan.memory.moments.iter().all(|m| m.stream + m.statistics + m.activations == 0));
     assert_eq!((plan.work.forward, plan.work.hessian), (0.0, 0.0));
     insta::assert_snapshot!(plan.render());
 }
@@ -287,9 +294,15 @@ fn work_counts_one_staged_forward_and_one_hessian_per_input() {
     assert!((plan.work.forward - (forward - unread)).abs() < 1.0);
     let channels = (3 * HIDDEN * HIDDEN + MLP * MLP) as f64;
     assert!((plan.work.hessian - 3.0 * channels * tokens).abs() < 1.0);
-    assert_eq!(plan.memory.statistics, 8 * MLP * MLP);
+    let step = |place: &str| {
+        let of = |m: &&Moment| m.what == "step[0] (gptq)" && m.place == place;
+        plan.memory.moments.iter().find(of).unwrap()
+    };
+    let down = step(&plan.graph.blocks[0].inputs[3].name);
+    assert_eq!(down.statistics, 4 * MLP * MLP + 20 * MLP);
     // Beside the residual stream lies what down_proj reads.
-    assert_eq!(plan.memory.stream, 4 * 1024 * (HIDDEN + MLP));
+    assert_eq!(down.stream, 4 * 1024 * (HIDDEN + MLP));
+    assert_eq!(step(&plan.graph.blocks[0].inputs[2].name).stream, 4 * 1024 * HIDDEN);
 }
 
 #[test]
@@ -474,4 +487,35 @@ fn named_chains_are_accepted() {
     let awq = "[[step]]\npass = \"awq\"\nid = \"a\"\n";
     let text = format!("{awq}{GPTQ_STEP}after = \"a\"\nid = \"b\"\n{EMIT}of = \"b\"\n");
     assert_eq!(plan(&text).unwrap().steps[1].label, "step[1] (gptq, id b)");
+}
+
+#[test]
+fn a_budget_takes_the_fastest_way_that_keeps_it_or_names_the_smallest() {
+    let recipe = Recipe::parse(&format!("{GPTQ_STEP}{EMIT}")).unwrap();
+    let within = |memory| {
+        let budget = Budget { memory, threads: 4, ..Budget::default() };
+        plan_within(&recipe, 1 << 16, budget)
+    };
+    let free = within(None).unwrap();
+    assert_eq!(free.limits, Limits::unbounded(4));
+    let roomy = within(Some(1 << 40)).unwrap();
+    assert_eq!((roomy.limits.threads, roomy.scratch_bytes), (4, 0));
+    assert_eq!(roomy.memory, free.memory);
+    let error = within(Some(1 << 20)).unwrap_err();
+    let [PlanError::Memory { budget, wanted, smallest, .. }] = error.0[..] else {
+        panic!("{error}")
+    };
+    assert_eq!((budget, wanted), (1 << 20, free.memory.peak()));
+    assert!(error.to_string().contains("give --memory "), "{error}");
+    // What is named can be kept, and nothing below it.
+    let least = within(Some(smallest)).unwrap();
+    assert_eq!((least.memory.peak(), least.limits.threads), (smallest, 1));
+    assert!(least.scratch_bytes > 0 && within(Some(smallest - 1)).is_err());
+    // Between the two, activations go before threads do.
+    let tight = within(Some(wanted - 1)).unwrap();
+    assert!(tight.limits.threads == 4 && tight.limits.beside == 0 && tight.limits.stream > 0);
+    for plan in [&roomy, &tight, &least] {
+        assert!(plan.memory.moments.iter().all(|m| m.total() <= plan.memory.peak()));
+    }
+    insta::assert_snapshot!(least.render());
 }

@@ -8,10 +8,12 @@
 //! alternating, at the cost of the block's own square of H; then `R −= δ H_B` is one product.
 //! Cost per round: `2·rows·in²` in products and about `2·rows·in·block` in vectors.
 
+use std::io;
+
 use attar_tensor::{
     QuantScheme,
     grid::{Clip, GroupGrid, choose_grid},
-    linalg::{arch, gemm_tn},
+    linalg::{arch, factor::Panel, gemm_tn},
 };
 use pulp::{Simd, WithSimd};
 
@@ -86,7 +88,14 @@ fn add_scaled<S: Simd>(simd: S, y: &mut [S::f32s], a: S::f32s, x: &[f32]) {
 }
 
 impl Tile<'_> {
-    pub(super) fn solve(self, factor: &Factor, scheme: QuantScheme, options: &Options) -> Errors {
+    /// Solves the tile; `hessian [in, in]` is in the original order.
+    pub(super) fn solve(
+        self,
+        hessian: &[f32],
+        factor: &Factor,
+        scheme: QuantScheme,
+        options: &Options,
+    ) -> io::Result<Errors> {
         let n = factor.order.len();
         let size = scheme.group_size(n);
         let (groups, count) = (n / size, self.weight.len() / n);
@@ -100,7 +109,7 @@ impl Tile<'_> {
         }
         let mut work = Work {
             factor,
-            hessian: factor.hessian.as_slice().expect("standard layout"),
+            hessian,
             scheme,
             n,
             size,
@@ -118,7 +127,7 @@ impl Tile<'_> {
             }
         }
         // Zero rows of padding stay exactly zero: their codes are their zero points.
-        work.sweep(self.weight, options.block_size);
+        work.sweep(self.weight)?;
         work.fill_error();
         let (h, shape) = (work.hessian, (n, rows, n));
         work.residual = vec![0.0; n * rows];
@@ -149,13 +158,13 @@ impl Tile<'_> {
                 grid.scale = work.scales[g * rows + r];
             }
         }
-        work.errors()
+        Ok(work.errors())
     }
 }
 
 impl Work<'_> {
     /// Rounds column by column in the factor's order; fills `codes` and puts the weights into `error`.
-    fn sweep(&mut self, weight: &[f32], block: usize) {
+    fn sweep(&mut self, weight: &[f32]) -> io::Result<()> {
         let (n, rows) = (self.n, self.rows);
         for (first, lines) in weight.chunks(LANES * n).enumerate() {
             for c in 0..n {
@@ -169,19 +178,22 @@ impl Work<'_> {
         for &column in &self.factor.order {
             work.extend_from_slice(&self.error[column * rows..(column + 1) * rows]);
         }
-        let mut errors = vec![0.0f32; block.min(n) * rows];
-        let upper = &self.factor.upper;
+        let block = self.factor.upper.rows();
+        let mut errors = vec![0.0f32; block * rows];
+        let mut buffer = Vec::new();
         for start in (0..n).step_by(block) {
             let end = (start + block).min(n);
+            let upper = self.factor.upper.panel(start / block, &mut buffer)?;
             let lines = (work.as_mut_slice(), errors.as_mut_slice());
-            arch().dispatch(Sweep { tile: self, lines, span: (start, end) });
+            arch().dispatch(Sweep { tile: self, lines, upper, span: (start, end) });
             if end < n {
                 let errors = &errors[..(end - start) * rows];
                 let rest = (&mut work[end * rows..], rows);
-                let upper = (&upper[start * n + end..], n);
+                let upper = (&upper.values[end - start..], upper.stride);
                 gemm_tn((n - end, rows, end - start), -1.0, upper, (errors, rows), true, rest);
             }
         }
+        Ok(())
     }
 
     /// Subtracts Ŵ from the weights that the sweep left in `error`.
@@ -280,6 +292,8 @@ struct Sweep<'t, 'a> {
     tile: &'t mut Work<'a>,
     /// Weights not yet rounded, and the errors of this block, `[columns][rows]`.
     lines: (&'t mut [f32], &'t mut [f32]),
+    /// Rows `span` of U.
+    upper: Panel<'t>,
     span: (usize, usize),
 }
 
@@ -288,8 +302,8 @@ impl WithSimd for Sweep<'_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tile, lines: (work, errors), span: (start, end) } = self;
-        let (n, rows, size) = (tile.n, tile.rows, tile.size);
+        let Self { tile, lines: (work, errors), upper, span: (start, end) } = self;
+        let (rows, size) = (tile.rows, tile.size);
         let top = simd.splat_f32s(f32::from(tile.scheme.max_code()));
         let mut local = vec![simd.splat_f32s(0.0); end - start];
         for r in (0..rows).step_by(S::F32_LANES) {
@@ -300,15 +314,16 @@ impl WithSimd for Sweep<'_, '_> {
                 let column = tile.factor.order[i];
                 let group = column / size * rows + r;
                 let (scale, zero) = (load::<S>(&tile.scales, group), load::<S>(&tile.zeros, group));
-                let upper = &tile.factor.upper[i * n..i * n + end];
+                // From the diagonal to the end of the block.
+                let upper = &upper.values[(i - start) * upper.stride..][i - start..end - start];
                 let (here, behind) = local[i - start..].split_first_mut().expect("column i");
                 let code = simd.add_f32s(simd.div_f32s(*here, scale), zero);
                 let code = round_code(simd, code, top);
                 store::<S>(&mut tile.codes, column * rows + r, code);
                 let value = simd.mul_f32s(simd.sub_f32s(code, zero), scale);
-                let inverse = simd.splat_f32s(-1.0 / upper[i]);
+                let inverse = simd.splat_f32s(-1.0 / upper[0]);
                 let minus = simd.mul_f32s(simd.sub_f32s(*here, value), inverse);
-                add_scaled(simd, behind, minus, &upper[i + 1..]);
+                add_scaled(simd, behind, minus, &upper[1..]);
                 store::<S>(errors, (i - start) * rows + r, simd.neg_f32s(minus));
             }
         }

@@ -4,6 +4,7 @@
 //! `GramAccumulator::add` do so themselves on rayon's current pool.
 
 pub mod cholesky;
+pub mod factor;
 pub mod gemm;
 mod isa;
 mod microkernel;
@@ -11,7 +12,8 @@ pub mod simd;
 pub mod syrk;
 mod thin;
 
-pub use cholesky::{LinalgError, cholesky_lower, inverse_cholesky_upper, solve_spd};
+pub use cholesky::{LinalgError, cholesky_lower, solve_spd};
+pub use factor::{InverseFactor, UpperPanels};
 pub use gemm::{
     PackedRows, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into,
     matmul_tn, matmul_tn_into, par_gemm_nt,

@@ -1,21 +1,26 @@
 //! `G = XᵀX`, accumulated over many batches of rows: a symmetric rank-k update of the lower triangle in
 //! strips of rows, f32 products over at most [`ROWS`] rows of X, those added in f64 in the order given.
 //! Register tiles wholly above the diagonal are skipped. Cost n²·tokens FLOPs, memory 4·n² bytes (half of
-//! the square in f64) and one strip in f32 per thread.
+//! the square in f64; a few lines of it when the sums lie in scratch files), one strip in f32 per thread, and
+//! X packed.
+
+use std::io;
 
 use rayon::prelude::*;
 
 use super::microkernel::{Operand, Product, multiply, pack_panels};
-use crate::Mat;
+use crate::{Mat, Scratch, Shelf};
 
 /// Rows of a strip of G; whole panels of every instruction set, so that no panel lies across its end.
 const STRIP: usize = 624;
 /// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows:
 /// batches given to [`GramAccumulator::add`] are best a multiple of it.
 pub const ROWS: usize = 2048;
+/// Lines of a strip that pass through memory at once when its sums lie in a scratch file.
+const LINES: usize = 16;
 
 /// The running sum of `XᵀX`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct GramAccumulator {
     n: usize,
     tokens: usize,
@@ -24,24 +29,43 @@ pub struct GramAccumulator {
 }
 
 /// Rows `row..row + rows` of G, columns up to the diagonal block's end.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Strip {
     row: usize,
     rows: usize,
     columns: usize,
-    sum: Vec<f64>,
+    sum: Shelf<f64>,
 }
 
 impl GramAccumulator {
-    /// An empty sum of `n x n`.
+    /// An empty sum of `n x n` in memory.
     pub fn new(n: usize) -> Self {
+        Self::with_scratch(n, None).expect("memory is no file")
+    }
+
+    /// An empty sum of `n x n`, in scratch files when they are given; the same bits.
+    ///
+    /// # Errors
+    /// When a scratch file cannot be opened or sized.
+    pub fn with_scratch(n: usize, scratch: Option<&Scratch>) -> io::Result<Self> {
         let strip = |row| {
             let rows = STRIP.min(n - row);
             let columns = row + rows;
-            Strip { row, rows, columns, sum: vec![0.0; rows * columns] }
+            Ok(Strip { row, rows, columns, sum: Shelf::new(rows * columns, scratch)? })
         };
-        let strips = (0..n).step_by(STRIP).rev().map(strip).collect();
-        Self { n, tokens: 0, strips }
+        let strips = (0..n).step_by(STRIP).rev().map(strip).collect::<io::Result<_>>()?;
+        Ok(Self { n, tokens: 0, strips })
+    }
+
+    /// Bytes of working memory of [`GramAccumulator::add`] on batches of `tokens` rows, and of the sums.
+    pub fn bytes(n: usize, tokens: usize, threads: usize, scratch: bool) -> usize {
+        let strips = n.div_ceil(STRIP);
+        let widest = STRIP.min(n) * n;
+        let products = 4 * widest * threads.min(strips);
+        let lines = if scratch { 8 * LINES.min(n) * n * threads.min(strips) } else { 0 };
+        let strip = |row: usize| (n - row).min(STRIP) * (row + STRIP).min(n);
+        let sums: usize = (0..n).step_by(STRIP).map(strip).sum();
+        products + lines + if scratch { 0 } else { 8 * sums } + 4 * n * tokens.min(ROWS)
     }
 
     /// Rows seen.
@@ -51,12 +75,15 @@ impl GramAccumulator {
 
     /// Adds `xᵀx` for `x [tokens, n]`, row-major.
     ///
+    /// # Errors
+    /// When a scratch file cannot be read or written.
+    ///
     /// # Panics
     /// When `x` is not a multiple of `n` long.
-    pub fn add(&mut self, x: &[f32]) {
+    pub fn add(&mut self, x: &[f32]) -> io::Result<()> {
         let n = self.n;
         if x.is_empty() {
-            return;
+            return Ok(());
         }
         assert!(n > 0 && x.len().is_multiple_of(n), "rows have {n} channels");
         self.tokens += x.len() / n;
@@ -66,7 +93,7 @@ impl GramAccumulator {
             // Packed once for all strips.
             let (panels, start) = pack_panels(across(x), n, tokens);
             let panels = &panels[start..];
-            self.strips.par_iter_mut().for_each(|strip| {
+            self.strips.par_iter_mut().try_for_each(|strip| {
                 let Strip { row, rows, columns, ref mut sum } = *strip;
                 // A strip that does not end with the matrix may end inside a panel.
                 let mut out = vec![0.0f32; rows * columns];
@@ -81,57 +108,105 @@ impl GramAccumulator {
                     panels: Some(panels),
                     below: Some(row),
                 });
-                let lines = sum.chunks_exact_mut(columns).zip(out.chunks_exact(columns));
-                for (i, (sum, product)) in lines.enumerate() {
-                    for (sum, &p) in sum[..=row + i].iter_mut().zip(product) {
-                        *sum += f64::from(p);
-                    }
+                let mut buffer = Vec::new();
+                for (block, products) in out.chunks(LINES * columns).enumerate() {
+                    let (at, length) = (block * LINES * columns, products.len());
+                    sum.update(at, length, &mut buffer, |sums| {
+                        let lines = sums.chunks_exact_mut(columns).zip(products.chunks(columns));
+                        for (i, (sum, product)) in lines.enumerate() {
+                            let end = row + block * LINES + i;
+                            for (sum, &p) in sum[..=end].iter_mut().zip(product) {
+                                *sum += f64::from(p);
+                            }
+                        }
+                    })?;
                 }
-            });
+                Ok::<_, io::Error>(())
+            })?;
         }
+        Ok(())
     }
 
     /// Adds another sum of the same size.
     ///
+    /// # Errors
+    /// When a scratch file cannot be read or written.
+    ///
     /// # Panics
     /// When the sizes differ.
-    pub fn merge(&mut self, other: &Self) {
+    pub fn merge(&mut self, other: &Self) -> io::Result<()> {
         assert_eq!(self.n, other.n, "sums of the same size");
         self.tokens += other.tokens;
+        let (mut here, mut there) = (Vec::new(), Vec::new());
         for (a, b) in self.strips.iter_mut().zip(&other.strips) {
-            for (a, b) in a.sum.iter_mut().zip(&b.sum) {
-                *a += b;
+            for row in 0..a.rows {
+                let b = b.sum.span(row * a.columns, a.columns, &mut there)?;
+                a.sum.update(row * a.columns, a.columns, &mut here, |a| {
+                    for (a, b) in a.iter_mut().zip(b) {
+                        *a += b;
+                    }
+                })?;
             }
         }
+        Ok(())
     }
 
-    /// The symmetric matrix `scale · XᵀX`, rounded to f32 once.
-    pub fn finish(self, scale: f64) -> Mat {
-        let mut out = Mat::zeros((self.n, self.n));
-        self.each_below(|i, j, sum| {
-            let value = (scale * sum) as f32;
-            out[[i, j]] = value;
-            out[[j, i]] = value;
-        });
-        out
+    /// The symmetric matrix `scale · XᵀX`, rounded to f32 once. Each strip of sums gives its memory back
+    /// once it is copied, so that both never lie in memory whole.
+    ///
+    /// # Errors
+    /// When a scratch file cannot be read.
+    pub fn finish(self, scale: f64) -> io::Result<Mat> {
+        let n = self.n;
+        let mut out = Mat::zeros((n, n));
+        let all = out.as_slice_mut().expect("fresh matrices are contiguous");
+        // First the lower triangle alone: memory of rows not yet reached is not touched.
+        self.each_below(|i, sums| {
+            for (value, &sum) in all[i * n..].iter_mut().zip(sums) {
+                *value = (scale * sum) as f32;
+            }
+        })?;
+        mirror(all, n);
+        Ok(out)
     }
 
     /// The symmetric matrix `scale · XᵀX` in f64, row-major `[n, n]`.
-    pub fn finish_f64(self, scale: f64) -> Vec<f64> {
+    ///
+    /// # Errors
+    /// When a scratch file cannot be read.
+    pub fn finish_f64(self, scale: f64) -> io::Result<Vec<f64>> {
         let n = self.n;
         let mut out = vec![0.0; n * n];
-        self.each_below(|i, j, sum| {
-            out[i * n + j] = scale * sum;
-            out[j * n + i] = scale * sum;
-        });
-        out
+        self.each_below(|i, sums| {
+            for (value, &sum) in out[i * n..].iter_mut().zip(sums) {
+                *value = scale * sum;
+            }
+        })?;
+        mirror(&mut out, n);
+        Ok(out)
     }
 
-    fn each_below(self, mut visit: impl FnMut(usize, usize, f64)) {
+    /// Rows of the lower triangle up to the diagonal.
+    fn each_below(self, mut visit: impl FnMut(usize, &[f64])) -> io::Result<()> {
+        let mut buffer = Vec::new();
         for strip in self.strips {
-            for (i, sums) in strip.sum.chunks_exact(strip.columns).enumerate() {
-                for (j, &sum) in sums[..=strip.row + i].iter().enumerate() {
-                    visit(strip.row + i, j, sum);
+            for i in 0..strip.rows {
+                let length = strip.row + i + 1;
+                visit(strip.row + i, strip.sum.span(i * strip.columns, length, &mut buffer)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies the lower triangle of `a [n, n]` to the upper one, by blocks that stay in cache.
+fn mirror<T: Copy>(a: &mut [T], n: usize) {
+    const BLOCK: usize = 64;
+    for first in (0..n).step_by(BLOCK) {
+        for start in (0..=first).step_by(BLOCK) {
+            for i in first..(first + BLOCK).min(n) {
+                for j in start..(start + BLOCK).min(i) {
+                    a[j * n + i] = a[i * n + j];
                 }
             }
         }
@@ -144,7 +219,8 @@ mod tests {
     use crate::{compare::distance, rng::Rng};
 
     #[test]
-    fn gram_equals_the_naive_sum_on_any_thread_count() {
+    fn gram_equals_the_naive_sum_on_any_thread_count_in_memory_and_on_scratch() {
+        let scratch = Scratch::new(tempfile::tempfile);
         for (t, n) in [(600, 401), (61, 1290)] {
             let x = Rng::new(5).normals(t * n);
             let mut want = vec![0.0f64; n * n];
@@ -156,21 +232,22 @@ mod tests {
                 }
             }
             let want: Vec<f32> = want.iter().map(|&v| v as f32).collect();
-            let run = |threads| {
+            let run = |threads, scratch: Option<&Scratch>| {
                 rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(
                     || {
-                        let mut gram = GramAccumulator::new(n);
-                        gram.add(&x[..t / 2 * n]);
-                        let mut rest = GramAccumulator::new(n);
-                        rest.add(&x[t / 2 * n..]);
-                        gram.merge(&rest);
+                        let mut gram = GramAccumulator::with_scratch(n, scratch).unwrap();
+                        gram.add(&x[..t / 2 * n]).unwrap();
+                        let mut rest = GramAccumulator::with_scratch(n, scratch).unwrap();
+                        rest.add(&x[t / 2 * n..]).unwrap();
+                        gram.merge(&rest).unwrap();
                         assert_eq!(gram.tokens(), t);
-                        gram.finish(1.0)
+                        gram.finish(1.0).unwrap()
                     },
                 )
             };
-            let (one, two) = (run(1), run(2));
+            let (one, two) = (run(1, None), run(2, None));
             assert_eq!(one, two);
+            assert_eq!(one, run(2, Some(&scratch)));
             assert!(distance(one.as_slice().unwrap(), &want).nmse < 1e-11);
         }
     }
