@@ -203,8 +203,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         context,
         budget,
     };
-    let predict::Prediction { limits, memory, scratch_bytes, work } =
-        predict::within(&facts).map_err(|error| PlanErrors(vec![error]))?;
+    let predict::Prediction { limits, memory, scratch_bytes, work } = predict::within(&facts)?;
     Ok(Plan {
         untied: graph.tied && head_quantized,
         graph,

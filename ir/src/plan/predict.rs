@@ -16,7 +16,7 @@ use attar_tensor::{
 };
 use serde::Serialize;
 
-use super::{PlanError, PlanStep, Round, rounds};
+use super::{PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
     Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
     Upstream,
@@ -153,7 +153,7 @@ pub(super) struct Prediction {
 ///
 /// # Errors
 /// [`PlanError::Memory`] when none do.
-pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanError> {
+pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
     let free = Limits::unbounded(facts.budget.threads);
     let predict = |limits: Limits| {
         let (memory, scratch_bytes) = Walk::new(facts, limits).run();
@@ -176,12 +176,12 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanError> {
             }
             found.ok_or_else(|| {
                 let smallest = smallest.unwrap_or_default();
-                PlanError::Memory {
+                PlanErrors(vec![PlanError::Memory {
                     budget,
                     wanted: predict(free).1.peak(),
                     smallest: smallest.peak(),
                     at: smallest.worst().map(Moment::name).unwrap_or_default(),
-                }
+                }])
             })?
         }
     };
@@ -266,7 +266,7 @@ impl<'a> Walk<'a> {
     fn add(&mut self, moment: Moment) {
         let (base, stream) = (self.base, self.stream + moment.stream);
         let tensors = moment.tensors + self.behind;
-        self.memory.add(Moment { base, stream, tensors, ..moment });
+        self.memory.add(Moment { stream, tensors, base, ..moment });
     }
 
     /// Windows run at once.
@@ -581,8 +581,8 @@ impl<'a> Walk<'a> {
         let windows = self.windows();
         let context = self.facts.context.min(self.facts.tokens.max(1));
         let mut reached = 0;
-        for stage in 0..block.inputs.len() {
-            if needs[stage].is_empty() {
+        for (stage, &needs) in needs.iter().enumerate() {
+            if needs.is_empty() {
                 continue;
             }
             let old = if reached == stage { 0 } else { self.beside(block, reached) };
@@ -593,7 +593,7 @@ impl<'a> Walk<'a> {
                 place: block.inputs[stage].name.to_owned(),
                 block_index: Some(block.index),
                 block: self.weights(block, &dense) + Self::packed(block, run, &dense),
-                statistics: self.sums(block.inputs[stage].width, needs[stage]),
+                statistics: self.sums(block.inputs[stage].width, needs),
                 stream,
                 activations: self.activations(block, windows, context, false),
                 ..Moment::default()

@@ -298,11 +298,11 @@ fn work_counts_one_staged_forward_and_one_hessian_per_input() {
         let of = |m: &&Moment| m.what == "step[0] (gptq)" && m.place == place;
         plan.memory.moments.iter().find(of).unwrap()
     };
-    let down = step(&plan.graph.blocks[0].inputs[3].name);
+    let down = step(plan.graph.blocks[0].inputs[3].name);
     assert_eq!(down.statistics, 4 * MLP * MLP + 20 * MLP);
     // Beside the residual stream lies what down_proj reads.
     assert_eq!(down.stream, 4 * 1024 * (HIDDEN + MLP));
-    assert_eq!(step(&plan.graph.blocks[0].inputs[2].name).stream, 4 * 1024 * HIDDEN);
+    assert_eq!(step(plan.graph.blocks[0].inputs[2].name).stream, 4 * 1024 * HIDDEN);
 }
 
 #[test]
