@@ -257,6 +257,21 @@ fn a_work_directory_serves_later_runs_and_keeps_others_out() {
         // 4 stages of 2 blocks; what enters block 0 is the same for both upstreams, and so is its first stage.
         let stages = if upstream == "original" { 8 } else { 7 };
         assert_eq!(solved, stages);
+        if upstream == "original" {
+            // The plan said what would lie there; each file has a header of its own.
+            let recipe = w4.display().to_string();
+            let text = data("tinystories_calib.txt").display().to_string();
+            let (_, stdout, _) =
+                attar(&["plan", &model(), "--recipe", &recipe, "--text", &text, "--json"]);
+            let plan: Value = serde_json::from_str(&stdout).unwrap();
+            let told = &plan["variants"][0]["work_directory"];
+            let told = told["results"].as_u64().unwrap() + told["statistics"].as_u64().unwrap();
+            let (_, stdout, _) = attar(&["cache", "list", &work.display().to_string(), "--json"]);
+            let found: Value = serde_json::from_str(&stdout).unwrap();
+            let found = found["objects"].as_array().unwrap().clone();
+            let bytes: u64 = found.iter().map(|o| o["info"]["bytes"].as_u64().unwrap()).sum();
+            assert!((told..told + 2000 * found.len() as u64).contains(&bytes), "{told} {bytes}");
+        }
         // The same once more: nothing is computed.
         let (again, calibrated_again, solved_again) = run(&w4, &name("again"), Some(&work));
         assert_eq!((calibrated_again, solved_again), (0, 0));

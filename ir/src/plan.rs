@@ -9,6 +9,7 @@ mod error;
 mod graph;
 mod predict;
 mod render;
+mod stored;
 mod variant;
 
 use attar_tensor::{DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
@@ -17,6 +18,7 @@ use serde::Serialize;
 pub use error::{PlanError, PlanErrors};
 pub use graph::{dot, text, to_json};
 pub use predict::{Memory, Moment, Work};
+pub use stored::Stored;
 pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;

@@ -211,7 +211,7 @@ pub fn to_json(variants: &[(Variant, Plan)]) -> Value {
         .collect();
     let plans: Vec<_> = variants
         .iter()
-        .map(|(variant, plan)| json!({"name": variant.name, "steps": variant.steps, "plan": plan}))
+        .map(|(variant, plan)| json!({"name": variant.name, "steps": variant.steps, "work_directory": plan.stored(), "plan": plan}))
         .collect();
     json!({"graph": steps, "sharing": sharing, "variants": plans})
 }

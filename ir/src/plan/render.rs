@@ -67,6 +67,17 @@ fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
     if plan.scratch_bytes > 0 {
         writeln!(out, "scratch   {} on disk", bytes(plan.scratch_bytes))?;
     }
+    let stored = plan.stored();
+    if stored.total() > 0 {
+        writeln!(
+            out,
+            "kept      {} in the work directory: results {}, statistics {}, activations {}",
+            bytes(stored.total()),
+            bytes(stored.results),
+            bytes(stored.statistics),
+            bytes(stored.streams),
+        )?;
+    }
     let work = &plan.work;
     writeln!(
         out,
