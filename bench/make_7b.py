@@ -19,8 +19,9 @@ def bf16(shape):
     if len(shape) == 1:
         return np.full(shape, 0x3F80, dtype=np.uint16)
     # Heavy tails: a normal times a per-column scale.
-    scale = np.exp(rng.standard_normal(shape[1], dtype=np.float32) * 0.3) / np.sqrt(shape[1])
+    scale = np.exp(rng.standard_normal(shape[1], dtype=np.float32) * 0.3) / np.float32(np.sqrt(shape[1]))
     w = rng.standard_normal(shape, dtype=np.float32) * scale
+    assert w.dtype == np.float32
     bits = w.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
