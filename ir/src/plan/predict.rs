@@ -302,8 +302,13 @@ impl<'a> Walk<'a> {
         norms + block.sites.iter().zip(quantized).map(site).sum::<usize>()
     }
 
-    /// Packed copies of the sites that a forward runs, with the largest one that is dequantized on the way.
-    fn packed(block: &Block, sites: impl Iterator<Item = usize>, quantized: &[bool]) -> usize {
+    /// Packed copies of the sites that a forward runs, and the largest of them that is dequantized on the way,
+    /// before any window is at work.
+    fn packed(
+        block: &Block,
+        sites: impl Iterator<Item = usize>,
+        quantized: &[bool],
+    ) -> (usize, usize) {
         let (mut packed, mut transit) = (0, 0);
         for site in sites {
             let bytes = 4 * block.sites[site].weights();
@@ -312,7 +317,7 @@ impl<'a> Walk<'a> {
                 transit = transit.max(bytes);
             }
         }
-        packed + transit
+        (packed, transit)
     }
 
     /// What an input group's statistics are made in: sums, products, and rows collected for them.
@@ -433,14 +438,17 @@ impl<'a> Walk<'a> {
                         let stream = old + self.beside(block, stage);
                         let run = sites_of(block, reached..stage);
                         let weights = self.weights(block, &quantized);
+                        let (packed, transit) = Self::packed(block, run, &quantized);
                         self.add(Moment {
                             what: "observe".into(),
                             place: place.clone(),
                             block_index: index,
-                            block: weights + Self::packed(block, run, &quantized),
+                            block: weights + packed,
                             statistics: self.sums(width, needs),
                             stream,
-                            activations: self.activations(block, windows, context, false),
+                            activations: self
+                                .activations(block, windows, context, false)
+                                .max(transit),
                             ..Moment::default()
                         });
                         reached = stage;
@@ -478,12 +486,13 @@ impl<'a> Walk<'a> {
                     let stream = self.beside(block, reached);
                     let run = sites_of(block, reached..inputs);
                     let weights = self.weights(block, &quantized);
+                    let (packed, transit) = Self::packed(block, run, &quantized);
                     self.add(Moment {
                         what: "forward".into(),
                         block_index: index,
-                        block: weights + Self::packed(block, run, &quantized),
+                        block: weights + packed,
                         stream,
-                        activations: self.activations(block, windows, context, false),
+                        activations: self.activations(block, windows, context, false).max(transit),
                         ..Moment::default()
                     });
                 }
@@ -495,13 +504,14 @@ impl<'a> Walk<'a> {
                 self.observe_original(block, &round.needs);
             } else if round.observes() && streams {
                 let weights = self.weights(block, &quantized);
+                let (packed, transit) = Self::packed(block, sites_of(block, 0..inputs), &quantized);
                 self.add(Moment {
                     what: "observe".into(),
                     place: "whole block".into(),
                     block_index: index,
-                    block: weights + Self::packed(block, sites_of(block, 0..inputs), &quantized),
+                    block: weights + packed,
                     statistics: block.inputs.iter().map(|i| self.sums(i.width, needs)).sum(),
-                    activations: self.activations(block, windows, context, true),
+                    activations: self.activations(block, windows, context, true).max(transit),
                     ..Moment::default()
                 });
                 if self.limits.gram_on_scratch && needs.contains(Needs::HESSIAN) {
@@ -543,11 +553,12 @@ impl<'a> Walk<'a> {
         if streams && block.attention.is_some() && (advance || !advanced) {
             // Also a run that goes on after a kill: its stream is carried through blocks that are done.
             let weights = self.weights(block, &quantized);
+            let (packed, transit) = Self::packed(block, sites_of(block, 0..inputs), &quantized);
             self.add(Moment {
                 what: "carry on".into(),
                 block_index: index,
-                block: weights + Self::packed(block, sites_of(block, 0..inputs), &quantized),
-                activations: self.activations(block, windows, context, false),
+                block: weights + packed,
+                activations: self.activations(block, windows, context, false).max(transit),
                 ..Moment::default()
             });
         }
@@ -588,14 +599,15 @@ impl<'a> Walk<'a> {
             let old = if reached == stage { 0 } else { self.beside(block, reached) };
             let stream = old + self.beside(block, stage);
             let run = sites_of(block, reached..stage);
+            let (packed, transit) = Self::packed(block, run, &dense);
             self.add(Moment {
                 what: "observe original".into(),
                 place: block.inputs[stage].name.to_owned(),
                 block_index: Some(block.index),
-                block: self.weights(block, &dense) + Self::packed(block, run, &dense),
+                block: self.weights(block, &dense) + packed,
                 statistics: self.sums(block.inputs[stage].width, needs),
                 stream,
-                activations: self.activations(block, windows, context, false),
+                activations: self.activations(block, windows, context, false).max(transit),
                 ..Moment::default()
             });
             let sums = GramAccumulator::bytes(block.inputs[stage].width, 0, 0, false);
