@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::Plan;
-use crate::{Block, Needs, Touches, Upstream};
+use crate::{Block, Needs, Site, Touches, Upstream};
 
 /// Bytes in the work directory when the last block is done, headers of files excluded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -40,7 +40,7 @@ impl Plan {
                 }
                 if step.contract.touches == Touches::Folds {
                     // Folds reach into neighbours: all that they may have changed, in f32.
-                    stored.results += 4 * block.sites.iter().map(|s| s.weights()).sum::<usize>();
+                    stored.results += 4 * block.sites.iter().map(Site::weights).sum::<usize>();
                     continue;
                 }
                 for target in targets {
