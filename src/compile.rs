@@ -23,7 +23,7 @@ use attar_formats::{
 };
 use attar_ir::{
     BlockState, Limits, Needs,
-    plan::{self, PassGraph, Plan, PlanErrors, Variant},
+    plan::{self, PassGraph, Plan, PlanError, PlanErrors, Variant},
     recipe::{Emit, Recipe},
     target::Violation,
 };
@@ -214,12 +214,23 @@ pub(crate) fn prepare(
             }
         }
     }
+    keep_largest_need(&mut errors);
     if !errors.is_empty() {
         return Err(PlanErrors(errors).into());
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
     Ok(Job { checkpoint, decoder, recipe, variants, corpus, promise, warnings })
+}
+
+/// Of several variants that a budget is too small for, one is told: that which needs the most.
+fn keep_largest_need(errors: &mut Vec<PlanError>) {
+    let need = |error: &PlanError| match error {
+        PlanError::Memory { smallest, .. } => Some(*smallest),
+        _ => None,
+    };
+    let largest = errors.iter().filter_map(need).max();
+    errors.retain(|error| need(error).is_none() || need(error) == largest);
 }
 
 /// Everything that the bytes of one artifact depend on, for its manifest.
@@ -253,6 +264,8 @@ fn read_windows(job: &Job) -> Result<Option<Windows>, Error> {
     let config = &job.recipe.calibration;
     let (context, vocab) = (config.context.min(job.decoder.spec.context), job.decoder.spec.vocab);
     let windows = corpus::calibration(source, tokenizer.as_ref(), context, config.samples, vocab)?;
+    drop(tokenizer);
+    attar_formats::give_freed_pieces_back();
     Ok(Some(windows))
 }
 
@@ -402,14 +415,12 @@ fn produce(
                 .into());
             }
             time.verify += trace.end(Phase::Verify, what, begun);
-            let begun = trace.begin(Phase::Eval, what);
-            let eval = options
-                .measure
-                .as_ref()
-                .map(|m| accuracy(job, &opened, m, &plan.limits, stage))
-                .transpose()?;
-            if eval.is_some() {
-                time.eval += trace.end(Phase::Eval, what, begun);
+            let mut eval = None;
+            if let Some(measure) = &options.measure {
+                let measuring = || accuracy(job, &opened, measure, &plan.limits, stage);
+                let (found, seconds) = trace.run(Phase::Eval, what, measuring);
+                eval = Some(found?);
+                time.eval += seconds;
             }
             time.total = trace.total();
             // Variants run one after the other in one process.
@@ -586,6 +597,8 @@ fn accuracy(
     let source = CorpusSource::Text(vec![measure.text.clone()]);
     let vocab = job.decoder.spec.vocab;
     let windows = corpus::evaluation(&source, Some(&tokenizer), context, None, vocab)?;
+    drop(tokenizer);
+    attar_formats::give_freed_pieces_back();
     let spill = measure::spill(limits, &scratch_of(stage));
     let found =
         measure::evaluate(artifact, Some(&reference), &windows, None, context, Score::All, &spill)?;

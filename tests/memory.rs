@@ -83,3 +83,88 @@ fn sizes_that_are_none_are_refused() {
         assert!(code == 2 && error.contains("--memory"), "{size}: {error}");
     }
 }
+
+#[test]
+fn of_several_variants_the_one_that_needs_the_most_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = "[[step]]\nid = \"a\"\npass = \"awq\"\n\
+        [[step]]\nid = \"b\"\npass = \"gptq\"\nscheme = { bits = 4 }\n\
+        [[step]]\nid = \"c\"\nafter = \"source\"\npass = \"rtn\"\nscheme = { bits = 4 }\n\
+        [[emit]]\nlayout = \"gptq\"\n";
+    let recipe = dir.path().join("recipe.toml");
+    fs::write(&recipe, steps).unwrap();
+    let (recipe, text) = (recipe.display().to_string(), data("tinystories_calib.txt"));
+    let out = dir.path().join("out").display().to_string();
+    let run = |memory: &str| {
+        attar(&[
+            "compress",
+            &model(),
+            "--recipe",
+            &recipe,
+            "--text",
+            &text.display().to_string(),
+            "--context",
+            "256",
+            "--samples",
+            "12",
+            "--checkpoint-every",
+            "0",
+            "--out",
+            &out,
+            "--memory",
+            memory,
+        ])
+    };
+    let (code, _, error) = run("1MiB");
+    assert!(code == 2 && error.matches("memory 1MiB").count() == 1, "{error}");
+    let least = smallest(&error);
+    let (code, _, error) = run(&format!("{least}MiB"));
+    assert_eq!(code, 0, "{error}");
+    for variant in ["b", "c"] {
+        let (measured, predicted) = report(&dir.path().join("out").join(variant));
+        assert!(measured <= predicted && predicted <= least << 20, "{measured} {predicted}");
+    }
+}
+
+#[test]
+fn long_texts_and_measuring_keep_to_the_budget_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = fs::read_to_string(data("tinystories_calib.txt")).unwrap();
+    let long = dir.path().join("long.txt");
+    fs::write(&long, text.repeat(1 + 3_000_000 / text.len())).unwrap();
+    let (long, model) = (long.display().to_string(), model());
+    let held_out = data("tinystories_val.txt").display().to_string();
+    let out = dir.path().join("out");
+    let place = out.display().to_string();
+    let run = |memory: &str| {
+        attar(&[
+            "compress",
+            &model,
+            "--preset",
+            "gptq-w4",
+            "--text",
+            &long,
+            "--context",
+            "256",
+            "--samples",
+            "12",
+            "--eval-text",
+            &held_out,
+            "--eval-context",
+            "256",
+            "--out",
+            &place,
+            "--memory",
+            memory,
+        ])
+    };
+    let (code, _, error) = run("1MiB");
+    assert_eq!(code, 2, "{error}");
+    let least = smallest(&error);
+    // A text of 3 MB: twelve bytes for each of it and the tokenizer's share, not a hundred.
+    assert!(least < 120, "{error}");
+    let (code, _, error) = run(&format!("{least}MiB"));
+    assert_eq!(code, 0, "{error}");
+    let (measured, predicted) = report(&out);
+    assert!(measured <= predicted && predicted <= least << 20, "{measured} {predicted}");
+}

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub use artifact::ArtifactWriter;
 pub use corpus::{CorpusSource, Windows};
 pub use hf::Checkpoint;
-pub use mmap::give_freed_memory_back;
+pub use mmap::{give_freed_memory_back, give_freed_pieces_back};
 pub use tokenizer::Tokenizer;
 
 /// What is wrong with a file.

@@ -64,3 +64,13 @@ pub fn give_freed_memory_back() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
     }
 }
+
+/// Gives the small pieces back too that were freed so far: after work that takes millions of them (reading a
+/// text), and before work whose memory was predicted. Takes milliseconds. Without effect on other allocators.
+pub fn give_freed_pieces_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: malloc_trim takes a number, works under the allocator's own locks and touches free memory only.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

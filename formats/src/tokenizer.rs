@@ -10,6 +10,13 @@ use crate::{FormatError, brief, read_bounded, read_json};
 /// Largest tokenizer.json that is read, bytes; Gemma's has 33 MB.
 const MAX_TOKENIZER: u64 = 256 << 20;
 
+/// Bytes of text that are encoded at once.
+const PIECE: usize = 64 << 10;
+/// Bytes that two pieces share.
+const OVERLAP: usize = 4 << 10;
+/// Tokens in which two pieces must agree where they are joined.
+const SEAM: usize = 32;
+
 /// The tokenizer of a checkpoint.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -65,14 +72,46 @@ impl Tokenizer {
         Ok(Self { inner: parse(json)?, bos: None, eos: Vec::new() })
     }
 
-    /// Token ids of a text, no special token added.
+    /// Token ids of a text, no special token added. A long text is encoded piece by piece, since the library
+    /// takes more than a hundred bytes for each byte of what it is given at once; pieces overlap and are
+    /// joined where both have the same tokens at the same places. Where they nowhere have (a tokenizer that
+    /// looks far ahead), the text is encoded as a whole.
     ///
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, FormatError> {
-        guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())).map_err(|error| {
+        let pieces = self.encode_pieces(text, PIECE, OVERLAP);
+        pieces.map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot encode: {error}"))
         })
+    }
+
+    fn encode_pieces(&self, text: &str, piece: usize, overlap: usize) -> Result<Vec<u32>, String> {
+        let whole = || guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()));
+        if text.len() <= piece {
+            return whole();
+        }
+        // Tokens with the bytes of the whole text that each stands for.
+        let tokens = |start: usize, end: usize| {
+            let encoding = guarded(|| self.inner.encode(&text[start..end], false))?;
+            let places = encoding.get_offsets().iter().map(|(a, b)| (a + start, b + start));
+            let ids = encoding.get_ids().iter().copied();
+            Ok::<Vec<(u32, (usize, usize))>, String>(ids.zip(places).collect())
+        };
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        let mut end = text.floor_char_boundary(piece);
+        // What is encoded, and the first token of it that is not in `ids` yet.
+        let (mut now, mut from) = (tokens(0, end)?, 0);
+        while end < text.len() {
+            let start = text.floor_char_boundary(end - overlap);
+            end = text.floor_char_boundary(start + piece);
+            let next = tokens(start, end)?;
+            let Some((at, again)) = seam(&now, &next, start) else { return whole() };
+            ids.extend(now[from..at].iter().map(|(id, _)| *id));
+            (now, from) = (next, again);
+        }
+        ids.extend(now[from..].iter().map(|(id, _)| *id));
+        Ok(ids)
     }
 
     /// Text of token ids, special tokens left out.
@@ -84,6 +123,28 @@ impl Tokenizer {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot decode: {error}"))
         })
     }
+}
+
+/// Where two pieces are joined: the middle of the first run of [`SEAM`] tokens, at least a quarter of the way
+/// into the overlap, that both have with the same ids at the same places.
+fn seam(
+    now: &[(u32, (usize, usize))],
+    next: &[(u32, (usize, usize))],
+    start: usize,
+) -> Option<(usize, usize)> {
+    let end = now.last()?.1.1;
+    let safe = start + end.saturating_sub(start) / 4;
+    let first = now.partition_point(|(_, place)| place.0 < safe);
+    let mut at = next.partition_point(|(_, place)| place.0 < safe);
+    for i in first..now.len().saturating_sub(SEAM) {
+        while at < next.len() && next[at].1.0 < now[i].1.0 {
+            at += 1;
+        }
+        if next.get(at..at + SEAM)? == &now[i..i + SEAM] {
+            return Some((i + SEAM / 2, at + SEAM / 2));
+        }
+    }
+    None
 }
 
 /// Runs code of the `tokenizers` crate, which panics on some files that it cannot use (a damaged
@@ -207,5 +268,69 @@ mod tests {
     fn tokens_do_not_depend_on_chance() {
         let error = Tokenizer::parse(json("null", "0.1").as_bytes()).unwrap_err();
         assert!(error.contains("dropout"), "{error}");
+    }
+
+    #[test]
+    fn pieces_are_joined_to_the_tokens_of_the_whole() {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
+        let tokenizer = Tokenizer::open(&data.join("tinystories-656k")).unwrap();
+        let text = std::fs::read_to_string(data.join("tinystories_calib.txt")).unwrap();
+        let text = &text[..text.floor_char_boundary(200_000)];
+        let whole = tokenizer.inner.encode_fast(text, false).unwrap().get_ids().to_vec();
+        for (piece, overlap) in [(2_000, 700), (8_192, 1_000), (30_001, 4_000), (PIECE, OVERLAP)] {
+            assert_eq!(tokenizer.encode_pieces(text, piece, overlap).unwrap(), whole, "{piece}");
+        }
+        assert_eq!(tokenizer.encode(text).unwrap(), whole);
+        // Every kind of splitting into words that the field knows, with characters of several bytes.
+        let mixed: String =
+            "Größe ǅ 日本語の文 \u{1f600}\u{200d}\u{1f600}  two  spaces\n\n\tend. don't 12345 "
+                .repeat(300);
+        let bytes = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        let mut alphabet: Vec<char> = bytes.into_iter().chain(mixed.chars()).collect();
+        alphabet.sort_unstable();
+        alphabet.dedup();
+        let vocab: Vec<String> = alphabet
+            .iter()
+            .enumerate()
+            .map(|(id, c)| format!("{}:{}", serde_json::to_string(c).unwrap(), id + 1))
+            .collect();
+        let merge = r#"[["t","w"],["Ġ","t"],["▁","t"],["e","n"],["Ã","¶"]]"#;
+        let ids = alphabet.len();
+        let more = format!(
+            r#""tw":{},"Ġt":{},"▁t":{},"en":{},"Ã¶":{},"▁":{}"#,
+            ids + 1,
+            ids + 2,
+            ids + 3,
+            ids + 4,
+            ids + 5,
+            ids + 6
+        );
+        for (normalizer, pre) in [
+            (
+                "null",
+                r#"{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true}"#,
+            ),
+            (
+                "null",
+                r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":false,"use_regex":false}"#,
+            ),
+            (
+                r#"{"type":"NFKC"}"#,
+                r#"{"type":"Metaspace","replacement":"▁","prepend_scheme":"always","split":true}"#,
+            ),
+            (r#"{"type":"Prepend","prepend":"▁"}"#, "null"),
+        ] {
+            let json = format!(
+                r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":{normalizer},"pre_tokenizer":{pre},
+                "post_processor":null,"decoder":null,"model":{{"type":"BPE","dropout":null,"unk_token":"<unk>","vocab":{{"<unk>":0,{},{more}}},"merges":{merge}}}}}"#,
+                vocab.join(",")
+            );
+            let tokenizer = Tokenizer::parse(json.as_bytes()).unwrap();
+            let whole = tokenizer.inner.encode_fast(&*mixed, false).unwrap().get_ids().to_vec();
+            for piece in [1_000, 3_333, 10_000] {
+                let found = tokenizer.encode_pieces(&mixed, piece, piece / 3).unwrap();
+                assert!(found == whole, "{normalizer} {pre} {piece}");
+            }
+        }
     }
 }

@@ -22,10 +22,19 @@ use crate::{
     Upstream,
 };
 
+/// Bytes while `corpus` bytes of tokenizer and text are read; token ids need no tokenizer.
+const fn corpus_bytes(corpus: usize) -> usize {
+    if corpus == 0 { 0 } else { CORPUS_FACTOR * corpus + TOKENIZE_BYTES }
+}
+
 /// Code, allocator, config and reports of any run, bytes.
 const BASE_BYTES: usize = 16 << 20;
 /// Stack, packing space and allocator of one thread, bytes.
 const THREAD_BYTES: usize = 4 << 20;
+/// What the tokenizer library takes for the piece of text that it is given at once.
+const TOKENIZE_BYTES: usize = 4 << 20;
+/// What stays with the process when a text has been read: pages of code, caches, holes between what lives.
+const TOKENIZED_BYTES: usize = 12 << 20;
 /// Resident bytes per byte of tokenizer and text while they are read.
 const CORPUS_FACTOR: usize = 12;
 /// What the system maps around a touched row of the embedding, bytes.
@@ -258,7 +267,10 @@ fn sites_of(block: &Block, inputs: std::ops::Range<usize>) -> impl Iterator<Item
 
 impl<'a> Walk<'a> {
     fn new(facts: &'a Facts<'a>, limits: Limits) -> Self {
-        let base = BASE_BYTES + limits.threads * THREAD_BYTES;
+        let measured = facts.budget.measured.map_or(0, |measured| measured.corpus);
+        let reads_text = facts.budget.corpus + measured > 0;
+        let left = if reads_text { TOKENIZED_BYTES } else { 0 };
+        let base = BASE_BYTES + left + limits.threads * THREAD_BYTES;
         let memory = Memory::default();
         Self { facts, limits, memory, stream: 0, scratch_stream: 0, scratch: 0, behind: 0, base }
     }
@@ -364,7 +376,7 @@ impl<'a> Walk<'a> {
         if last_observed.is_some() {
             self.add(Moment {
                 what: "read corpus".into(),
-                tensors: CORPUS_FACTOR * budget.corpus,
+                tensors: corpus_bytes(budget.corpus),
                 ..Moment::default()
             });
             let stream = 4 * tokens * graph.hidden;
@@ -636,7 +648,7 @@ impl<'a> Walk<'a> {
         let Some(measured) = budget.measured else { return };
         self.add(Moment {
             what: "read corpus to measure".into(),
-            tensors: CORPUS_FACTOR * measured.corpus,
+            tensors: corpus_bytes(measured.corpus),
             ..Moment::default()
         });
         let context = measured.context.min(graph.context);
