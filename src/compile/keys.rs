@@ -238,7 +238,7 @@ fn round_keys(
     let original = round.upstream == Upstream::Original;
     // A statistic depends on the activations that enter the block, on its norms, and on the weights of
     // the sites before it.
-    let statistic = |input: usize, slots: &Slots, has: &mut dyn FnMut(&str) -> bool| {
+    let statistic = |input: usize, slots: &Slots| {
         if round.needs[input].is_empty() {
             return None;
         }
@@ -255,12 +255,12 @@ fn round_keys(
         parts.extend(before.map(|&site| slots.weights[site].as_str()));
         let key = ground.key("statistic", &parts);
         let keep = original || block.index == 0 && (input == 0 || round.whole);
-        Some(Statistic { needs, cached: keep && has(&key), key, keep })
+        Some(Statistic { needs, key, cached: false, keep })
     };
     let mut statistics: Vec<Option<Statistic>> = vec![None; block.inputs.len()];
     if !staged {
         for (input, slot) in statistics.iter_mut().enumerate() {
-            *slot = statistic(input, slots, has);
+            *slot = statistic(input, slots);
         }
     }
     let mut units = Vec::new();
@@ -268,7 +268,7 @@ fn round_keys(
         if round.whole { vec![None] } else { (0..block.inputs.len()).map(Some).collect() };
     for input in stages {
         if let (true, Some(input)) = (staged, input) {
-            statistics[input] = statistic(input, slots, has);
+            statistics[input] = statistic(input, slots);
         }
         for &step in &round.steps {
             let targets: Vec<Target> = plan.steps[step].targets[block.index]
@@ -314,7 +314,16 @@ fn round_keys(
             units.push(Unit { step, input, targets, key, cached });
         }
     }
-    RoundKeys { upstream: round.upstream, whole: round.whole, staged, statistics, units }
+    let Round { upstream, whole, .. } = round;
+    let mut keyed = RoundKeys { upstream, whole, staged, statistics, units };
+    for input in 0..block.inputs.len() {
+        // Statistics are large: only those that something will read are looked at.
+        let read = keyed.reads(input);
+        if let Some(statistic) = keyed.statistics[input].as_mut().filter(|s| read && s.keep) {
+            statistic.cached = has(&statistic.key);
+        }
+    }
+    keyed
 }
 
 /// Options with their keys sorted (a TOML table of ours keeps them so).
