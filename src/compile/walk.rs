@@ -237,20 +237,38 @@ impl<'a> Walk<'a> {
                 }
             }
         }
-        let timing = if self.later(Upstream::Compressed, block.index) {
-            let finishing = || run.finish(state);
-            let timing = self.trace.run(Phase::Calibrate, what, finishing).0?;
-            self.lanes[lane].stream = Some(stream);
-            self.lanes[lane].at = block.index + 1;
-            self.keep_stream(Upstream::Compressed)?;
-            timing
+        if self.end(Upstream::Compressed, block, run, state)? {
+            self.put_back(Upstream::Compressed, block.index + 1, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a run through a block: when a later block reads what this one puts out, the stream is carried
+    /// there, and true is returned; else it stands somewhere inside the block, of no use to anybody.
+    fn end(
+        &mut self,
+        upstream: Upstream,
+        block: &Block,
+        run: BlockRun<'_>,
+        state: &BlockState,
+    ) -> Result<bool, Error> {
+        let read = self.later(upstream, block.index);
+        let timing = if read {
+            self.trace.run(Phase::Calibrate, name_of(block), || run.finish(state)).0?
         } else {
-            // Nobody reads what this block puts out, and the stream stands somewhere inside it.
             run.timing
         };
         self.time.forward += timing.forward.as_secs_f64();
         self.time.statistics += timing.statistics.as_secs_f64();
-        Ok(())
+        Ok(read)
+    }
+
+    /// Gives a lane its stream back, at the entrance of block `at`.
+    fn put_back(&mut self, upstream: Upstream, at: usize, stream: Stream) -> Result<(), Error> {
+        let lane = &mut self.lanes[lane_of(upstream)];
+        lane.stream = Some(stream);
+        lane.at = at;
+        self.keep_stream(upstream)
     }
 
     /// True when a block after this one needs activations of this upstream.
@@ -286,18 +304,9 @@ impl<'a> Walk<'a> {
                 self.keep_statistic(block, input, statistic, &stats)?;
             }
         }
-        let timing = if self.later(Upstream::Original, block.index) {
-            let finishing = || run.finish(&state);
-            let timing = self.trace.run(Phase::Calibrate, what, finishing).0?;
-            self.lanes[lane].stream = Some(stream);
-            self.lanes[lane].at = block.index + 1;
-            self.keep_stream(Upstream::Original)?;
-            timing
-        } else {
-            run.timing
-        };
-        self.time.forward += timing.forward.as_secs_f64();
-        self.time.statistics += timing.statistics.as_secs_f64();
+        if self.end(Upstream::Original, block, run, &state)? {
+            self.put_back(Upstream::Original, block.index + 1, stream)?;
+        }
         Ok(())
     }
 
