@@ -2,9 +2,12 @@
 //!
 //! [`mod@layout`] describes each layout once and packs and unpacks it. A [`Kernel`] prepares a
 //! [`attar_tensor::PackedLinear`] for multiplication, and [`Prepared::matmul`] computes `x · Wᵀ`
-//! from the packed codes; [`select`] takes the best kernel of this machine. [`fn@verify`] holds every
-//! kernel to [`reference`](mod@reference). Nothing here knows a file or a model.
+//! from the packed codes; [`select`] takes the best exact kernel of this machine, [`select_kernel`] the
+//! best one of a kind of [`Activations`]. [`fn@verify`] holds every kernel to the reference in f64, and
+//! [`cases`] lists what every kernel of every backend must get right. Nothing here knows a file or a
+//! model.
 
+pub mod cases;
 pub mod check;
 pub mod cpu;
 pub mod layout;
@@ -16,5 +19,5 @@ pub mod verify;
 
 pub use check::{Defect, check_packed};
 pub use layout::{LAYOUTS, Layout, layout, layout_of, unpack};
-pub use spec::{Kernel, Prepared, select};
+pub use spec::{Activations, Backend, Kernel, Prepared, choose, select, select_kernel};
 pub use verify::{KernelReport, verify};

@@ -11,11 +11,11 @@
 //! number of threads does not change a bit.
 
 use attar_tensor::linalg::{gemm_nt, isa as isa_in_use};
-use attar_tensor::{LayoutError, PackedLinear, QuantizedLinear};
+use attar_tensor::{LayoutError, PackedLinear, QuantScheme, QuantizedLinear};
 use rayon::prelude::*;
 
 use crate::layout;
-use crate::spec::{Kernel, Prepared, check_sizes};
+use crate::spec::{Kernel, Prepared, check_sizes, within_use};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -63,12 +63,20 @@ impl Kernel for CpuKernel {
         isa::kernel_name(self.isa)
     }
 
+    fn instructions(&self) -> &'static str {
+        self.isa.name()
+    }
+
     fn supported(&self) -> bool {
         self.isa.supported()
     }
 
     fn in_use(&self) -> bool {
-        self.isa <= isa_in_use()
+        within_use(self.isa)
+    }
+
+    fn supports(&self, _: QuantScheme, _: usize, _: usize) -> bool {
+        true
     }
 
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
