@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Compress(Compress),
     /// Prove a recipe on a checkpoint and print what would be done, without reading a weight.
     Plan(Plan),
+    /// Put the kernels that eat an artifact's packed weights into it, with a table of what is proved.
+    Emit(Emit),
     /// Measure perplexity (and divergence from a reference) on the packed bytes.
     Eval(Eval),
     /// Re-open an artifact and check hashes, values, completeness and every kernel.
@@ -140,6 +142,22 @@ pub(crate) struct Compress {
     /// Progress on standard error.
     #[arg(long, value_enum, default_value = "bar")]
     pub(crate) progress: ProgressArg,
+    /// Put the matching kernels into each artifact, as `attar emit` does.
+    #[arg(long)]
+    pub(crate) kernels: bool,
+    /// Where the C library of the kernels lies [default: beside this program].
+    #[arg(long, value_name = "DIR", requires = "kernels")]
+    pub(crate) kernels_library: Option<PathBuf>,
+}
+
+/// `attar emit`.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Emit {
+    /// Artifact; its `kernels/` is made, or replaced.
+    pub(crate) artifact: PathBuf,
+    /// Where the C library of the kernels lies [default: beside this program].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) kernels_library: Option<PathBuf>,
 }
 
 /// Kinds of progress.
@@ -358,7 +376,7 @@ pub(crate) struct Gate {
     /// report.json, the output of `attar eval --json`, or an artifact.
     pub(crate) report: PathBuf,
     /// Policy file (TOML): baseline, max_perplexity_ratio, max_kl_mean, min_top1_agreement,
-    /// max_bytes_ratio.
+    /// max_bytes_ratio, min_kernel_status_cpu, min_kernel_status_cuda.
     #[arg(long)]
     pub(crate) policy: PathBuf,
     /// Write JUnit XML.

@@ -39,7 +39,7 @@ use self::{
 use crate::{
     Error,
     args::{Promise, What},
-    contract, measure,
+    bundle, contract, measure,
     packed::Opened,
     progress, provenance, registry,
     trace::Trace,
@@ -98,6 +98,8 @@ pub(crate) struct Options<'a> {
     pub(crate) cache_limit: Option<u64>,
     /// Progress as JSON lines.
     pub(crate) json_progress: bool,
+    /// The kernel bundle is wanted; where the library lies when not beside this program.
+    pub(crate) kernels: Option<Option<&'a Path>>,
 }
 
 impl<'a> Options<'a> {
@@ -110,6 +112,7 @@ impl<'a> Options<'a> {
             checkpoint_every: Duration::from_secs(30),
             cache_limit: None,
             json_progress: false,
+            kernels: None,
         }
     }
 }
@@ -282,6 +285,9 @@ fn default_scratch(out: &Path) -> PathBuf {
 pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, Report)>, Error> {
     let trace = Trace::new(options.json_progress);
     let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
+    if let Some(library) = options.kernels {
+        bundle::check_library(library)?;
+    }
     if let Some(reports) = finished(job, options, &trace)? {
         if options.scratch.is_none() && scratch.exists() {
             // A run that was killed between its last two acts.
@@ -356,6 +362,9 @@ fn finished(
         let report: Report = serde_json::from_value(report)?;
         if options.measure.is_some() && report.eval.is_none() {
             return Ok(None);
+        }
+        if let (Some(library), false) = (options.kernels, bundle::exists(&folder)) {
+            trace.run(Phase::Seal, "kernels", || bundle::write(&folder, library)).0?;
         }
         reports.push((folder, report));
     }
@@ -450,6 +459,9 @@ fn produce(
             std::fs::write(&page, attar_eval::html::page(&report))
                 .map_err(|error| format!("{}: {error}", page.display()))?;
             trace.end(Phase::Seal, what, begun);
+            if let Some(library) = options.kernels {
+                trace.run(Phase::Seal, "kernels", || bundle::write(&folder, library)).0?;
+            }
             reports.push((options.out.join(emit.dir.as_deref().unwrap_or("")), report));
         }
     }

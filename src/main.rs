@@ -18,6 +18,7 @@ macro_rules! say {
 }
 
 mod args;
+mod bundle;
 mod commands;
 mod compile;
 mod contract;

@@ -5,24 +5,11 @@ use std::path::Path;
 
 use attar_formats::{Checkpoint, quant_config};
 use attar_ir::Site;
-use attar_kernels::Prepared;
+use attar_kernels::{Prepared, layout::SUFFIXES};
 use attar_model::{Decoder, LinearOp, ModelError, WeightSource};
 use attar_tensor::{LayoutId, PackedLinear, TensorSource};
 
 use crate::Error;
-
-/// Suffixes of the parts of each layout.
-pub(crate) const PARTS: &[&str] = &[
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-];
 
 /// A model on disk.
 #[derive(Debug)]
@@ -55,7 +42,7 @@ impl Opened {
     /// Names and bytes of the tensors that hold a site's weight.
     pub(crate) fn weight_tensors(&self, site: &Site) -> Vec<(String, usize)> {
         let dense = self.decoder.weight_tensor(site);
-        let packed: Vec<_> = PARTS
+        let packed: Vec<_> = SUFFIXES
             .iter()
             .map(|part| format!("{}.{part}", site.name))
             .filter_map(|name| self.checkpoint.header(&name).map(|h| (name, h.bytes())))
@@ -89,7 +76,7 @@ impl Opened {
             format!("{}: packed, but quantization_config has no scheme for it", site.name)
         })?;
         let mut parts = Vec::new();
-        for part in PARTS {
+        for part in SUFFIXES {
             let name = format!("{}.{part}", site.name);
             if self.checkpoint.header(&name).is_some() {
                 parts.push((*part, self.checkpoint.read(&name)?.to_tensor()));

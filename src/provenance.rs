@@ -8,14 +8,11 @@ use std::path::Path;
 use attar_eval::{Report, report::Inputs};
 use attar_formats::{Checkpoint, CorpusSource, artifact, quant_config};
 use attar_ir::{plan::PlannedEmit, recipe::Recipe};
+use attar_kernels::layout::SUFFIXES;
 use attar_tensor::{TensorHeader, TensorSource, linalg};
 use serde_json::{Map, Value, json};
 
-use crate::{
-    Error,
-    compile::Job,
-    packed::{Opened, PARTS},
-};
+use crate::{Error, compile::Job, packed::Opened};
 
 /// Facts of the manifest that the bytes depend on beside recipe, source and calibration: instruction set
 /// and platform (whose libm computes a few sines and powers), and which emit of the recipe this is.
@@ -152,7 +149,7 @@ impl Weights {
 
     /// Tensors of the packed linear of this name; empty when there is none.
     pub(crate) fn parts(&self, site: &str) -> Vec<&TensorHeader> {
-        PARTS
+        SUFFIXES
             .iter()
             .filter_map(|part| self.checkpoint().header(&format!("{site}.{part}")))
             .collect()
@@ -162,7 +159,7 @@ impl Weights {
 /// The site of a packed part's name, e.g. `a.q_proj` of `a.q_proj.weight_packed`.
 pub(crate) fn site_of_part(name: &str) -> Option<&str> {
     let (site, part) = name.rsplit_once('.')?;
-    PARTS.contains(&part).then_some(site)
+    SUFFIXES.contains(&part).then_some(site)
 }
 
 /// Digits of a hash that people compare.

@@ -42,6 +42,7 @@ pub(crate) fn verify(
         result.problems.extend(artifact::check_manifest(path)?);
     }
     let opened = Opened::open(path)?;
+    result.problems.extend(crate::bundle::check(path, &opened)?);
     let mut smallest: BTreeMap<String, (usize, String)> = BTreeMap::new();
     for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
         if let Some(scheme) = opened.scheme_of(site) {

@@ -20,6 +20,28 @@ pub struct Policy {
     pub min_top1_agreement: Option<f64>,
     /// Largest size of the weight files over the baseline's (or the source's).
     pub max_bytes_ratio: Option<f64>,
+    /// How well each linear's CPU kernel must have been proved at least, a word of [`KERNEL_STATUS`].
+    pub min_kernel_status_cpu: Option<KernelStatus>,
+    /// The same of CUDA kernels.
+    pub min_kernel_status_cuda: Option<KernelStatus>,
+}
+
+/// How well a kernel was proved, worst first; verdicts give the number in this list.
+pub const KERNEL_STATUS: [&str; 3] =
+    ["unmeasured", "validated on the shim", "validated on hardware"];
+
+/// A word of [`KERNEL_STATUS`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum KernelStatus {
+    /// Compiled at most.
+    #[serde(rename = "unmeasured")]
+    Unmeasured,
+    /// Run on a CPU in place of the GPU.
+    #[serde(rename = "validated on the shim")]
+    Shim,
+    /// Run where it belongs.
+    #[serde(rename = "validated on hardware")]
+    Hardware,
 }
 
 /// Why a gate could not be judged.
@@ -98,7 +120,8 @@ impl Policy {
         if limits.iter().flatten().any(|limit| !limit.is_finite()) {
             return Err(GateError::Policy("limits must be finite numbers".into()));
         }
-        if limits.iter().all(Option::is_none) {
+        let statuses = [policy.min_kernel_status_cpu, policy.min_kernel_status_cuda];
+        if limits.iter().all(Option::is_none) && statuses.iter().all(Option::is_none) {
             return Err(GateError::Policy("limits nothing, so it cannot pass".into()));
         }
         Ok(policy)
@@ -155,6 +178,21 @@ impl Policy {
                 / of_baseline("max_bytes_ratio", "file_bytes", "source_bytes")?;
             checks.push(Check { name: "max_bytes_ratio", value, limit, pass: value <= limit });
         }
+        for (name, metric, limit) in [
+            ("min_kernel_status_cpu", "kernel_status_cpu", self.min_kernel_status_cpu),
+            ("min_kernel_status_cuda", "kernel_status_cuda", self.min_kernel_status_cuda),
+        ] {
+            let Some(limit) = limit else { continue };
+            let value = number(report, metric).ok_or(GateError::Missing {
+                limit: name,
+                metric,
+                place: "the report",
+                remedy: "put kernels into the artifact with `attar emit PATH` and judge its directory; \
+                         a linear without a kernel of this backend has no status",
+            })?;
+            let limit = f64::from(limit as u8);
+            checks.push(Check { name, value, limit, pass: value >= limit });
+        }
         Ok(Verdict { pass: checks.iter().all(|check| check.pass), checks })
     }
 }
@@ -181,10 +219,10 @@ impl Verdict {
     /// A table for people.
     pub fn table(&self) -> String {
         let mut out = String::new();
-        let _ = writeln!(out, "{:<22} {:>10} {:>10}  result", "limit", "measured", "allowed");
+        let _ = writeln!(out, "{:<23} {:>10} {:>10}  result", "limit", "measured", "allowed");
         for c in &self.checks {
             let word = if c.pass { "ok" } else { "FAILED" };
-            let _ = writeln!(out, "{:<22} {:>10.4} {:>10.4}  {word}", c.name, c.value, c.limit);
+            let _ = writeln!(out, "{:<23} {:>10.4} {:>10.4}  {word}", c.name, c.value, c.limit);
         }
         let _ = write!(out, "{}", if self.pass { "gate passed" } else { "gate FAILED" });
         out
@@ -237,6 +275,18 @@ mod tests {
             json!({"eval": {"perplexity": 10.0, "reference_perplexity": 10.0, "kl_mean": null}});
         assert!(policy.judge(&nan, None).is_err());
         assert!(Policy::parse("").is_err());
+    }
+
+    #[test]
+    fn kernels_are_judged_by_how_well_they_were_proved() {
+        let policy = Policy::parse("min_kernel_status_cpu = 'validated on the shim'").unwrap();
+        for (value, pass) in [(0.0, false), (1.0, true), (2.0, true)] {
+            let verdict = policy.judge(&json!({"kernel_status_cpu": value}), None).unwrap();
+            assert_eq!(verdict.pass, pass, "{}", KERNEL_STATUS[value as usize]);
+        }
+        let error = policy.judge(&json!({"kernel_status_cuda": 2.0}), None).unwrap_err();
+        assert!(error.to_string().contains("attar emit"), "{error}");
+        assert!(Policy::parse("min_kernel_status_cuda = 'fast'").is_err());
     }
 
     #[test]

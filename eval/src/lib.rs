@@ -5,6 +5,6 @@ pub mod html;
 pub mod metrics;
 pub mod report;
 
-pub use gate::{GateError, Policy, Verdict};
+pub use gate::{GateError, KERNEL_STATUS, Policy, Verdict};
 pub use metrics::{Evaluation, Evaluator, Interval, Score};
 pub use report::Report;

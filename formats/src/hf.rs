@@ -369,6 +369,18 @@ impl Checkpoint {
         Some(self.files[self.owner[at]].path())
     }
 
+    /// File, first byte and number of bytes of a tensor; `None` in a PyTorch state dict, whose storages are
+    /// no ranges of bytes.
+    pub fn place(&self, name: &str) -> Option<(&Path, usize, usize)> {
+        let at = self.headers.binary_search_by(|h| h.name.as_str().cmp(name)).ok()?;
+        match &self.files[self.owner[at]] {
+            WeightFile::Safetensors(file) => {
+                file.place(name).map(|(start, length)| (file.path(), start, length))
+            }
+            WeightFile::Pytorch(_) => None,
+        }
+    }
+
     /// Bytes of the weight files.
     ///
     /// # Errors

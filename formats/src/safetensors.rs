@@ -223,6 +223,11 @@ impl SafetensorsFile {
         Some(&self.tensors[at])
     }
 
+    /// First byte and number of bytes of a tensor in the file.
+    pub fn place(&self, name: &str) -> Option<(usize, usize)> {
+        self.find(name).map(|tensor| (tensor.start, tensor.length))
+    }
+
     /// The mapped data of one tensor.
     pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
         let Placed { header, start, length } = self.find(name)?;

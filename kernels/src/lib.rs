@@ -20,4 +20,4 @@ pub mod verify;
 pub use check::{Defect, check_packed};
 pub use layout::{LAYOUTS, Layout, layout, layout_of, unpack};
 pub use spec::{Activations, Backend, Kernel, Prepared, choose, select, select_kernel};
-pub use verify::{KernelReport, verify};
+pub use verify::{KernelReport, verify, verify_tokens};

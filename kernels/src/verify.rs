@@ -32,7 +32,7 @@ pub struct KernelReport {
 /// Numbers of tokens: one, the few that are multiplied directly, tiles and panels, with tails.
 pub const TOKENS: [usize; 5] = [1, 2, 7, 17, 65];
 
-/// Runs every kernel of the layout that this machine supports.
+/// Runs every kernel of the layout that this machine supports, with [`TOKENS`].
 ///
 /// # Errors
 /// Whatever the layout finds wrong with the bytes.
@@ -41,9 +41,23 @@ pub fn verify(
     packed: &PackedLinear,
     seed: u64,
 ) -> Result<Vec<KernelReport>, LayoutError> {
+    verify_tokens(layout, packed, seed, &TOKENS)
+}
+
+/// As [`fn@verify`], with these numbers of tokens.
+///
+/// # Errors
+/// Whatever the layout finds wrong with the bytes.
+pub fn verify_tokens(
+    layout: &dyn Layout,
+    packed: &PackedLinear,
+    seed: u64,
+    tokens: &[usize],
+) -> Result<Vec<KernelReport>, LayoutError> {
+    let all = tokens;
     let judge = Judge::new(&layout.unpack(packed)?);
     let (rows, columns) = (packed.out_features, packed.in_features);
-    let most = TOKENS[TOKENS.len() - 1];
+    let most = all.iter().copied().max().unwrap_or(0);
     let inputs: Vec<_> = (Input::ALL.iter())
         .map(|input| {
             let x = input.activations(most, columns, seed);
@@ -53,7 +67,7 @@ pub fn verify(
         .collect();
     let mut reports = Vec::new();
     for kernel in layout.kernels().iter().filter(|kernel| kernel.supported()) {
-        let tokens = TOKENS.into_iter().filter(|&m| kernel.supports(packed.scheme, columns, m));
+        let tokens = all.iter().copied().filter(|&m| kernel.supports(packed.scheme, columns, m));
         let tokens: Vec<usize> = tokens.collect();
         if tokens.is_empty() {
             continue;

@@ -17,7 +17,8 @@ use serde_json::json;
 
 use crate::{
     Error,
-    args::{Args, Command, Compress, Gate, Plan, ProgressArg, Run, Verify},
+    args::{Args, Command, Compress, Emit, Gate, Plan, ProgressArg, Run, Verify},
+    bundle,
     compile::{self, Measure, Options},
     contract, measure,
     packed::Opened,
@@ -35,6 +36,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
     match args.command {
         Command::Compress(what) => compress(&what, args.threads),
         Command::Plan(what) => print_plan(&what, args.threads),
+        Command::Emit(args) => emit(&args),
         Command::Eval(args) => evaluate::evaluate(&args),
         Command::Verify(args) => verify_artifact(&args),
         Command::Inspect(args) => inspect::inspect(&args),
@@ -64,6 +66,7 @@ fn compress(args: &Compress, threads: Option<usize>) -> Result<bool, Error> {
         checkpoint_every: every,
         cache_limit: args.cache_limit,
         json_progress: args.progress == ProgressArg::Json,
+        kernels: args.kernels.then_some(args.kernels_library.as_deref()),
         ..Options::new(&args.out)
     };
     let reports = compile::compile(&job, &options)?;
@@ -199,13 +202,30 @@ fn verify_artifact(args: &Verify) -> Result<bool, Error> {
     Ok(good)
 }
 
+fn emit(args: &Emit) -> Result<bool, Error> {
+    let linears = bundle::write(&args.artifact, args.kernels_library.as_deref())?;
+    let folder = args.artifact.join(bundle::FOLDER);
+    say!("{}: kernels for {linears} packed linears", folder.display());
+    for (metric, least) in bundle::statuses(&args.artifact)? {
+        let backend = metric.trim_start_matches("kernel_status_");
+        say!("  {backend}: {}", attar_eval::KERNEL_STATUS[least as usize]);
+    }
+    Ok(true)
+}
+
 fn gate(args: &Gate) -> Result<bool, Error> {
     let text = std::fs::read_to_string(&args.policy)
         .map_err(|error| format!("{}: {error}", args.policy.display()))?;
     let policy = Policy::parse(&text)?;
-    let load = |path: &std::path::Path| {
-        let path = if path.is_dir() { path.join(artifact::REPORT) } else { path.to_path_buf() };
-        attar_formats::read_json(&path)
+    let load = |path: &std::path::Path| -> Result<serde_json::Value, Error> {
+        let file = if path.is_dir() { path.join(artifact::REPORT) } else { path.to_path_buf() };
+        let mut report = attar_formats::read_json(&file)?;
+        if path.is_dir() && bundle::exists(path) {
+            for (metric, status) in bundle::statuses(path)? {
+                report[metric] = json!(status);
+            }
+        }
+        Ok(report)
     };
     let baseline = policy
         .baseline

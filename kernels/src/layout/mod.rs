@@ -54,6 +54,19 @@ pub trait Layout: LayoutSpec {
 /// All layouts, in the order in which they are listed to people.
 pub static LAYOUTS: &[&dyn Layout] = &[&CtPacked, &Gptq::V1, &Gptq::V2, &Awq];
 
+/// Suffixes of the parts of every layout, in the order in which they are looked for.
+pub const SUFFIXES: &[&str] = &[
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+];
+
 /// The layout of this name.
 pub fn layout(name: &str) -> Option<&'static dyn Layout> {
     LAYOUTS.iter().copied().find(|layout| layout.id().0 == name)
