@@ -158,6 +158,21 @@ pub trait Pass: Debug + Send + Sync {
     /// What it promises.
     fn contract(&self) -> Contract;
 
+    /// Whether it can make (or, for passes that look ahead, work towards) this scheme: any affine one, and
+    /// the block types of ggml for passes that say so.
+    ///
+    /// # Errors
+    /// Why not, and what to use instead.
+    fn takes(&self, scheme: QuantScheme) -> Result<(), &'static str> {
+        match scheme.block() {
+            None => Ok(()),
+            Some(_) => Err(
+                "it knows affine schemes only; use pass rtn for block types, or give an affine \
+                            `scheme` that the layout carries",
+            ),
+        }
+    }
+
     /// What it costs on `targets` of a block, statistics excluded, within `limits`.
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost;
 

@@ -1,6 +1,8 @@
 //! One block's weights in flight.
 
-use attar_tensor::{DType, Mat, QuantScheme, QuantizedLinear, Tensor};
+use std::borrow::Cow;
+
+use attar_tensor::{BlockQuantized, BlockType, DType, Mat, QuantScheme, QuantizedLinear, Tensor};
 
 /// The weight of one linear, in one of the forms of [`crate::Form`].
 #[derive(Debug, Clone, PartialEq)]
@@ -9,6 +11,8 @@ pub enum Weight {
     Dense(Mat),
     /// Codes, scales and zero points.
     Quantized(QuantizedLinear),
+    /// Codes in blocks with two-level scales.
+    Blocks(BlockQuantized),
 }
 
 impl Weight {
@@ -16,14 +20,41 @@ impl Weight {
     pub const fn as_dense(&self) -> Option<&Mat> {
         match self {
             Self::Dense(weight) => Some(weight),
-            Self::Quantized(_) => None,
+            Self::Quantized(_) | Self::Blocks(_) => None,
         }
     }
 
-    /// The quantized weight, when it is one.
-    pub const fn as_quantized(&self) -> Option<&QuantizedLinear> {
+    /// The scheme of a quantized weight; that of its type for blocks.
+    pub const fn scheme(&self) -> Option<QuantScheme> {
         match self {
             Self::Dense(_) => None,
+            Self::Quantized(weight) => Some(weight.scheme),
+            Self::Blocks(weight) => Some(weight.block.scheme()),
+        }
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Dense(weight) => weight.dim(),
+            Self::Quantized(weight) => (weight.out_features, weight.in_features),
+            Self::Blocks(weight) => (weight.out_features, weight.in_features),
+        }
+    }
+
+    /// The float weight that this stands for.
+    pub fn values(&self) -> Cow<'_, Mat> {
+        match self {
+            Self::Dense(weight) => Cow::Borrowed(weight),
+            Self::Quantized(weight) => Cow::Owned(weight.dequantize()),
+            Self::Blocks(weight) => Cow::Owned(weight.dequantize()),
+        }
+    }
+
+    /// The affine quantized weight, when it is one.
+    pub const fn as_quantized(&self) -> Option<&QuantizedLinear> {
+        match self {
+            Self::Dense(_) | Self::Blocks(_) => None,
             Self::Quantized(weight) => Some(weight),
         }
     }
@@ -134,6 +165,15 @@ impl BlockState {
                         );
                     }
                 }
+                Weight::Blocks(q) => {
+                    for (what, bytes) in block_parts(q) {
+                        let shape = vec![bytes.len()];
+                        put(
+                            format!("linear.{at}.{what}"),
+                            Tensor::new(DType::U8, shape, bytes).expect(FITS),
+                        );
+                    }
+                }
             }
         }
         if neighbours {
@@ -185,10 +225,7 @@ impl BlockState {
                 *bias = floats(&name("bias"), tensor, bias.len())?;
                 self.bias_changed[at] = true;
             }
-            let (out, inner) = match &linear.weight {
-                Weight::Dense(weight) => weight.dim(),
-                Weight::Quantized(q) => (q.out_features, q.in_features),
-            };
+            let (out, inner) = linear.weight.shape();
             if let Some(tensor) = part(&name("weight")) {
                 let values = floats(&name("weight"), tensor, out * inner)?;
                 let weight = Mat::from_shape_vec((out, inner), values)
@@ -201,6 +238,17 @@ impl BlockState {
                     .copied()
                     .flatten()
                     .ok_or_else(|| format!("{}: no scheme", name("codes")))?;
+                if let Some(block) = scheme.block() {
+                    let bytes = |what: &str| {
+                        let tensor = part(&name(what));
+                        tensor.map_or(&[][..], Tensor::bytes)
+                    };
+                    linear.weight = Weight::Blocks(
+                        blocks_of(block, (out, inner), &bytes)
+                            .ok_or_else(|| format!("{}: blocks do not fit", name("codes")))?,
+                    );
+                    continue;
+                }
                 let groups = scheme
                     .groups(inner)
                     .ok_or_else(|| format!("{}: groups do not divide", name("codes")))?;
@@ -250,6 +298,42 @@ impl BlockState {
         }
         Ok(())
     }
+}
+
+/// The lists of a weight in blocks, as bytes.
+fn block_parts(q: &BlockQuantized) -> Vec<(&'static str, Vec<u8>)> {
+    let halves = |list: &[half::f16]| list.iter().flat_map(|h| h.to_le_bytes()).collect();
+    let all = [
+        ("codes", pack_bits(&q.codes, q.block.bits())),
+        ("d", halves(&q.d)),
+        ("dmin", halves(&q.dmin)),
+        ("sub_scales", q.sub_scales.iter().map(|&s| s as u8).collect()),
+        ("sub_mins", q.sub_mins.clone()),
+    ];
+    all.into_iter().filter(|(_, bytes): &(_, Vec<u8>)| !bytes.is_empty()).collect()
+}
+
+/// The inverse of [`block_parts`]; `None` when lengths or ranges are not those of the type.
+fn blocks_of<'a>(
+    block: BlockType,
+    (out_features, in_features): (usize, usize),
+    bytes: &dyn Fn(&str) -> &'a [u8],
+) -> Option<BlockQuantized> {
+    let halves = |bytes: &[u8]| {
+        bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]])).collect()
+    };
+    let weight = BlockQuantized {
+        block,
+        out_features,
+        in_features,
+        codes: unpack_bits(bytes("codes"), block.bits(), out_features * in_features)?,
+        d: halves(bytes("d")),
+        dmin: halves(bytes("dmin")),
+        sub_scales: bytes("sub_scales").iter().map(|&s| s as i8).collect(),
+        sub_mins: bytes("sub_mins").to_vec(),
+    };
+    weight.check().ok()?;
+    Some(weight)
 }
 
 /// Codes of `bits` bits each, densely, least significant bit first.
@@ -347,6 +431,25 @@ mod tests {
             parts.retain(|(name, _)| !name.ends_with("scales"));
             let error = fresh().import(&parts, &[None, Some(scheme), None]).unwrap_err();
             assert!(error.contains("linear.1.scales"), "{error}");
+        }
+    }
+
+    #[test]
+    fn blocks_come_back_to_the_bit() {
+        for block in BlockType::ALL {
+            let x: Vec<f32> = (0..3 * 256).map(|i| (i as f32 * 0.7).sin()).collect();
+            let weight = attar_tensor::block_search::quantize(block, &x, 3, 256);
+            let fresh = || LinearState { weight: Weight::Dense(Mat::zeros((3, 256))), bias: None };
+            let mut state = BlockState::new(0, vec![fresh()], Vec::new());
+            state.linears[0].weight = Weight::Blocks(weight);
+            let scheme = state.linears[0].weight.scheme();
+            assert_eq!(scheme, Some(block.scheme()));
+            let mut again = BlockState::new(0, vec![fresh()], Vec::new());
+            again.import(&state.export(&[0], false), &[scheme]).unwrap();
+            assert_eq!(again, state);
+            let mut parts = state.export(&[0], false);
+            parts.retain(|(name, _)| !name.ends_with(".d"));
+            assert!(again.import(&parts, &[scheme]).unwrap_err().contains("do not fit"));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What can be wrong with packed bytes although they have the right shapes.
 
-use attar_tensor::{LayoutError, PackedLinear};
+use attar_tensor::{BlockQuantized, LayoutError, PackedLinear};
 
 use crate::layout;
 
@@ -62,6 +62,15 @@ pub enum Defect {
 
 /// Everything wrong with these bytes; empty when nothing is.
 pub fn check_packed(packed: &PackedLinear) -> Vec<Defect> {
+    let layout = layout::layout_of(packed);
+    if let Ok(layout) = layout
+        && layout.block_type().is_some()
+    {
+        return match layout.unpack_blocks(packed) {
+            Ok(weight) => check_blocks(&weight),
+            Err(error) => vec![Defect::Layout(error)],
+        };
+    }
     let weight = match layout::unpack(packed) {
         Ok(weight) => weight,
         Err(error) => return vec![Defect::Layout(error)],
@@ -90,6 +99,17 @@ pub fn check_packed(packed: &PackedLinear) -> Vec<Defect> {
         defects.push(Defect::ZeroNotMiddle { count, mid, row, group });
     }
     defects
+}
+
+/// Scales and minima of blocks. A scale of zero is what ggml itself writes for a block of zeros.
+fn check_blocks(weight: &BlockQuantized) -> Vec<Defect> {
+    let blocks = weight.blocks().max(1);
+    let bad = |values: &[half::f16]| find(values, |value| !value.is_finite());
+    [bad(&weight.d), bad(&weight.dmin)]
+        .into_iter()
+        .flatten()
+        .map(|(count, at)| Defect::ScaleNotFinite { count, row: at / blocks, group: at % blocks })
+        .collect()
 }
 
 /// How many values are bad, and where the first is.

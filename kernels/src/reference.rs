@@ -18,7 +18,7 @@ impl Reference {
     /// # Errors
     /// As [`layout::unpack`].
     pub fn new(packed: &PackedLinear) -> Result<Self, LayoutError> {
-        Ok(Self { weight: layout::unpack(packed)?.dequantize() })
+        Ok(Self { weight: layout::layout_of(packed)?.dequantize(packed)? })
     }
 }
 

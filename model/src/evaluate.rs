@@ -136,7 +136,7 @@ impl<'a> BlockOps<'a> {
                 wanted.contains(&site).then(|| {
                     let packed = match &linear.weight {
                         Weight::Dense(weight) => PackedWeight::new(weight),
-                        Weight::Quantized(weight) => PackedWeight::new(&weight.dequantize()),
+                        other => PackedWeight::new(&other.values()),
                     };
                     Box::new(packed) as Box<dyn LinearOp + 'a>
                 })

@@ -8,14 +8,14 @@ use attar_ir::{
     PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme, QuantizedLinear,
+    Mat, QuantScheme, QuantizedLinear, block_search,
     grid::{Clip, GroupGrid, choose_grid},
     linalg::vectorize,
 };
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative};
+use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report};
 
 /// Registration of `rtn`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -149,6 +149,10 @@ impl Pass for Rtn {
         }
     }
 
+    fn takes(&self, _: QuantScheme) -> Result<(), &'static str> {
+        Ok(())
+    }
+
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
         let each = if self.0.clip == Range::Mse { 500.0 } else { 8.0 };
@@ -171,21 +175,31 @@ impl Pass for Rtn {
             let linear = &mut state.linears[target.site];
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
-            let (quantized, [error, square]) = round_to_nearest(weight, scheme, clip);
             let hessian = stats
                 .input(context.block.input_of(target.site))
                 .and_then(|input| input.hessian.as_ref());
-            let output_error = hessian.map(|h| {
-                relative(metric(&(&quantized.dequantize() - weight), h), metric(weight, h))
-            });
+            // A block type has a search of its own, which the range option does not change.
+            let (quantized, weight_error, output_error) = if let Some(block) = scheme.block() {
+                let values = weight.as_slice().expect("standard layout");
+                let (out, n) = weight.dim();
+                let quantized = block_search::quantize(block, values, out, n);
+                let found = report("rtn", &site.name, weight, &quantized.dequantize(), hessian);
+                (Weight::Blocks(quantized), found.weight_error, found.output_error)
+            } else {
+                let (quantized, [error, square]) = round_to_nearest(weight, scheme, clip);
+                let output_error = hessian.map(|h| {
+                    relative(metric(&(&quantized.dequantize() - weight), h), metric(weight, h))
+                });
+                (Weight::Quantized(quantized), relative(error, square), output_error)
+            };
             sites.push(SiteReport {
                 site: site.name.clone(),
                 pass: "rtn".into(),
-                weight_error: relative(error, square),
+                weight_error,
                 output_error,
                 events: Vec::new(),
             });
-            linear.weight = Weight::Quantized(quantized);
+            linear.weight = quantized;
         }
         Ok(PassReport { sites })
     }

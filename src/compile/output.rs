@@ -31,13 +31,13 @@ impl Output<'_> {
         state: &BlockState,
         source: &Checkpoint,
     ) -> Result<(), Error> {
-        let layout = attar_kernels::layout(self.emit.layout.0).ok_or("the plan checked layouts")?;
+        let layout = |name| attar_kernels::layout(name).ok_or("the plan checked layouts");
         let stored = |name: &str| source.header(name).map_or(DType::F32, |h| h.dtype);
         for (at, (site, linear)) in block.sites.iter().zip(&state.linears).enumerate() {
             let weight = format!("{}.weight", site.name);
             match &linear.weight {
                 Weight::Quantized(quantized) => {
-                    let packed = layout
+                    let packed = layout(self.emit.layout.0)?
                         .pack(quantized, site.dtype)
                         .map_err(|error| format!("{}: {error}", site.name))?;
                     for (suffix, tensor) in &packed.parts {
@@ -50,6 +50,14 @@ impl Output<'_> {
                     self.put(&weight, &Tensor::from_f32(stored(&weight), shape, values)?)?;
                 }
                 Weight::Dense(_) => {}
+                Weight::Blocks(blocks) => {
+                    let packed = layout(blocks.block.name())?
+                        .pack_blocks(blocks)
+                        .map_err(|error| format!("{}: {error}", site.name))?;
+                    for (suffix, tensor) in &packed.parts {
+                        self.put(&format!("{}.{suffix}", site.name), tensor)?;
+                    }
+                }
             }
             if let (true, Some(bias)) = (state.bias_changed[at], &linear.bias) {
                 let name = format!("{}.bias", site.name);

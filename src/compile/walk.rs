@@ -508,9 +508,7 @@ impl<'a> Walk<'a> {
         let mut entries = Vec::new();
         for result in report?.sites {
             let at = block.sites.iter().position(|site| site.name == result.site);
-            let scheme = at
-                .and_then(|at| state.linears[at].weight.as_quantized())
-                .map(|quantized| quantized.scheme);
+            let scheme = at.and_then(|at| state.linears[at].weight.scheme());
             let statistic = at.and_then(|at| round.statistics[block.input_of(at)].as_ref());
             entries.push(SiteEntry {
                 result,
@@ -527,11 +525,8 @@ impl<'a> Walk<'a> {
             let all: Vec<usize> =
                 (0..block.sites.len()).filter(|&at| state.weight_changed[at]).collect();
             let begun = self.trace.begin(Phase::Store, what);
-            let schemes: Vec<Option<QuantScheme>> = state
-                .linears
-                .iter()
-                .map(|linear| linear.weight.as_quantized().map(|quantized| quantized.scheme))
-                .collect();
+            let schemes: Vec<Option<QuantScheme>> =
+                state.linears.iter().map(|linear| linear.weight.scheme()).collect();
             let label = format!("{what}, {}", self.plan.steps[unit.step].pass);
             stage.put(
                 &unit.key,

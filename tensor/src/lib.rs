@@ -2,8 +2,11 @@
 //!
 //! Everything that crosses a crate boundary in Attar is one of these: a [`Tensor`] of raw bytes as it
 //! lies in a file, a [`Mat`] in working precision, a [`QuantizedLinear`] (layout-neutral codes, scales
-//! and zero points), or a [`PackedLinear`] (the bytes a kernel eats).
+//! and zero points), a [`BlockQuantized`] (codes with two-level scales), or a [`PackedLinear`] (the bytes a
+//! kernel eats).
 
+pub mod block_search;
+pub mod blocks;
 pub mod compare;
 pub mod dtype;
 pub mod grid;
@@ -20,6 +23,7 @@ pub mod store;
 )]
 pub mod tensor;
 
+pub use blocks::{BlockQuantized, BlockType};
 pub use dtype::DType;
 pub use packed::{LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, PartHeader};
 pub use quantized::QuantizedLinear;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, QuantScheme, ScaleGrid, Tensor};
+use crate::{BlockType, DType, QuantScheme, ScaleGrid, Tensor};
 
 /// The name of a packed layout, as recipes and manifests write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -107,6 +107,12 @@ pub trait LayoutSpec: std::fmt::Debug + Send + Sync {
         }
     }
 
+    /// The block type, when a weight is one tensor of blocks: such a layout carries
+    /// [`crate::BlockQuantized`] weights of this type, and what of affine ones it can.
+    fn block_type(&self) -> Option<BlockType> {
+        None
+    }
+
     /// Smallest zero point that the layout can store.
     fn zero_min(&self) -> u8 {
         0
@@ -202,6 +208,28 @@ pub enum LayoutError {
         min: u16,
         /// Largest that can be stored.
         max: u16,
+    },
+    /// The integer scale or minimum of a sub-block beyond its range.
+    #[error("scale or minimum {value} of row {row}, group {group} is beyond what {layout} stores")]
+    SubScale {
+        /// The layout.
+        layout: LayoutId,
+        /// Row of the weight.
+        row: usize,
+        /// Sub-block of the row.
+        group: usize,
+        /// The value.
+        value: i16,
+    },
+    /// A scheme that the layout cannot carry for another reason.
+    #[error("layout {layout} cannot carry {scheme}: {reason}")]
+    Scheme {
+        /// The layout.
+        layout: LayoutId,
+        /// The scheme, for people.
+        scheme: String,
+        /// Why, and what can be done.
+        reason: &'static str,
     },
     /// A code beyond the largest of its width.
     #[error("code {code} of row {row}, column {column} is beyond the largest, {max}")]

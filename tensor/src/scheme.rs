@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::BlockType;
+
 /// How many weights share one scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,12 +45,16 @@ pub enum ScaleGrid {
     F16,
     /// Values representable both as f16 and as bf16 (several layouts in one run).
     F16AndBf16,
+    /// The two-level scales and minima of a block type: a [`crate::BlockQuantized`] carries the result.
+    Blocks(BlockType),
 }
 
 impl ScaleGrid {
-    /// The coarsest grid that lies in both.
+    /// The coarsest grid that lies in both. A block type is met by nothing but itself; the plan keeps it
+    /// apart from other grids.
     pub const fn intersect(self, other: Self) -> Self {
         match (self, other) {
+            (Self::Blocks(block), _) | (_, Self::Blocks(block)) => Self::Blocks(block),
             (Self::F32, grid) | (grid, Self::F32) => grid,
             (Self::F16, Self::F16) => Self::F16,
             (Self::Bf16, Self::Bf16) => Self::Bf16,
@@ -66,7 +72,8 @@ impl ScaleGrid {
         match self {
             Self::F32 => scale.max(f32::MIN_POSITIVE),
             Self::Bf16 => bf16(scale.max(f32::MIN_POSITIVE)),
-            Self::F16 => f16(scale),
+            // One factor of a block's scale.
+            Self::F16 | Self::Blocks(_) => f16(scale),
             // A bf16 in f16's normal range has 8 significant bits and is therefore an f16.
             Self::F16AndBf16 => bf16(scale.clamp(F16_MIN, 65280.0)),
         }
@@ -110,8 +117,19 @@ impl QuantScheme {
         if size == 0 || !in_features.is_multiple_of(size) { None } else { Some(in_features / size) }
     }
 
-    /// Short name as people write it, e.g. `w4 g128 sym`.
+    /// The block type, when the scales are those of one.
+    pub const fn block(self) -> Option<BlockType> {
+        match self.scale_grid {
+            ScaleGrid::Blocks(block) => Some(block),
+            _ => None,
+        }
+    }
+
+    /// Short name as people write it, e.g. `w4 g128 sym` or `q4_k`.
     pub fn label(self) -> String {
+        if let Some(block) = self.block() {
+            return block.name().to_owned();
+        }
         let group = match self.granularity {
             Granularity::Channel => "channel".to_owned(),
             Granularity::Group(size) => format!("g{size}"),

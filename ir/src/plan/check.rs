@@ -547,6 +547,7 @@ fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> 
         ScaleGrid::Bf16 => "bf16",
         ScaleGrid::F16 => "f16",
         ScaleGrid::F16AndBf16 => "values that are both f16 and bf16",
+        ScaleGrid::Blocks(block) => block.name(),
     };
     // What each emit asks for and what all get, with the number of sites concerned.
     let mut scales: BTreeMap<String, usize> = BTreeMap::new();

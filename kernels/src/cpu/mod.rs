@@ -21,10 +21,12 @@ use crate::spec::{Kernel, Prepared, check_sizes, within_use};
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blocks;
 mod isa;
 mod rows;
 mod scalar;
 
+pub use blocks::BlockKernel;
 pub use isa::Isa;
 use rows::{Activations, Rows};
 

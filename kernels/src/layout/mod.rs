@@ -7,8 +7,8 @@ use std::borrow::Cow;
 
 use attar_tensor::compare::Tolerance;
 use attar_tensor::{
-    DType, LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, QuantScheme,
-    QuantizedLinear, Tensor,
+    BlockQuantized, DType, LayoutError, LayoutId, LayoutSpec, LinearSpec, Mat, PackedLinear,
+    QuantScheme, QuantizedLinear, Tensor,
 };
 
 use crate::cpu;
@@ -17,12 +17,14 @@ use crate::spec::Kernel;
 pub mod awq;
 pub(crate) mod bits;
 pub mod ct_packed;
+pub mod ggml;
 #[cfg(test)]
 mod golden;
 pub mod gptq;
 
 pub use awq::Awq;
 pub use ct_packed::CtPacked;
+pub use ggml::Ggml;
 pub use gptq::Gptq;
 
 /// A layout that can pack and unpack.
@@ -41,6 +43,41 @@ pub trait Layout: LayoutSpec {
     /// Missing parts, wrong dtypes or shapes, an order of columns that names an absent group.
     fn unpack(&self, packed: &PackedLinear) -> Result<QuantizedLinear, LayoutError>;
 
+    /// Packs a weight in blocks; layouts of other kinds refuse.
+    ///
+    /// # Errors
+    /// Another block type than the layout's, wrong lengths, values out of range.
+    fn pack_blocks(&self, weight: &BlockQuantized) -> Result<PackedLinear, LayoutError> {
+        Err(LayoutError::Layout {
+            expected: self.id().0.to_owned(),
+            got: LayoutId(weight.block.name()),
+        })
+    }
+
+    /// Inverse of [`Layout::pack_blocks`].
+    ///
+    /// # Errors
+    /// A layout of another kind, a missing part, a wrong shape.
+    fn unpack_blocks(&self, packed: &PackedLinear) -> Result<BlockQuantized, LayoutError> {
+        Err(LayoutError::Layout { expected: "a layout of blocks".to_owned(), got: packed.layout })
+    }
+
+    /// An affine weight in this layout's blocks; exact or refused.
+    ///
+    /// # Errors
+    /// As [`Layout::pack`], or a layout of another kind.
+    fn blocks_of(&self, _: &QuantizedLinear) -> Result<BlockQuantized, LayoutError> {
+        Err(LayoutError::Layout { expected: "a layout of blocks".to_owned(), got: self.id() })
+    }
+
+    /// The weight `[out_features, in_features]` that these bytes stand for.
+    ///
+    /// # Errors
+    /// As [`Layout::unpack`].
+    fn dequantize(&self, packed: &PackedLinear) -> Result<Mat, LayoutError> {
+        Ok(self.unpack(packed)?.dequantize())
+    }
+
     /// Every kernel of this build that eats this layout, slowest first; not all need be supported by
     /// this machine.
     fn kernels(&self) -> Vec<Box<dyn Kernel>> {
@@ -52,7 +89,30 @@ pub trait Layout: LayoutSpec {
 }
 
 /// All layouts, in the order in which they are listed to people.
-pub static LAYOUTS: &[&dyn Layout] = &[&CtPacked, &Gptq::V1, &Gptq::V2, &Awq];
+pub static LAYOUTS: &[&dyn Layout] = &[
+    &CtPacked,
+    &Gptq::V1,
+    &Gptq::V2,
+    &Awq,
+    &Ggml::ALL[0],
+    &Ggml::ALL[1],
+    &Ggml::ALL[2],
+    &Ggml::ALL[3],
+    &Ggml::ALL[4],
+    &Ggml::ALL[5],
+    &Ggml::ALL[6],
+    &Ggml::ALL[7],
+    &Ggml::ALL[8],
+    &Ggml::ALL[9],
+    &Ggml::ALL[10],
+    &Ggml::ALL[11],
+];
+
+/// The layouts that store affine weights as named parts, not blocks.
+#[cfg(test)]
+pub(crate) fn affine_layouts() -> impl Iterator<Item = &'static dyn Layout> {
+    LAYOUTS.iter().copied().filter(|layout| layout.block_type().is_none())
+}
 
 /// Suffixes of the parts of every layout, in the order in which they are looked for.
 pub const SUFFIXES: &[&str] = &[
@@ -327,7 +387,7 @@ mod tests {
             source in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
         ) {
             let (out, columns) = (out * 32, blocks * 64);
-            for layout in LAYOUTS {
+            for layout in affine_layouts() {
                 let mut scheme = scheme(bits, group, symmetric);
                 scheme.scale_grid = layout.scale_grid(source);
                 scheme.zero_min = layout.zero_min();
@@ -358,7 +418,7 @@ mod tests {
 
     #[test]
     fn packing_refuses_what_it_cannot_store() {
-        for layout in LAYOUTS {
+        for layout in affine_layouts() {
             let mut good = scheme(4, 32, false);
             good.scale_grid = ScaleGrid::F16AndBf16;
             let weight = quantized(good, 32, 64, 5);
@@ -403,7 +463,7 @@ mod tests {
 
     #[test]
     fn unpacking_refuses_missing_and_misshapen_parts() {
-        for layout in LAYOUTS {
+        for layout in affine_layouts() {
             let mut scheme = scheme(4, 32, false);
             scheme.scale_grid = ScaleGrid::F16;
             let packed = layout.pack(&quantized(scheme, 32, 64, 5), DType::F16).unwrap();
