@@ -7,7 +7,9 @@
 
 use attar_tensor::compare::Tolerance;
 use attar_tensor::rng::Rng;
-use attar_tensor::{DType, Granularity, QuantScheme, QuantizedLinear, ScaleGrid};
+use attar_tensor::{
+    BlockQuantized, DType, Granularity, QuantScheme, QuantizedLinear, ScaleGrid, blocks::Levels,
+};
 use rayon::prelude::*;
 
 use crate::spec::Activations;
@@ -277,6 +279,32 @@ impl Judge {
             weight: weight.dequantize().into_raw_vec_and_offset().0,
             ranges: weight.scales.iter().map(|&scale| f64::from(scale) * range).collect(),
             order,
+        }
+    }
+
+    /// The same of a weight in blocks: groups are its sub-blocks, and what a kernel may sum apart is the
+    /// largest level times the scale, and the minimum.
+    pub fn of_blocks(weight: &BlockQuantized) -> Self {
+        let (block, columns) = (weight.block, weight.in_features);
+        let level = match block.levels() {
+            Levels::Linear { .. } => f64::from(block.max_code()) + 1.0,
+            Levels::Codebook(values) => {
+                values.iter().map(|&value| f64::from(value).abs()).fold(0.0, f64::max)
+            }
+        };
+        let ranges = (0..weight.out_features * weight.blocks()).flat_map(|at| {
+            (0..block.subs()).map(move |sub| {
+                let (scale, min) = weight.scale_min(at, sub);
+                f64::from(scale.abs()) * level + f64::from(min.abs())
+            })
+        });
+        Self {
+            rows: weight.out_features,
+            columns,
+            weight: weight.dequantize().into_raw_vec_and_offset().0,
+            order: (0..columns as u32).collect(),
+            starts: (0..=columns / block.sub_size()).map(|g| g * block.sub_size()).collect(),
+            ranges: ranges.collect(),
         }
     }
 

@@ -56,7 +56,10 @@ pub fn verify_tokens(
     tokens: &[usize],
 ) -> Result<Vec<KernelReport>, LayoutError> {
     let all = tokens;
-    let judge = Judge::new(&layout.unpack(packed)?);
+    let judge = match layout.block_type() {
+        Some(_) => Judge::of_blocks(&layout.unpack_blocks(packed)?),
+        None => Judge::new(&layout.unpack(packed)?),
+    };
     let (rows, columns) = (packed.out_features, packed.in_features);
     let most = all.iter().copied().max().unwrap_or(0);
     let inputs: Vec<_> = (Input::ALL.iter())

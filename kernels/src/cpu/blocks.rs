@@ -2,7 +2,7 @@
 //! and handed to the matrix product. Correct for every type and unhurried.
 
 use attar_tensor::linalg::gemm_nt;
-use attar_tensor::{LayoutError, PackedLinear};
+use attar_tensor::{LayoutError, PackedLinear, QuantScheme};
 use rayon::prelude::*;
 
 use crate::layout::{Ggml, layout_of};
@@ -26,6 +26,14 @@ impl Kernel for BlockKernel {
 
     fn in_use(&self) -> bool {
         true
+    }
+
+    fn instructions(&self) -> &'static str {
+        "portable"
+    }
+
+    fn supports(&self, scheme: QuantScheme, _: usize, _: usize) -> bool {
+        scheme.block().is_some()
     }
 
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
@@ -83,6 +91,16 @@ impl Prepared for BlockLinear {
                     gemm_nt((count, m, n), 1.0, (tile, n), (x, n), false, (by_row, m));
                 },
             );
-        super::transpose_into(&by_row, m, out);
+        transpose_into(&by_row, m, out);
+    }
+}
+
+/// `[rows, m]` to `out [m, rows]`.
+fn transpose_into(by_row: &[f32], m: usize, out: &mut [f32]) {
+    let rows = by_row.len() / m;
+    for (token, out) in out.chunks_exact_mut(rows).enumerate() {
+        for (row, out) in out.iter_mut().enumerate() {
+            *out = by_row[row * m + token];
+        }
     }
 }
