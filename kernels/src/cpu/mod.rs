@@ -28,6 +28,7 @@ mod avx2;
 mod avx512;
 mod blocks;
 mod buffer;
+pub mod dense;
 mod input;
 mod isa;
 mod scalar;
