@@ -322,7 +322,8 @@ impl Judge {
         }
     }
 
-    fn reference(&self, x: &[f32]) -> Vec<f64> {
+    /// The products alone, `[m, rows]`.
+    pub fn reference(&self, x: &[f32]) -> Vec<f64> {
         let m = x.len() / self.columns.max(1);
         let mut out = vec![0.0f64; m * self.rows];
         out.par_chunks_mut(self.rows.max(1)).zip(x.par_chunks(self.columns.max(1))).for_each(
