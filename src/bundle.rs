@@ -1,6 +1,6 @@
 //! The kernel bundle of an artifact, `kernels/`: the C interface of the CPU kernels, and `kernels.json`,
 //! which says for each packed linear where its bytes lie, which kernels eat them, and how well each of
-//! these was proved.
+//! these was proved; CUDA source and machine code beside it.
 
 use std::{
     collections::BTreeSet,
@@ -13,6 +13,8 @@ use attar_tensor::{Granularity, PackedLinear};
 use serde_json::{Value, json};
 
 use crate::{Error, packed::Opened, progress};
+
+mod cuda;
 
 /// Folder of the bundle inside an artifact.
 pub(crate) const FOLDER: &str = "kernels";
@@ -92,7 +94,8 @@ pub(crate) fn check_library(folder: Option<&Path>) -> Result<(), Error> {
 pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Error> {
     let library = Library::find(library)?;
     let opened = Opened::open(artifact)?;
-    let tensors = tensors(&opened, artifact)?;
+    let mut device = cuda::Needed::new();
+    let tensors = tensors(&opened, artifact, &mut device)?;
     if tensors.is_empty() {
         return Err(
             format!("{}: no linear is packed, so no kernel is needed", artifact.display()).into()
@@ -111,8 +114,11 @@ pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Er
             let to = partial.join(name);
             fs::copy(from, &to).map_err(|error| fail(&to, error))?;
         }
+        let mut names = device.write(&partial)?;
+        names.extend(library.files.iter().map(|(_, name)| name.clone()));
+        names.push("attar_kernels.h".into());
         let table = partial.join(TABLE);
-        fs::write(&table, table_text(&partial, &library, &tensors)?)
+        fs::write(&table, table_text(&partial, names, &tensors)?)
             .map_err(|error| fail(&table, error))?;
         Ok(())
     };
@@ -131,12 +137,10 @@ pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Er
 /// One line for each linear, so that a program without a JSON parser can find its way.
 fn table_text(
     folder: &Path,
-    library: &Library,
+    mut names: Vec<String>,
     tensors: &[(String, Value)],
 ) -> Result<String, Error> {
     let mut files = serde_json::Map::new();
-    let mut names: Vec<String> = library.files.iter().map(|(_, name)| name.clone()).collect();
-    names.push("attar_kernels.h".into());
     names.sort();
     for name in names {
         let path = folder.join(&name);
@@ -162,7 +166,11 @@ fn table_text(
     Ok(text)
 }
 
-fn tensors(opened: &Opened, artifact: &Path) -> Result<Vec<(String, Value)>, Error> {
+fn tensors(
+    opened: &Opened,
+    artifact: &Path,
+    device: &mut cuda::Needed,
+) -> Result<Vec<(String, Value)>, Error> {
     let sites: Vec<_> =
         opened.decoder.graph.all_blocks().flat_map(|block| &block.sites).cloned().collect();
     let bar = progress::bar(sites.len(), "kernels");
@@ -172,7 +180,10 @@ fn tensors(opened: &Opened, artifact: &Path) -> Result<Vec<(String, Value)>, Err
         let Some(packed) = opened.packed(&site)? else { continue };
         let mut entry = description(opened, artifact, &site.name, &packed)?;
         let layout = attar_kernels::layout_of(&packed)?;
-        entry["kernels"] = json!(kernels(layout, &packed, tensors.len() as u64)?);
+        let seed = 1 + tensors.len() as u64;
+        let mut kernels = kernels(layout, &packed, seed)?;
+        kernels.extend(device.describe(&packed, seed)?);
+        entry["kernels"] = json!(kernels);
         tensors.push((site.name, entry));
     }
     bar.finish_and_clear();
@@ -219,8 +230,8 @@ fn description(
 }
 
 /// The kernels that eat this linear, with the errors measured on its own bytes.
-fn kernels(layout: &dyn Layout, packed: &PackedLinear, at: u64) -> Result<Vec<Value>, Error> {
-    let reports = attar_kernels::verify_tokens(layout, packed, 1 + at, &TOKENS)?;
+fn kernels(layout: &dyn Layout, packed: &PackedLinear, seed: u64) -> Result<Vec<Value>, Error> {
+    let reports = attar_kernels::verify_tokens(layout, packed, seed, &TOKENS)?;
     let mut lines = Vec::new();
     for kernel in layout.kernels() {
         if kernel.backend() != Backend::Cpu
