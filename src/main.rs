@@ -21,6 +21,7 @@ mod args;
 mod commands;
 mod compile;
 mod contract;
+mod gguf;
 mod measure;
 mod packed;
 mod progress;

@@ -161,7 +161,11 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
 }
 
 fn verify_artifact(args: &Verify) -> Result<bool, Error> {
-    let source = args.source.as_deref().map(Checkpoint::open).transpose()?;
+    let source = args
+        .source
+        .as_deref()
+        .map(|path| Checkpoint::open_dense(path, crate::gguf::dequantize))
+        .transpose()?;
     let result = verify::verify(&args.path, source.as_ref(), true)?;
     let broken = contract::judge_files(&Opened::open(&args.path)?, &args.target)?;
     let refused = broken.iter().any(attar_ir::target::Violation::refuses);
@@ -232,7 +236,7 @@ pub(crate) fn continue_text(
     tokens: usize,
     sampling: Sampling,
 ) -> Result<String, Error> {
-    let tokenizer = attar_formats::Tokenizer::open(model.checkpoint.folder())?;
+    let tokenizer = model.checkpoint.tokenizer()?;
     let mut ids = tokenizer.encode(prompt)?;
     if ids.is_empty() {
         ids.push(tokenizer.bos.ok_or("an empty prompt needs a model with a bos token")?);
