@@ -19,3 +19,6 @@ pub use source::Gguf;
 pub use types::GgmlType;
 pub use value::{Array, Metadata, Value};
 pub use writer::{Declared, GgufWriter};
+
+#[cfg(test)]
+mod tests;

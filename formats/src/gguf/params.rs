@@ -208,7 +208,12 @@ impl Params {
         let need = |name: &str| size(name)?.ok_or_else(|| format!("has no {}", key(name)));
         let float = |name: &str| {
             let number = metadata.get(&key(name)).map(|value| {
-                value.float().ok_or_else(|| format!("{} is {value}, not a float", key(name)))
+                let found = match value {
+                    // The shortest decimal of the stored f32: 1e-5, not 9.999999747e-6.
+                    Value::F32(short) => short.to_string().parse().ok(),
+                    other => other.float(),
+                };
+                found.ok_or_else(|| format!("{} is {value}, not a float", key(name)))
             });
             number.transpose()
         };
@@ -298,10 +303,8 @@ impl Params {
         put("head_dim", json!(self.head_dim));
         put("vocab_size", json!(self.vocab));
         put("max_position_embeddings", json!(self.context));
-        // The shortest decimal of the stored f32: 1e-5, not 9.999999747e-6.
-        let short = |value: f64| json!((value as f32).to_string().parse::<f64>().unwrap_or(value));
-        put("rms_norm_eps", short(self.rms_eps));
-        put("rope_theta", short(self.theta));
+        put("rms_norm_eps", json!(self.rms_eps));
+        put("rope_theta", json!(self.theta));
         let scaling = match self.rope {
             Rope::Plain => Json::Null,
             Rope::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
