@@ -76,7 +76,7 @@ pub(crate) struct What {
     #[arg(long, default_value_t = 128, allow_negative_numbers = true, conflicts_with = "recipe")]
     pub(crate) group: i64,
     /// Layout of the packed weights; with several, one subdirectory each.
-    #[arg(long, value_name = "compressed-tensors|gptq|gptq_v2|awq")]
+    #[arg(long, value_name = "compressed-tensors|gptq|gptq_v2|awq|q4_0|q8_0|q4_k|...")]
     pub(crate) layout: Vec<String>,
     /// Calibration text.
     #[arg(long, num_args = 1.., conflicts_with = "ids")]

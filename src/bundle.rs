@@ -202,7 +202,7 @@ fn description(
         let tensor_name = format!("{name}.{suffix}");
         let (file, offset, bytes) = opened
             .checkpoint
-            .place(&tensor_name)
+            .bytes_of(&tensor_name)
             .ok_or_else(|| format!("{tensor_name}: lies in no safetensors file"))?;
         let file = file.strip_prefix(artifact).unwrap_or(file);
         parts.push(json!({

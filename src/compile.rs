@@ -16,9 +16,11 @@ use attar_eval::{
     report::{Phase, SiteEntry, Timings},
 };
 use attar_formats::{
-    Checkpoint, CorpusSource, Tokenizer, Windows,
+    Checkpoint, CorpusSource, Windows,
     artifact::{self, ArtifactRoot, ArtifactWriter},
-    corpus, quant_config,
+    corpus,
+    gguf::Gguf,
+    quant_config,
     stage::Stage,
 };
 use attar_ir::{
@@ -28,7 +30,7 @@ use attar_ir::{
     target::Violation,
 };
 use attar_model::Decoder;
-use attar_tensor::{Scratch, TensorSource, linalg};
+use attar_tensor::{BlockType, Scratch, TensorSource, linalg};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -158,7 +160,7 @@ pub(crate) fn prepare(
     threads: usize,
     measure: Option<&Measure>,
 ) -> Result<Job, Error> {
-    let checkpoint = Checkpoint::open(&what.checkpoint)?;
+    let checkpoint = Checkpoint::open_dense(&what.checkpoint, crate::gguf::dequantize)?;
     if let Some(parsed) = quant_config::parse(checkpoint.config())? {
         return Err(format!(
             "{} is quantized already ({}); give the original checkpoint",
@@ -221,9 +223,36 @@ pub(crate) fn prepare(
     if !errors.is_empty() {
         return Err(PlanErrors(errors).into());
     }
+    for (_, plan) in &mut variants {
+        check_gguf(&checkpoint, &decoder, plan)?;
+    }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
     Ok(Job { checkpoint, decoder, recipe, variants, corpus, promise, warnings })
+}
+
+/// Whatever a GGUF file cannot say of this model is told before any work is done.
+fn check_gguf(checkpoint: &Checkpoint, decoder: &Decoder, plan: &mut Plan) -> Result<(), Error> {
+    let mut notes = Vec::new();
+    if let Some(gguf) = checkpoint.gguf() {
+        let types = gguf.block_types();
+        let types: Vec<_> = types.iter().map(|(ty, count)| format!("{count} in {ty}")).collect();
+        if !types.is_empty() {
+            notes.push(format!(
+                "the source is quantized itself ({}): its errors stay, and ours are measured against it",
+                types.join(", ")
+            ));
+        }
+    }
+    for emit in plan.emits.iter().filter(|emit| emit.container == plan::GGUF) {
+        let most = BlockType::from_name(emit.layout.0);
+        notes.extend(crate::gguf::describe(checkpoint, &decoder.spec, most)?.notes);
+        crate::gguf::check_names(emit.tensors.iter().map(|tensor| tensor.name.as_str()))?;
+    }
+    notes.sort();
+    notes.dedup();
+    plan.notes.extend(notes);
+    Ok(())
 }
 
 /// Of several variants that a budget is too small for, one is told: that which needs the most.
@@ -261,7 +290,7 @@ fn facts(
 fn read_windows(job: &Job) -> Result<Option<Windows>, Error> {
     let Some(source) = job.corpus.as_ref().filter(|_| job.calibrates()) else { return Ok(None) };
     let tokenizer = match source {
-        CorpusSource::Text(_) => Some(Tokenizer::open(job.checkpoint.folder())?),
+        CorpusSource::Text(_) => Some(job.checkpoint.tokenizer()?),
         CorpusSource::Ids(_) => None,
     };
     let config = &job.recipe.calibration;
@@ -512,13 +541,20 @@ fn walk_variant<'a>(
     let units = || blocks.iter().flat_map(|b| &b.rounds).flat_map(|round| &round.units);
     let reused = (units().filter(|unit| unit.cached).count(), units().count());
     let mut outputs = Vec::new();
-    for emit in &plan.emits {
+    for (at, emit) in plan.emits.iter().enumerate() {
         let folder = match &emit.dir {
             Some(dir) => root.partial().join(dir),
             None => root.partial().to_path_buf(),
         };
-        let headers = emit.tensors.iter().map(plan::OutputTensor::header).collect();
-        let writer = ArtifactWriter::create(&folder, headers)?;
+        let headers: Vec<_> = emit.tensors.iter().map(plan::OutputTensor::header).collect();
+        let writer = if emit.container == plan::GGUF {
+            let most = BlockType::from_name(emit.layout.0);
+            let described = crate::gguf::describe(&job.checkpoint, &job.decoder.spec, most)?;
+            let of = |site: &str| plan.block_of(at, site);
+            ArtifactWriter::create_gguf(&folder, crate::gguf::plan(described, headers, of))?
+        } else {
+            ArtifactWriter::create(&folder, headers)?
+        };
         outputs.push(Output { emit, writer, written: BTreeSet::new() });
     }
     let bar = progress::bar(job.decoder.spec.layers + 1, "compressing");
@@ -583,10 +619,16 @@ fn walk_variant<'a>(
     for mut output in outputs {
         output.put_rest(&job.checkpoint)?;
         let layout = output.emit.layout.0;
-        for file in job.checkpoint.auxiliary_files()? {
-            output.writer.copy_file(&file)?;
+        if output.emit.container != plan::GGUF {
+            for file in job.checkpoint.auxiliary_files()? {
+                output.writer.copy_file(&file)?;
+            }
+            for (name, json) in job.checkpoint.gguf().map(Gguf::generated_files).unwrap_or_default()
+            {
+                output.writer.put_json(name, &json)?;
+            }
+            output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         }
-        output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         let folder = output.writer.finish()?;
         artifact::write_manifest(&folder, facts((variant, plan), output.emit, sources, windows))?;
         folders.push((output.emit, folder));
@@ -603,8 +645,8 @@ fn accuracy(
     limits: &Limits,
     stage: Option<&Stage>,
 ) -> Result<attar_eval::Evaluation, Error> {
-    let reference = Opened::open(job.checkpoint.folder())?;
-    let tokenizer = Tokenizer::open(job.checkpoint.folder())?;
+    let reference = Opened::open(job.checkpoint.place())?;
+    let tokenizer = job.checkpoint.tokenizer()?;
     let context = measure.context.min(job.decoder.spec.context);
     let source = CorpusSource::Text(vec![measure.text.clone()]);
     let vocab = job.decoder.spec.vocab;

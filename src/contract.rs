@@ -72,6 +72,10 @@ fn declare(subject: &mut Subject, layout: &str, plan: &Plan) -> Result<(), Error
             None => dense.push(site.name.clone()),
         }
     }
+    if attar_tensor::BlockType::from_name(layout).is_some() {
+        // The types stand in the file itself.
+        return Ok(());
+    }
     let config = quant_config::write(layout, &quantized, &dense)?;
     if let Some(parsed) = quant_config::parse(&serde_json::json!({"quantization_config": config}))?
     {
@@ -192,11 +196,13 @@ fn subject_of(artifact: &Opened) -> Result<Subject, Error> {
         // No path: this stands in reports.
         name: format!("artifact in {}", artifact.layout().unwrap_or("float")),
         layout: artifact.layout().map(str::to_owned),
-        container: "safetensors".to_owned(),
+        container: if artifact.checkpoint.gguf().is_some() { "gguf" } else { "safetensors" }
+            .to_owned(),
         family: artifact.decoder.spec.family.clone(),
         attention: artifact.decoder.graph.blocks.first().and_then(|block| block.attention),
         linears,
-        embedding_quantized: stem != "lm_head" && (packed("weight_packed") || packed("qweight")),
+        embedding_quantized: stem != "lm_head"
+            && (["weight_packed", "qweight", "blocks"].iter().any(|part| packed(part))),
         files: Some(names(folder)?),
         config: config.get("quantization_config").filter(|value| !value.is_null()).cloned(),
     })

@@ -22,6 +22,7 @@ mod bundle;
 mod commands;
 mod compile;
 mod contract;
+mod gguf;
 mod measure;
 mod packed;
 mod progress;

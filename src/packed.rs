@@ -31,6 +31,8 @@ pub(crate) struct Opened {
     /// Kernels taken so far, with the linears and the bytes of each.
     kernels: Mutex<BTreeMap<&'static str, Taken>>,
     quant: Option<quant_config::Parsed>,
+    /// A GGUF file whose weights in blocks read as numbers: for the embedding.
+    dense: Option<Checkpoint>,
 }
 
 /// What a kernel was taken for.
@@ -46,12 +48,18 @@ impl Opened {
         let checkpoint = Checkpoint::open(path)?;
         let quant = quant_config::parse(checkpoint.config())
             .map_err(|error| format!("{}: {error}", path.display()))?;
+        checkpoint.check_readable()?;
+        let dense = match checkpoint.gguf() {
+            Some(_) => Some(Checkpoint::open_dense(checkpoint.place(), crate::gguf::dequantize)?),
+            None => None,
+        };
         let is_quantized = |name: &str| {
             quant
                 .as_ref()
                 .is_some_and(|q| checkpoint.header(&format!("{name}{}", q.marker())).is_some())
         };
-        let decoder = Decoder::read_with(checkpoint.config(), &checkpoint, &is_quantized)
+        let numbers = dense.as_ref().unwrap_or(&checkpoint);
+        let decoder = Decoder::read_with(checkpoint.config(), numbers, &is_quantized)
             .map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(Self {
             checkpoint,
@@ -60,12 +68,30 @@ impl Opened {
             resident: false,
             kernels: Mutex::default(),
             quant,
+            dense,
         })
     }
 
-    /// Name of the layout, when anything is quantized.
+    /// Name of the layout, when anything is quantized: the most frequent block type for a GGUF file.
     pub(crate) fn layout(&self) -> Option<&'static str> {
+        if let Some(gguf) = self.checkpoint.gguf() {
+            let mut linears = std::collections::BTreeMap::new();
+            for site in self.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+                if let Some(block) = self.scheme_of(site).and_then(attar_tensor::QuantScheme::block)
+                {
+                    *linears.entry(block).or_insert(0usize) += 1;
+                }
+            }
+            let most = linears.into_iter().max_by_key(|(_, count)| *count).map(|(block, _)| block);
+            let any = || gguf.block_types().first().map(|(block, _)| *block);
+            return most.or_else(any).map(attar_tensor::BlockType::name);
+        }
         self.quant.as_ref().map(|quant| quant.layout)
+    }
+
+    /// Every tensor in numbers.
+    fn numbers(&self) -> &Checkpoint {
+        self.dense.as_ref().unwrap_or(&self.checkpoint)
     }
 
     /// Names and bytes of the tensors that hold a site's weight.
@@ -113,7 +139,7 @@ impl Opened {
             }
         }
         Ok(Some(PackedLinear {
-            layout: LayoutId(quant.layout),
+            layout: LayoutId(quant.layout_of(scheme)),
             scheme,
             out_features: site.out_features,
             in_features: site.in_features,
@@ -162,7 +188,7 @@ impl LinearOp for Kernel {
 
 impl WeightSource for Opened {
     fn tensors(&self) -> &dyn TensorSource {
-        &self.checkpoint
+        self.numbers()
     }
 
     fn linear(&self, decoder: &Decoder, site: &Site) -> Result<Box<dyn LinearOp>, ModelError> {
@@ -176,15 +202,15 @@ impl WeightSource for Opened {
             }
             None if self.resident => {
                 let name = decoder.weight_tensor(site);
-                let view = self.checkpoint.read(&name)?;
+                let view = self.numbers().read(&name)?;
                 let dense = Dense::new(&view).ok_or_else(|| {
                     fail(format!("has dtype {}, no float that a kernel reads", view.dtype()))
                 })?;
-                self.checkpoint.release(&name);
+                self.numbers().release(&name);
                 self.took(dense.name(), dense.resident_bytes());
                 Ok(Box::new(Kernel(Box::new(dense))))
             }
-            None => self.checkpoint.linear(decoder, site),
+            None => self.numbers().linear(decoder, site),
         }
     }
 }

@@ -32,7 +32,7 @@ pub(crate) fn platform() -> String {
 /// Where this run found its inputs, absolute.
 pub(crate) fn inputs(job: &Job) -> Inputs {
     let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-    let mut inputs = Inputs { source: absolute(job.checkpoint.folder()), ..Inputs::default() };
+    let mut inputs = Inputs { source: absolute(job.checkpoint.place()), ..Inputs::default() };
     match &job.corpus {
         Some(CorpusSource::Text(paths)) => {
             inputs.text = paths.iter().map(|p| absolute(p)).collect();

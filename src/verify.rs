@@ -76,7 +76,9 @@ pub(crate) fn verify(
                     ));
                 }
                 let id = layout.id().0;
-                match result.kernels.iter_mut().find(|line| line.kernel == report.kernel) {
+                let same =
+                    |line: &&mut KernelLine| line.kernel == report.kernel && line.layout == id;
+                match result.kernels.iter_mut().find(same) {
                     Some(line) => {
                         line.linears += 1;
                         line.worst_nmse = line.worst_nmse.max(report.nmse);
@@ -111,10 +113,13 @@ pub(crate) fn verify(
         for header in source.headers() {
             let here = |name: &str| opened.checkpoint.header(name).is_some();
             let site = header.name.strip_suffix(".weight").unwrap_or(&header.name);
-            let packed = here(&format!("{site}.weight_packed")) || here(&format!("{site}.qweight"));
+            let packed = ["weight_packed", "qweight", "blocks"]
+                .iter()
+                .any(|part| here(&format!("{site}.{part}")));
+            let computed = opened.checkpoint.gguf().is_some() && header.name.ends_with(".inv_freq");
             let renamed = header.name == opened.decoder.graph.embedding
                 || (opened.decoder.graph.tied && header.name == "lm_head.weight");
-            if !here(&header.name) && !packed && !renamed {
+            if !here(&header.name) && !packed && !renamed && !computed {
                 result
                     .problems
                     .push(format!("{}: in the source, but not in the artifact", header.name));

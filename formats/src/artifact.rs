@@ -9,7 +9,12 @@ use std::{
 use attar_tensor::{SourceError, TensorHeader, TensorView};
 use serde_json::{Map, Value, json};
 
-use crate::{FormatError, hash_file, safetensors::SafetensorsWriter};
+use crate::{
+    FormatError,
+    gguf::artifact::{GgufArtifact, GgufPlan},
+    hash_file,
+    safetensors::SafetensorsWriter,
+};
 
 /// Manifest of an artifact: hashes of sources, recipe, calibration set and outputs.
 pub const MANIFEST: &str = "attar_manifest.json";
@@ -17,6 +22,8 @@ pub const MANIFEST: &str = "attar_manifest.json";
 pub const REPORT: &str = "report.json";
 /// The same for people.
 pub const REPORT_PAGE: &str = "report.html";
+/// The weights and all else of an artifact in the container gguf.
+pub const GGUF: &str = "model.gguf";
 /// Marks a directory as being written by us, and is locked while it is.
 const MARKER: &str = ".attar-partial";
 /// Data of one shard at most, bytes.
@@ -144,7 +151,14 @@ impl Drop for ArtifactRoot {
 #[derive(Debug)]
 pub struct ArtifactWriter {
     folder: PathBuf,
-    tensors: SafetensorsWriter,
+    tensors: Tensors,
+}
+
+/// Where tensors go.
+#[derive(Debug)]
+enum Tensors {
+    Safetensors(SafetensorsWriter),
+    Gguf(Box<GgufArtifact>),
 }
 
 impl ArtifactWriter {
@@ -156,8 +170,18 @@ impl ArtifactWriter {
         fs::create_dir_all(folder).map_err(FormatError::io(folder))?;
         Ok(Self {
             folder: folder.to_path_buf(),
-            tensors: SafetensorsWriter::create(folder, headers, SHARD_BYTES)?,
+            tensors: Tensors::Safetensors(SafetensorsWriter::create(folder, headers, SHARD_BYTES)?),
         })
+    }
+
+    /// Creates the folder with one file, `model.gguf`, and declares every tensor by its Hugging Face name.
+    ///
+    /// # Errors
+    /// When the file cannot be created, or a tensor has no place in it.
+    pub fn create_gguf(folder: &Path, plan: GgufPlan) -> Result<Self, FormatError> {
+        fs::create_dir_all(folder).map_err(FormatError::io(folder))?;
+        let file = GgufArtifact::create(&folder.join(GGUF), plan)?;
+        Ok(Self { folder: folder.to_path_buf(), tensors: Tensors::Gguf(Box::new(file)) })
     }
 
     /// The folder.
@@ -170,7 +194,10 @@ impl ArtifactWriter {
     /// # Errors
     /// As [`attar_tensor::TensorSink::write`].
     pub fn put(&mut self, name: &str, tensor: &TensorView<'_>) -> Result<(), SourceError> {
-        self.tensors.write_view(name, tensor)
+        match &mut self.tensors {
+            Tensors::Safetensors(tensors) => tensors.write_view(name, tensor),
+            Tensors::Gguf(tensors) => tensors.put(name, tensor),
+        }
     }
 
     /// Copies a file beside the weights.
@@ -196,7 +223,10 @@ impl ArtifactWriter {
     /// # Errors
     /// When a declared tensor was never written.
     pub fn finish(self) -> Result<PathBuf, FormatError> {
-        self.tensors.finish()?;
+        match self.tensors {
+            Tensors::Safetensors(tensors) => tensors.finish()?,
+            Tensors::Gguf(tensors) => tensors.finish()?,
+        }
         Ok(self.folder)
     }
 }

@@ -18,7 +18,9 @@ use serde::{
 use serde_json::Value;
 
 use crate::{
-    FormatError, brief, hash_file,
+    FormatError, Tokenizer, brief,
+    gguf::{Gguf, source::Dequantize},
+    hash_file,
     pytorch::{PytorchFile, convert_command},
     read_bounded, read_json,
     safetensors::SafetensorsFile,
@@ -40,6 +42,7 @@ pub struct Checkpoint {
 enum WeightFile {
     Safetensors(SafetensorsFile),
     Pytorch(PytorchFile),
+    Gguf(Box<Gguf>),
 }
 
 impl WeightFile {
@@ -55,6 +58,7 @@ impl WeightFile {
         match self {
             Self::Safetensors(file) => file.path(),
             Self::Pytorch(file) => file.path(),
+            Self::Gguf(file) => file.file().path(),
         }
     }
 
@@ -62,6 +66,7 @@ impl WeightFile {
         match self {
             Self::Safetensors(file) => file.headers().cloned().collect(),
             Self::Pytorch(file) => file.headers().cloned().collect(),
+            Self::Gguf(file) => file.headers().cloned().collect(),
         }
     }
 
@@ -69,6 +74,7 @@ impl WeightFile {
         match self {
             Self::Safetensors(file) => file.view(name),
             Self::Pytorch(file) => file.view(name),
+            Self::Gguf(file) => file.view(name),
         }
     }
 
@@ -76,6 +82,7 @@ impl WeightFile {
         match self {
             Self::Safetensors(file) => file.prefetch(name),
             Self::Pytorch(file) => file.prefetch(name),
+            Self::Gguf(file) => file.prefetch(name),
         }
     }
 
@@ -83,6 +90,7 @@ impl WeightFile {
         match self {
             Self::Safetensors(file) => file.release(name),
             Self::Pytorch(file) => file.release(name),
+            Self::Gguf(file) => file.release(name),
         }
     }
 }
@@ -213,16 +221,74 @@ impl Checkpoint {
     /// Missing files, files that are no regular files, shards that the index and the files tell differently
     /// about, damaged headers.
     pub fn open(folder: &Path) -> Result<Self, FormatError> {
+        Self::open_with(folder, None)
+    }
+
+    /// As [`Checkpoint::open`]; weights that a GGUF file stores in blocks read as F32 through `dequantize`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and for a GGUF file with tensors whose codes are not understood.
+    pub fn open_dense(folder: &Path, dequantize: Dequantize) -> Result<Self, FormatError> {
+        let checkpoint = Self::open_with(folder, Some(dequantize))?;
+        checkpoint.check_readable()?;
+        Ok(checkpoint)
+    }
+
+    /// Refuses a GGUF file with tensors whose codes are not understood.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn check_readable(&self) -> Result<(), FormatError> {
+        match self.gguf().map(Gguf::unreadable) {
+            Some([first, rest @ ..]) => Err(FormatError::invalid(
+                self.files[0].path(),
+                format!(
+                    "tensor {first}{} of a type that can be carried, but not read",
+                    if rest.is_empty() {
+                        " is".into()
+                    } else {
+                        format!(" and {} more are", rest.len())
+                    }
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn open_gguf(path: &Path, dequantize: Option<Dequantize>) -> Result<Self, FormatError> {
+        let gguf = Gguf::open(path, dequantize)?;
+        let config = gguf.config().clone();
+        let headers: Vec<TensorHeader> = gguf.headers().cloned().collect();
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Ok(Self {
+            folder: folder.unwrap_or(Path::new(".")).to_path_buf(),
+            config,
+            files: vec![WeightFile::Gguf(Box::new(gguf))],
+            owner: vec![0; headers.len()],
+            headers,
+        })
+    }
+
+    fn open_with(folder: &Path, dequantize: Option<Dequantize>) -> Result<Self, FormatError> {
         let invalid = |reason: String| FormatError::invalid(folder, reason);
         if !folder.is_dir() {
+            if folder.extension().is_some_and(|end| end == "gguf") {
+                return Self::open_gguf(folder, dequantize);
+            }
             return Err(invalid(if folder.exists() {
-                "is a file; give the directory that holds config.json and *.safetensors (GGUF input is not supported yet)".into()
+                "is a file; give a *.gguf file or the directory that holds config.json and *.safetensors"
+                    .into()
             } else {
                 "does not exist".into()
             }));
         }
         let path = folder.join("config.json");
         if !path.exists() {
+            let files = list(folder)?;
+            let mut ggufs = files.iter().filter(|name| name.ends_with(".gguf"));
+            if let (Some(only), None) = (ggufs.next(), ggufs.next()) {
+                return Self::open_gguf(&folder.join(only), dequantize);
+            }
             return Err(invalid(
                 "has no config.json, so the architecture is unknown; give a Hugging Face model directory".into(),
             ));
@@ -304,7 +370,31 @@ impl Checkpoint {
         Ok(Self { folder: folder.to_path_buf(), config, files, headers, owner })
     }
 
-    /// The directory.
+    /// The GGUF file, when the checkpoint is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match self.files.first() {
+            Some(WeightFile::Gguf(gguf)) => Some(gguf),
+            _ => None,
+        }
+    }
+
+    /// What was opened: the directory, or the GGUF file.
+    pub fn place(&self) -> &Path {
+        self.gguf().map_or(&self.folder, |gguf| gguf.file().path())
+    }
+
+    /// The tokenizer: `tokenizer.json` of the directory, or the one that a GGUF file describes.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`], or when the file's metadata describe none that is known.
+    pub fn tokenizer(&self) -> Result<Tokenizer, FormatError> {
+        match self.gguf() {
+            Some(gguf) => gguf.tokenizer(),
+            None => Tokenizer::open(&self.folder),
+        }
+    }
+
+    /// The directory, that of the file for a GGUF file.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -320,6 +410,9 @@ impl Checkpoint {
     /// # Errors
     /// When the directory cannot be listed.
     pub fn auxiliary_files(&self) -> Result<Vec<PathBuf>, FormatError> {
+        if self.gguf().is_some() {
+            return Ok(Vec::new());
+        }
         let skip = |name: &str| {
             name.starts_with('.')
                 || name == "config.json"
@@ -345,8 +438,8 @@ impl Checkpoint {
     /// When a file cannot be read.
     pub fn hashes(&self) -> Result<BTreeMap<String, String>, FormatError> {
         let mut out = BTreeMap::new();
-        let config = self.folder.join("config.json");
-        for path in self.files.iter().map(WeightFile::path).chain([config.as_path()]) {
+        let config = self.gguf().is_none().then(|| self.folder.join("config.json"));
+        for path in self.files.iter().map(WeightFile::path).chain(config.as_deref()) {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             out.insert(name, hash_file(path)?);
         }
@@ -369,15 +462,14 @@ impl Checkpoint {
         Some(self.files[self.owner[at]].path())
     }
 
-    /// File, first byte and number of bytes of a tensor; `None` in a PyTorch state dict, whose storages are
-    /// no ranges of bytes.
-    pub fn place(&self, name: &str) -> Option<(&Path, usize, usize)> {
+    /// File, first byte and number of bytes of a tensor; `None` in other files than safetensors.
+    pub fn bytes_of(&self, name: &str) -> Option<(&Path, usize, usize)> {
         let at = self.headers.binary_search_by(|h| h.name.as_str().cmp(name)).ok()?;
         match &self.files[self.owner[at]] {
             WeightFile::Safetensors(file) => {
                 file.place(name).map(|(start, length)| (file.path(), start, length))
             }
-            WeightFile::Pytorch(_) => None,
+            WeightFile::Pytorch(_) | WeightFile::Gguf(_) => None,
         }
     }
 
@@ -414,6 +506,17 @@ impl TensorSource for Checkpoint {
         let at = self.headers.binary_search_by(|h| h.name.as_str().cmp(name)).ok();
         at.and_then(|at| self.files[self.owner[at]].view(name)).ok_or_else(|| {
             SourceError::Missing { name: name.into(), place: self.folder.display().to_string() }
+        })
+    }
+
+    fn read_row(&self, name: &str, row: usize) -> Result<TensorView<'_>, SourceError> {
+        let found = match self.gguf() {
+            Some(gguf) => gguf.row(name, row),
+            None => self.read(name)?.into_row(row),
+        };
+        found.ok_or_else(|| SourceError::Invalid {
+            name: name.to_owned(),
+            reason: format!("has no row {row}"),
         })
     }
 

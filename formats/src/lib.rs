@@ -2,6 +2,7 @@
 
 pub mod artifact;
 pub mod corpus;
+pub mod gguf;
 pub mod hf;
 mod mmap;
 pub mod pytorch;

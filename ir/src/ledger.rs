@@ -126,6 +126,8 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
                 (Fate::Changed, format!("{stored}, scales folded in by {steps}"), written)
             } else if plan.graph.tied && name == "lm_head.weight" && plan.graph.embedding != name {
                 (Fate::Tied, format!("to {}, {stored}", plan.graph.embedding), written)
+            } else if let Some(to) = written.iter().find(|to| to.dtype != header.dtype) {
+                (Fate::Changed, format!("{stored}, as {}", to.dtype), written)
             } else if let Some(to) = moved {
                 (Fate::Copied, format!("{stored}, as {}", to.name), written)
             } else {

@@ -12,7 +12,7 @@ mod render;
 mod stored;
 mod variant;
 
-use attar_tensor::{DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
+use attar_tensor::{BlockType, DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
 use serde::Serialize;
 
 pub use error::{PlanError, PlanErrors};
@@ -27,7 +27,10 @@ use crate::{
 };
 
 /// Containers that artifacts can be written to.
-pub const CONTAINERS: &[&str] = &["safetensors"];
+pub const CONTAINERS: &[&str] = &["safetensors", GGUF];
+
+/// The container of block types.
+pub const GGUF: &str = "gguf";
 
 /// A recipe, the model it is for, and everything known before weights are read.
 #[derive(Debug)]
@@ -269,6 +272,12 @@ impl Plan {
     /// What becomes of a site.
     pub fn site(&self, name: &str) -> Option<&SitePlan> {
         self.sites.iter().find(|site| site.name == name)
+    }
+
+    /// The block type in which emit `emit` stores a quantized site; `None` for other layouts.
+    pub fn block_of(&self, emit: usize, site: &str) -> Option<BlockType> {
+        let own = self.site(site)?.scheme?.block();
+        own.or_else(|| BlockType::from_name(self.emits.get(emit)?.layout.0))
     }
 
     /// The tables that `attar plan` prints.

@@ -5,7 +5,7 @@ mod preset;
 mod read;
 mod schema;
 
-use attar_tensor::Granularity;
+use attar_tensor::{BlockType, Granularity};
 use serde::{Deserialize, Serialize};
 
 pub use pattern::{matches, nearest, selects};
@@ -145,7 +145,7 @@ impl Step {
 pub struct Emit {
     /// Name of the layout.
     pub layout: String,
-    /// Kind of file, `safetensors`.
+    /// Kind of file: `gguf` for block types, else `safetensors`.
     pub container: String,
     /// Subdirectory of the output; the plan chooses when absent.
     pub dir: Option<String>,
@@ -160,7 +160,11 @@ impl Emit {
     pub fn new(layout: &str) -> Self {
         Self {
             layout: layout.to_owned(),
-            container: "safetensors".to_owned(),
+            container: match BlockType::from_name(layout) {
+                Some(_) => "gguf",
+                None => "safetensors",
+            }
+            .to_owned(),
             dir: None,
             of: None,
             target: Vec::new(),

@@ -273,7 +273,6 @@ pub fn embed(
     let (hidden, vocab) = (decoder.spec.hidden, decoder.spec.vocab);
     let name = &decoder.graph.embedding;
     let fail = |reason: String| ModelError::Tensor { name: name.clone(), reason };
-    let table = source.read(name)?;
     let mut out = vec![0.0; tokens.len() * hidden];
     for (&token, row) in tokens.iter().zip(out.chunks_mut(hidden)) {
         let start = token as usize * hidden;
@@ -282,7 +281,8 @@ pub fn embed(
                 "has {vocab} rows, none for token {token}; use the checkpoint's own tokenizer"
             )));
         }
-        table.copy_to_f32(start, row).map_err(|error| fail(error.to_string()))?;
+        let stored = source.read_row(name, token as usize)?;
+        stored.copy_to_f32(0, row).map_err(|error| fail(error.to_string()))?;
         if let Some(at) = first_non_finite(row) {
             return Err(fail(format!(
                 "holds {} at flat index {}; the checkpoint is damaged, download or export it again",

@@ -1,7 +1,7 @@
 //! `attar eval`.
 
 use attar_eval::{Evaluation, Score};
-use attar_formats::{CorpusSource, Tokenizer, corpus, safetensors::SafetensorsWriter};
+use attar_formats::{CorpusSource, corpus, safetensors::SafetensorsWriter};
 use attar_tensor::{DType, Tensor, TensorHeader, TensorSink};
 use serde_json::json;
 
@@ -46,7 +46,7 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
         .into());
     }
     let tokenizer =
-        if args.text.is_some() || args.bos { Some(Tokenizer::open(&args.path)?) } else { None };
+        if args.text.is_some() || args.bos { Some(model.checkpoint.tokenizer()?) } else { None };
     let source = match (&args.text, &args.ids) {
         (Some(text), _) => CorpusSource::Text(vec![text.clone()]),
         (None, Some(ids)) => CorpusSource::Ids(ids.clone()),

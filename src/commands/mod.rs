@@ -164,7 +164,11 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
 }
 
 fn verify_artifact(args: &Verify) -> Result<bool, Error> {
-    let source = args.source.as_deref().map(Checkpoint::open).transpose()?;
+    let source = args
+        .source
+        .as_deref()
+        .map(|path| Checkpoint::open_dense(path, crate::gguf::dequantize))
+        .transpose()?;
     let result = verify::verify(&args.path, source.as_ref(), true)?;
     let broken = contract::judge_files(&Opened::open(&args.path)?, &args.target)?;
     let refused = broken.iter().any(attar_ir::target::Violation::refuses);

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use attar_formats::{Checkpoint, CorpusSource, Tokenizer, artifact, corpus};
+use attar_formats::{Checkpoint, CorpusSource, artifact, corpus};
 use attar_tensor::linalg::{self, Isa};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -142,7 +142,7 @@ impl Recorded {
             return Err("calibration data is needed; give --text or --ids".into());
         };
         let tokenizer = match source {
-            CorpusSource::Text(_) => Some(Tokenizer::open(job.checkpoint.folder())?),
+            CorpusSource::Text(_) => Some(job.checkpoint.tokenizer()?),
             CorpusSource::Ids(_) => None,
         };
         let settings = &job.recipe.calibration;

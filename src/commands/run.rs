@@ -47,7 +47,7 @@ pub(crate) fn continue_text(
     tokens: usize,
     sampling: Sampling,
 ) -> Result<Continued, Error> {
-    let tokenizer = attar_formats::Tokenizer::open(model.checkpoint.folder())?;
+    let tokenizer = model.checkpoint.tokenizer()?;
     let mut ids = tokenizer.encode(prompt)?;
     if ids.is_empty() {
         ids.push(tokenizer.bos.ok_or("an empty prompt needs a model with a bos token")?);

@@ -32,7 +32,12 @@ impl Output<'_> {
         source: &Checkpoint,
     ) -> Result<(), Error> {
         let layout = |name| attar_kernels::layout(name).ok_or("the plan checked layouts");
-        let stored = |name: &str| source.header(name).map_or(DType::F32, |h| h.dtype);
+        let stored: Vec<(String, DType)> =
+            self.emit.tensors.iter().map(|t| (t.name.clone(), t.dtype)).collect();
+        let stored = |name: &str| {
+            let declared = stored.iter().find(|(known, _)| known == name).map(|(_, dtype)| *dtype);
+            declared.or_else(|| source.header(name).map(|h| h.dtype)).unwrap_or(DType::F32)
+        };
         for (at, (site, linear)) in block.sites.iter().zip(&state.linears).enumerate() {
             let weight = format!("{}.weight", site.name);
             match &linear.weight {
@@ -80,7 +85,15 @@ impl Output<'_> {
                 continue;
             }
             if let Origin::Source(name) = &tensor.origin {
-                self.writer.put(&tensor.name, &source.read(name)?)?;
+                let view = source.read(name)?;
+                if view.dtype() == tensor.dtype {
+                    self.writer.put(&tensor.name, &view)?;
+                } else {
+                    // A vector for GGUF, widened.
+                    let shape = tensor.shape.clone();
+                    let wide = Tensor::from_f32(tensor.dtype, shape, &view.to_f32()?)?;
+                    self.writer.put(&tensor.name, &wide.view())?;
+                }
                 source.release(name);
             }
         }

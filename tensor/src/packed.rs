@@ -113,6 +113,12 @@ pub trait LayoutSpec: std::fmt::Debug + Send + Sync {
         None
     }
 
+    /// The scheme of this layout itself for rows of `in_features`, for steps that give none: a block type, or
+    /// the one that stands in where its blocks do not divide the rows.
+    fn own_scheme(&self, _in_features: usize) -> Option<QuantScheme> {
+        None
+    }
+
     /// Smallest zero point that the layout can store.
     fn zero_min(&self) -> u8 {
         0

@@ -66,6 +66,17 @@ pub trait TensorSource: Send + Sync {
     /// [`SourceError::Missing`] when no such tensor exists, [`SourceError::Io`] when it cannot be read.
     fn read(&self, name: &str) -> Result<TensorView<'_>, SourceError>;
 
+    /// One row of a matrix, `[1, columns]`: of a table of which few rows are used.
+    ///
+    /// # Errors
+    /// As [`TensorSource::read`], and when there is no such row.
+    fn read_row(&self, name: &str, row: usize) -> Result<TensorView<'_>, SourceError> {
+        self.read(name)?.into_row(row).ok_or_else(|| SourceError::Invalid {
+            name: name.to_owned(),
+            reason: format!("has no row {row}"),
+        })
+    }
+
     /// Tells the source that this tensor's pages will not be used again soon, so that mapped memory
     /// can be given back. Has no effect on the data.
     fn release(&self, _name: &str) {}

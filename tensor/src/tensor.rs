@@ -160,6 +160,19 @@ impl<'a> TensorView<'a> {
         &self.bytes
     }
 
+    /// One row of a matrix, as `[1, columns]`; `None` when it has no such row.
+    pub fn into_row(self, row: usize) -> Option<Self> {
+        let &[rows, columns] = self.shape.as_slice() else { return None };
+        let size = columns * self.dtype.size();
+        let (shape, span) = (vec![1, columns], row * size..(row + 1) * size);
+        let bytes = match (row < rows, self.bytes) {
+            (false, _) => return None,
+            (true, Cow::Borrowed(bytes)) => Cow::Borrowed(&bytes[span]),
+            (true, Cow::Owned(bytes)) => Cow::Owned(bytes[span].to_vec()),
+        };
+        Some(Self { dtype: self.dtype, shape, bytes })
+    }
+
     /// Copies the bytes.
     pub fn to_tensor(&self) -> Tensor {
         Tensor { dtype: self.dtype, shape: self.shape.clone(), bytes: self.bytes.to_vec() }

@@ -4,7 +4,7 @@ mod awq;
 mod compressed_tensors;
 mod gptq;
 
-use attar_tensor::QuantScheme;
+use attar_tensor::{BlockType, QuantScheme};
 use serde_json::Value;
 
 use crate::brief;
@@ -115,7 +115,7 @@ impl Pattern {
 /// A parsed config: the layout's name, and the scheme of a linear found in it.
 #[derive(Debug, Clone)]
 pub struct Parsed {
-    /// `compressed-tensors`, `gptq`, `gptq_v2` or `awq`.
+    /// `compressed-tensors`, `gptq`, `gptq_v2`, `awq`, or `gguf`, whose linears have layouts of their own.
     pub layout: &'static str,
     /// The first rule that matches counts; `None` says that the linear is not quantized.
     rules: Vec<(Pattern, Option<QuantScheme>)>,
@@ -130,9 +130,18 @@ impl Parsed {
         pattern.matches(linear).and(*scheme)
     }
 
+    /// The layout of a linear of this scheme.
+    pub fn layout_of(&self, scheme: QuantScheme) -> &'static str {
+        scheme.block().map_or(self.layout, BlockType::name)
+    }
+
     /// Suffix of the tensor whose presence marks a linear as quantized.
     pub fn marker(&self) -> &'static str {
-        if self.layout == "compressed-tensors" { ".weight_packed" } else { ".qweight" }
+        match self.layout {
+            "compressed-tensors" => ".weight_packed",
+            "gguf" => ".blocks",
+            _ => ".qweight",
+        }
     }
 }
 
@@ -153,11 +162,24 @@ pub fn parse(config: &Value) -> Result<Option<Parsed>, String> {
         "compressed-tensors" => compressed_tensors::parse(quant).map(Some),
         "gptq" => gptq::parse(quant).map(Some),
         "awq" => awq::parse(quant).map(Some),
+        "gguf" => gguf(quant).map(Some),
         other => Err(format!(
             "quantization_config: quant_method `{}` cannot be read; supported: compressed-tensors, gptq, awq",
             brief(other)
         )),
     }
+}
+
+/// What [`crate::gguf::Gguf::config`] says of its weights in blocks.
+fn gguf(quant: &Value) -> Result<Parsed, String> {
+    let types = quant.get("types").and_then(Value::as_object).ok_or("gguf: has no `types`")?;
+    let mut rules = Vec::with_capacity(types.len());
+    for (name, ty) in types {
+        let block = ty.as_str().and_then(BlockType::from_name);
+        let block = block.ok_or_else(|| format!("gguf: {} is of an unknown type", brief(name)))?;
+        rules.push((Pattern::Name(name.clone()), Some(block.scheme())));
+    }
+    Ok(Parsed { layout: "gguf", rules })
 }
 
 /// The one scheme of all linears, for dialects that know only one.

@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use attar_tensor::{LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
+use attar_tensor::{BlockType, DType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
 
 use super::{
-    CONTAINERS, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors, PlanStep,
+    CONTAINERS, GGUF, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors, PlanStep,
     PlannedEmit, SitePlan, predict,
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
-use crate::{Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Target, Touches};
+use crate::{
+    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Sparsity, Target, Touches,
+};
 
 /// The emitted name of the embedding.
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -51,8 +53,19 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         contracts.iter().map(|c| c.produces.numeric == Some(Numeric::Quantized)).collect();
 
     // Schemes: what the step says, narrowed to what every emit can store.
+    // Emits that have a scheme of their own serve steps that give none.
+    let owners: Vec<BlockType> = emits.iter().filter_map(|emit| emit.spec.block_type()).collect();
+    let own = owners
+        .first()
+        .filter(|first| owners.len() == emits.len() && owners.iter().all(|other| other == *first));
+    let lacking = recipe.steps.iter().zip(&quantizes).any(|(s, &q)| q && s.scheme.is_none());
+    if lacking && own.is_none() && !owners.is_empty() {
+        let layouts: Vec<_> = emits.iter().map(|emit| emit.spec.id().0).collect();
+        errors.push(PlanError::BlockGrids { layouts: layouts.join(", ") });
+    }
     for ((step, label), &quantizes) in recipe.steps.iter().zip(&labels).zip(&quantizes) {
         match (&step.scheme, quantizes) {
+            (None, true) if !owners.is_empty() => {}
             (None, true) => errors.push(PlanError::SchemeMissing { step: label.clone() }),
             (Some(_), false) => errors.push(PlanError::SchemeUnused { step: label.clone() }),
             _ => {}
@@ -64,7 +77,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         }
     }
     let scheme_of = |step: usize, site: &Site| -> Option<QuantScheme> {
-        let spec = recipe.steps[step].scheme?;
+        let Some(spec) = recipe.steps[step].scheme else {
+            return emits.first().filter(|_| own.is_some())?.spec.own_scheme(site.in_features);
+        };
         let grids = emits.iter().map(|emit| emit.spec.scale_grid(site.dtype));
         Some(QuantScheme {
             bits: spec.bits,
@@ -87,6 +102,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         let label = &labels[index];
         let mut refused: BTreeMap<(String, String), (Form, Vec<String>)> = BTreeMap::new();
         let mut no_ahead = Vec::new();
+        let mut unable: BTreeMap<(String, &'static str), Vec<String>> = BTreeMap::new();
         let mut uneven = Vec::new();
         let mut folded: BTreeMap<usize, Vec<String>> = BTreeMap::new();
         let mut targets = vec![Vec::new(); graph.blocks.len() + 1];
@@ -110,6 +126,18 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                 None
             };
             targets[place.0].push(Target { site: place.1, scheme });
+            if let Some(scheme) = scheme {
+                let zeros = sites[&place].form.sparsity != Sparsity::Dense;
+                let lost = scheme.block().is_some_and(|block| zeros && !block.has_zero());
+                let able = passes[index].takes(scheme).and(if lost {
+                    Err("weights that were pruned would not stay zero; emit a type with an exact zero")
+                } else {
+                    Ok(())
+                });
+                if let Err(reason) = able {
+                    unable.entry((scheme.label(), reason)).or_default().push(site.name.clone());
+                }
+            }
             if contract.touches == Touches::Folds {
                 for other in fold_neighbours(block, place.1) {
                     if let Some(by) = sites[&(place.0, other)].quantized_by
@@ -153,6 +181,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         for ((_, made_by), (form, sites)) in refused {
             errors.push(PlanError::Form { step: step(), form, made_by, sites });
         }
+        for ((scheme, reason), sites) in unable {
+            errors.push(PlanError::PassScheme { step: step(), scheme, reason, sites });
+        }
         if !no_ahead.is_empty() {
             errors.push(PlanError::NothingAhead { step: step(), sites: no_ahead });
         }
@@ -175,7 +206,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     }
 
     check_siblings(&graph, &sites, &emits, &mut errors);
-    let parts = ask_layouts(&graph, &sites, &emits, &mut errors);
+    let parts = ask_layouts(&graph, &sites, &emits, layouts, &mut errors);
     if !errors.is_empty() {
         return Err(PlanErrors(errors));
     }
@@ -276,6 +307,11 @@ fn resolve_emits<'a>(
             errors.push(PlanError::UnknownLayout { emit: index, layout, hint });
             continue;
         };
+        let right = if spec.block_type().is_some() { GGUF } else { CONTAINERS[0] };
+        if CONTAINERS.contains(&emit.container.as_str()) && emit.container != right {
+            let (layout, container) = (spec.id(), emit.container.clone());
+            errors.push(PlanError::ContainerLayout { emit: index, layout, container, right });
+        }
         let dir = match &emit.dir {
             Some(dir) => Some(dir.clone()),
             None if recipe.emits.len() > 1 => Some(emit.layout.clone()),
@@ -405,6 +441,7 @@ fn ask_layouts(
     graph: &ModelGraph,
     sites: &BTreeMap<Place, SiteState>,
     emits: &[ResolvedEmit<'_>],
+    layouts: &[&dyn LayoutSpec],
     errors: &mut Vec<PlanError>,
 ) -> Parts {
     let mut parts = Parts::new();
@@ -423,7 +460,18 @@ fn ask_layouts(
                 scheme,
                 source_dtype: site.dtype,
             };
-            match emit.spec.parts(&linear) {
+            // A file of blocks holds several types; each linear is stored in that of its scheme.
+            let of = |block| layouts.iter().find(|layout| layout.block_type() == Some(block));
+            let found = match (scheme.block(), emit.spec.block_type()) {
+                (Some(block), Some(_)) => of(block).unwrap_or(&emit.spec).parts(&linear),
+                (Some(block), None) => Err(attar_tensor::LayoutError::Scheme {
+                    layout: emit.spec.id(),
+                    scheme: block.name().to_owned(),
+                    reason: "block types go into container gguf only",
+                }),
+                (None, _) => emit.spec.parts(&linear),
+            };
+            match found {
                 Ok(headers) => parts.entry(place).or_default().push(headers),
                 Err(error) => match refused.iter_mut().find(|(known, _)| *known == error) {
                     Some((_, names)) => names.push(site.name.clone()),
@@ -489,11 +537,17 @@ fn planned_emit(
             continue;
         }
         let name = if embedding { EMBEDDING.to_owned() } else { header.name.clone() };
+        let gguf = emit.container == GGUF;
+        if gguf && left_out(graph, &header.name, head_quantized) {
+            continue;
+        }
+        // Vectors are F32 in GGUF: its runtimes have no other code for them.
+        let dtype = if gguf && header.shape.len() < 2 { DType::F32 } else { header.dtype };
         tensors.insert(
             name.clone(),
             OutputTensor {
                 name,
-                dtype: header.dtype,
+                dtype,
                 shape: header.shape.clone(),
                 origin: Origin::Source(header.name.clone()),
             },
@@ -533,11 +587,23 @@ fn planned_emit(
     }
 }
 
+/// Tensors that a GGUF file leaves out: a tied head beside the embedding, and frequencies that runtimes
+/// compute.
+fn left_out(graph: &ModelGraph, name: &str, head_quantized: bool) -> bool {
+    let tied = graph.tied && name == "lm_head.weight" && graph.embedding != name && !head_quantized;
+    tied || name.ends_with(".rotary_emb.inv_freq")
+}
+
 /// Every site in the order of [`Plan::sites`].
 fn places(graph: &ModelGraph) -> impl Iterator<Item = (Place, &Site)> {
     graph.all_blocks().flat_map(|block| {
         block.sites.iter().enumerate().map(|(at, site)| ((block.index, at), site))
     })
+}
+
+/// Bits per weight of a block type.
+fn bits(block: BlockType) -> f64 {
+    8.0 * block.bytes() as f64 / block.size() as f64
 }
 
 /// Names what the layouts of one run take from each other.
@@ -555,7 +621,7 @@ fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> 
     for (site, (_, source)) in table.iter().zip(places(graph)) {
         let Some(scheme) = site.scheme else { continue };
         let asked: Vec<_> = emits.iter().map(|e| (e, e.spec.scale_grid(source.dtype))).collect();
-        if asked.iter().any(|(_, grid)| *grid != scheme.scale_grid) {
+        if scheme.block().is_none() && asked.iter().any(|(_, grid)| *grid != scheme.scale_grid) {
             let asked: Vec<_> = asked
                 .iter()
                 .map(|(e, g)| format!("{} stores {}", e.spec.id(), grid_name(*g)))
@@ -571,8 +637,34 @@ fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> 
             zeros += 1;
         }
     }
+    // Rows that the blocks of the type asked for do not divide.
+    let mut stand_ins: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for emit in emits {
+        let Some(asked) = emit.spec.block_type() else { continue };
+        for (site, _) in table.iter().zip(places(graph)) {
+            let stored = site.scheme.and_then(QuantScheme::block);
+            if let Some(stored) = stored.filter(|&stored| asked.fallback() == Some(stored))
+                && !site.in_features.is_multiple_of(asked.size())
+            {
+                let text = format!(
+                    "rows of {} are no multiple of the {} weights of a {asked} block: stored as {stored} \
+                     ({} instead of {} bits per weight)",
+                    site.in_features,
+                    asked.size(),
+                    bits(stored),
+                    bits(asked),
+                );
+                stand_ins.entry(text).or_default().push(site.name.clone());
+            }
+        }
+    }
     let mut notes: Vec<_> =
         scales.into_iter().map(|(text, count)| format!("{text} ({count} sites)")).collect();
+    notes.extend(
+        stand_ins
+            .into_iter()
+            .map(|(text, sites)| format!("{text}: {} sites, {}", sites.len(), sites.join(", "))),
+    );
     if zeros > 0
         && let Some(strictest) = emits.iter().max_by_key(|emit| emit.spec.zero_min())
     {

@@ -31,7 +31,9 @@ pub enum PlanError {
         pattern: String,
     },
     /// A quantizing step without numbers.
-    #[error("{step}: quantizes but has no scheme; add `scheme = {{ bits = 4 }}`")]
+    #[error(
+        "{step}: quantizes but has no scheme; add `scheme = {{ bits = 4 }}`, or emit a block type (q4_k, ...)"
+    )]
     SchemeMissing {
         /// The step.
         step: String,
@@ -194,6 +196,39 @@ pub enum PlanError {
         smallest: usize,
         /// Where its peak lies.
         at: String,
+    },
+    /// A layout in a container that does not hold it.
+    #[error("emit[{emit}]: layout {layout} lies in container {right}, not in {container}")]
+    ContainerLayout {
+        /// Index of the emit.
+        emit: usize,
+        /// Its layout.
+        layout: LayoutId,
+        /// The container asked for.
+        container: String,
+        /// The one that holds it.
+        right: &'static str,
+    },
+    /// Several artifacts of one result whose scales have nothing in common.
+    #[error(
+        "the emits {layouts} have scales of their own, so that one result cannot become both; give each \
+         its own step (`id`, `after`, `of`)"
+    )]
+    BlockGrids {
+        /// The layouts.
+        layouts: String,
+    },
+    /// A pass that cannot make a scheme.
+    #[error("{step}: cannot make {scheme}: {reason} ({})", shorten(.sites))]
+    PassScheme {
+        /// The step.
+        step: String,
+        /// The scheme.
+        scheme: String,
+        /// Why, and what to do.
+        reason: &'static str,
+        /// The sites.
+        sites: Vec<String>,
     },
     /// Siblings that runtimes fuse differ.
     #[error(

@@ -12,12 +12,16 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("gptq-w2", "GPTQ, 2 bits, symmetric"),
     ("gptq-w8", "GPTQ, 8 bits, symmetric"),
     ("awq-w4", "AWQ scales and clipping, then round to nearest, 4 bits, asymmetric"),
+    ("rtn", "the layout's own search; no calibration, for block types (q4_k, q8_0, ...)"),
     ("awq-w3", "AWQ scales and clipping, then round to nearest, 3 bits, asymmetric"),
 ];
 
 /// Builds a preset.
 pub(super) fn recipe(name: &str, group_size: i64) -> Result<Recipe, RecipeError> {
     let granularity = read::granularity(group_size, "group")?;
+    if name == "rtn" {
+        return Ok(Recipe { steps: vec![Step::new("rtn")], ..Recipe::default() });
+    }
     let known = || PRESETS.iter().map(|(name, _)| *name);
     let parsed = known().find(|known| *known == name).and_then(|name| name.rsplit_once("-w"));
     let Some((method, bits)) = parsed else {

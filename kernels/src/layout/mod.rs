@@ -125,6 +125,7 @@ pub const SUFFIXES: &[&str] = &[
     "qzeros",
     "scales",
     "g_idx",
+    "blocks",
 ];
 
 /// The layout of this name.

@@ -12,7 +12,7 @@ use attar_tensor::blocks::{Levels, sub_block};
 use attar_tensor::compare::Tolerance;
 use attar_tensor::{
     BlockQuantized, BlockType, DType, LayoutError, LayoutId, LayoutSpec, LinearSpec, Mat,
-    PackedLinear, PartHeader, QuantizedLinear, ScaleGrid, Tensor,
+    PackedLinear, PartHeader, QuantScheme, QuantizedLinear, ScaleGrid, Tensor,
 };
 use half::f16;
 use rayon::prelude::*;
@@ -111,7 +111,7 @@ impl Ggml {
     }
 
     /// Dequantizes whole blocks into `out`, as ggml does to the bit.
-    pub(crate) fn dequantize_blocks(&self, bytes: &[u8], out: &mut [f32]) {
+    pub fn dequantize_blocks(&self, bytes: &[u8], out: &mut [f32]) {
         let mut parts = Parts::ZERO;
         let (size, sub) = (self.block.size(), self.block.sub_size());
         let minimum = self.block.minimum();
@@ -201,6 +201,12 @@ impl LayoutSpec for Ggml {
 
     fn block_type(&self) -> Option<BlockType> {
         Some(self.block)
+    }
+
+    fn own_scheme(&self, in_features: usize) -> Option<QuantScheme> {
+        let fits = |block: BlockType| in_features.is_multiple_of(block.size());
+        let stand_in = self.block.fallback().filter(|&other| !fits(self.block) && fits(other));
+        Some(stand_in.unwrap_or(self.block).scheme())
     }
 
     /// Runtimes of this container multiply by each tensor on its own.
