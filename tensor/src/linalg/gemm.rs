@@ -71,7 +71,8 @@ pub struct PackedRows {
 impl PackedRows {
     /// Packs `b [n, k]`.
     pub fn new(b: Rows<'_>, n: usize, k: usize) -> Self {
-        let (data, start) = pack_panels(along_depth(b), n, k);
+        let mut data = Vec::new();
+        let start = pack_panels(along_depth(b), n, k, &mut data);
         Self { n, k, data, start }
     }
 

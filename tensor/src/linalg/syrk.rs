@@ -4,14 +4,17 @@
 //! the square in f64; a few lines of it when the sums lie in scratch files), one strip in f32 per thread, and
 //! X packed.
 
-use std::io;
+use std::{io, sync::Mutex};
 
 use rayon::prelude::*;
 
-use super::microkernel::{Operand, Product, multiply, pack_panels};
+use super::{
+    microkernel::{Operand, Product, multiply, pack_panels},
+    vectorize,
+};
 use crate::{Mat, Scratch, Shelf};
 
-/// Rows of a strip of G; whole panels of every instruction set, so that no panel lies across its end.
+/// Rows of a strip of G; whole panels of every instruction set, so that few panels lie across its end.
 const STRIP: usize = 624;
 /// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows:
 /// batches given to [`GramAccumulator::add`] are best a multiple of it.
@@ -26,6 +29,9 @@ pub struct GramAccumulator {
     tokens: usize,
     /// From the last (longest) strip to the first.
     strips: Vec<Strip>,
+    /// Memory for X packed and for the products of a strip, used again: fresh memory costs page faults.
+    panels: Vec<f32>,
+    products: Mutex<Vec<Vec<f32>>>,
 }
 
 /// Rows `row..row + rows` of G, columns up to the diagonal block's end.
@@ -54,7 +60,7 @@ impl GramAccumulator {
             Ok(Strip { row, rows, columns, sum: Shelf::new(rows * columns, scratch)? })
         };
         let strips = (0..n).step_by(STRIP).rev().map(strip).collect::<io::Result<_>>()?;
-        Ok(Self { n, tokens: 0, strips })
+        Ok(Self { n, tokens: 0, strips, panels: Vec::new(), products: Mutex::default() })
     }
 
     /// Bytes of working memory of [`GramAccumulator::add`] on batches of `tokens` rows, and of the sums.
@@ -91,19 +97,21 @@ impl GramAccumulator {
             let tokens = x.len() / n;
             let across = |data| Operand { data, stride: n, depth_contiguous: false };
             // Packed once for all strips.
-            let (panels, start) = pack_panels(across(x), n, tokens);
-            let panels = &panels[start..];
+            let start = pack_panels(across(x), n, tokens, &mut self.panels);
+            let (panels, spare) = (&self.panels[start..], &self.products);
             self.strips.par_iter_mut().try_for_each(|strip| {
                 let Strip { row, rows, columns, ref mut sum } = *strip;
                 // A strip that does not end with the matrix may end inside a panel.
-                let mut out = vec![0.0f32; rows * columns];
+                let held = spare.lock().expect("nobody panics with it").pop();
+                let mut memory = held.unwrap_or_else(|| vec![0.0f32; STRIP.min(n) * n]);
+                let out = &mut memory[..rows * columns];
                 multiply(Product {
                     shape: (rows, n, tokens),
                     alpha: 1.0,
                     a: across(&x[row..]),
                     b: across(x),
                     add: false,
-                    out: &mut out,
+                    out,
                     ldo: columns,
                     panels: Some(panels),
                     below: Some(row),
@@ -112,15 +120,22 @@ impl GramAccumulator {
                 for (block, products) in out.chunks(LINES * columns).enumerate() {
                     let (at, length) = (block * LINES * columns, products.len());
                     sum.update(at, length, &mut buffer, |sums| {
-                        let lines = sums.chunks_exact_mut(columns).zip(products.chunks(columns));
-                        for (i, (sum, product)) in lines.enumerate() {
-                            let end = row + block * LINES + i;
-                            for (sum, &p) in sum[..=end].iter_mut().zip(product) {
-                                *sum += f64::from(p);
-                            }
-                        }
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                let lines = sums.chunks_exact_mut(columns);
+                                let lines = lines.zip(products.chunks(columns));
+                                for (i, (sum, product)) in lines.enumerate() {
+                                    let end = row + block * LINES + i;
+                                    for (sum, &p) in sum[..=end].iter_mut().zip(product) {
+                                        *sum += f64::from(p);
+                                    }
+                                }
+                            },
+                        );
                     })?;
                 }
+                spare.lock().expect("nobody panics with it").push(memory);
                 Ok::<_, io::Error>(())
             })?;
         }
@@ -157,11 +172,11 @@ impl GramAccumulator {
     /// # Errors
     /// When a scratch file cannot be read.
     pub fn finish(self, scale: f64) -> io::Result<Mat> {
-        let n = self.n;
+        let (n, strips) = self.into_sums();
         let mut out = Mat::zeros((n, n));
         let all = out.as_slice_mut().expect("fresh matrices are contiguous");
         // First the lower triangle alone: memory of rows not yet reached is not touched.
-        self.each_below(|i, sums| {
+        Self::each_below(strips, |i, sums| {
             for (value, &sum) in all[i * n..].iter_mut().zip(sums) {
                 *value = (scale * sum) as f32;
             }
@@ -175,9 +190,9 @@ impl GramAccumulator {
     /// # Errors
     /// When a scratch file cannot be read.
     pub fn finish_f64(self, scale: f64) -> io::Result<Vec<f64>> {
-        let n = self.n;
+        let (n, strips) = self.into_sums();
         let mut out = vec![0.0; n * n];
-        self.each_below(|i, sums| {
+        Self::each_below(strips, |i, sums| {
             for (value, &sum) in out[i * n..].iter_mut().zip(sums) {
                 *value = scale * sum;
             }
@@ -186,10 +201,15 @@ impl GramAccumulator {
         Ok(out)
     }
 
+    /// Gives the memory of products back.
+    fn into_sums(self) -> (usize, Vec<Strip>) {
+        (self.n, self.strips)
+    }
+
     /// Rows of the lower triangle up to the diagonal.
-    fn each_below(self, mut visit: impl FnMut(usize, &[f64])) -> io::Result<()> {
+    fn each_below(strips: Vec<Strip>, mut visit: impl FnMut(usize, &[f64])) -> io::Result<()> {
         let mut buffer = Vec::new();
-        for strip in self.strips {
+        for strip in strips {
             for i in 0..strip.rows {
                 let length = strip.row + i + 1;
                 visit(strip.row + i, strip.sum.span(i * strip.columns, length, &mut buffer)?);
@@ -221,7 +241,7 @@ mod tests {
     #[test]
     fn gram_equals_the_naive_sum_on_any_thread_count_in_memory_and_on_scratch() {
         let scratch = Scratch::new(tempfile::tempfile);
-        for (t, n) in [(600, 401), (61, 1290)] {
+        for (t, n) in [(600, 401), (61, 1290), (30, 1264)] {
             let x = Rng::new(5).normals(t * n);
             let mut want = vec![0.0f64; n * n];
             for row in x.chunks(n) {
