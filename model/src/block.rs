@@ -264,7 +264,14 @@ impl<'a> BlockRun<'a> {
             self.timing.statistics += started.elapsed();
         }
         release_buffers();
-        self.mid = if from == to { old_mid } else { new_mid };
+        self.mid = if from == to {
+            old_mid
+        } else {
+            if let Some(old) = old_mid {
+                old.end(self.spill.as_ref());
+            }
+            new_mid
+        };
         self.stage = to;
         Ok(())
     }
