@@ -123,6 +123,29 @@ impl Stream {
         self.values.read(start, out)
     }
 
+    /// One window `[tokens, width]`: borrowed when it lies in memory, else read into `buffer`.
+    ///
+    /// # Errors
+    /// As [`Stream::read`].
+    pub fn window<'a>(&'a self, window: usize, buffer: &'a mut Vec<f32>) -> io::Result<&'a [f32]> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        self.values.span(start, end - start, buffer)
+    }
+
+    /// Changes one window in place: through `buffer` when it lies in a scratch file, which then holds it.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be read or written.
+    pub fn update(
+        &mut self,
+        window: usize,
+        buffer: &mut Vec<f32>,
+        change: impl FnOnce(&mut [f32]),
+    ) -> io::Result<()> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        self.values.update(start, end - start, buffer, change)
+    }
+
     /// Stores one window.
     ///
     /// # Errors
@@ -157,6 +180,14 @@ mod tests {
         }
         for window in 0..3 {
             assert_eq!(memory.read(window).unwrap(), file.read(window).unwrap());
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            for stream in [&mut memory, &mut file] {
+                stream.update(window, &mut a, |values| values[0] += 0.5).unwrap();
+            }
+            assert_eq!(
+                memory.window(window, &mut a).unwrap(),
+                file.window(window, &mut b).unwrap()
+            );
             assert!((memory.read(window).unwrap()[1] - (window * 100 + 1) as f32).abs() < 1e-6);
         }
     }

@@ -12,7 +12,7 @@ use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{Operand, Product, multiply, pack_panels},
+    microkernel::{Operand, Panels, Product, multiply, pack_panels},
     thin,
 };
 use crate::Mat;
@@ -71,8 +71,7 @@ pub struct PackedRows {
 impl PackedRows {
     /// Packs `b [n, k]`.
     pub fn new(b: Rows<'_>, n: usize, k: usize) -> Self {
-        let mut data = Vec::new();
-        let start = pack_panels(along_depth(b), n, k, &mut data);
+        let (data, start) = pack_panels(along_depth(b), n, k);
         Self { n, k, data, start }
     }
 
@@ -87,7 +86,7 @@ impl PackedRows {
             add: false,
             out,
             ldo,
-            panels: Some(&self.data[self.start..]),
+            panels: Some(Panels { data: &self.data[self.start..], roomy: false }),
             below: None,
         });
     }

@@ -49,11 +49,27 @@ pub(super) struct Product<'a> {
     pub(super) add: bool,
     pub(super) out: &'a mut [f32],
     pub(super) ldo: usize,
-    /// B packed beforehand by [`pack_panels`]; `b` is then not read.
-    pub(super) panels: Option<&'a [f32]>,
-    /// `Some(d)`: row i of A is row `d + i` of B, and elements with `column > row + d` are not wanted and may be
-    /// left unwritten.
+    /// B packed beforehand; `b` is then not read.
+    pub(super) panels: Option<Panels<'a>>,
+    /// `Some(d)`, with panels: row i of A is row `d + i` of B and read from the panels, `a` is not; elements with
+    /// `column > row + d` are not wanted and may be left unwritten.
     pub(super) below: Option<usize>,
+}
+
+/// B packed by [`pack_panels`] or [`pack_rows`].
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub(super) data: &'a [f32],
+    /// Every panel has room for `KC` products, also where the depth ends before (`pack_rows`).
+    pub(super) roomy: bool,
+}
+
+impl<'a> Panels<'a> {
+    /// The panels from depth `l0` on, and the room of each.
+    #[inline(always)]
+    fn at(self, l0: usize, depth: usize, width: usize) -> (&'a [f32], usize) {
+        (&self.data[l0 * width..], if self.roomy { KC } else { depth })
+    }
 }
 
 /// Vectors of the next panel of B when `left` columns are not packed yet: three, but four are left as two
@@ -242,18 +258,29 @@ fn pack_across<const MR: usize>(
     }
 }
 
-/// Packs the rows `row..row + MR` of B `[n, k]` as a panel of A from the panels of B at this depth.
+/// Packs the rows from `row` on of B `[n, k]` as a panel of A from the panels of B at this depth, `room` products
+/// each; zero beyond `n`.
 #[inline(always)]
 fn pack_again<const MR: usize>(
-    panels: &[f32],
-    (n, depth, lanes): (usize, usize, usize),
+    (panels, room): (&[f32], usize),
+    (n, lanes): (usize, usize),
     row: usize,
     dest: &mut [f32],
 ) {
+    let dest = dest.as_chunks_mut::<MR>().0;
     let (j, width) = panel_of(row, n, lanes);
-    let lines = panels[j * depth..][..width * depth].chunks_exact(width);
-    for (to, from) in dest.as_chunks_mut::<MR>().0.iter_mut().zip(lines) {
-        to.copy_from_slice(&from[row - j..][..MR]);
+    if row - j + MR <= width {
+        let lines = panels[j * room..].chunks_exact(width);
+        for (to, from) in dest.iter_mut().zip(lines) {
+            to.copy_from_slice(&from[row - j..][..MR]);
+        }
+        return;
+    }
+    for r in 0..MR {
+        let place = (row + r < n).then(|| panel_of(row + r, n, lanes));
+        for (l, to) in dest.iter_mut().enumerate() {
+            to[r] = place.map_or(0.0, |(j, width)| panels[j * room + l * width + row + r - j]);
+        }
     }
 }
 
@@ -328,14 +355,17 @@ impl Product<'_> {
         // With `below`, lines of `out` may end before B does: inside a panel, whose rest is not wanted.
         let columns = W.min(self.shape.1.min(self.ldo).saturating_sub(j));
         let panel = if let Some(panels) = self.panels {
-            &panels[l0 * self.shape.1.next_multiple_of(I::F32_LANES) + j * depth..]
+            let (data, room) = panels.at(l0, depth, self.shape.1.next_multiple_of(I::F32_LANES));
+            &data[j * room..]
         } else {
             pack::<I, W>(isa, self.b, j, columns, l0, &mut packed_b[..W * depth]);
             &*packed_b
         };
         // The panel after this one, a share of it per tile.
         let next = match self.panels {
-            Some(_) if j + W < self.shape.1 => &panel[W * depth..],
+            Some(panels) if j + W < self.shape.1 => {
+                &panel[W * if panels.roomy { KC } else { depth }..]
+            }
             _ => &[],
         };
         let next = &next[..next.len().min(W * depth)];
@@ -379,16 +409,13 @@ impl Product<'_> {
         packed_a: &mut [f32],
         (i0, block, l0, depth): (usize, usize, usize, usize),
     ) {
-        let lanes = I::F32_LANES;
-        let again = self.below.map(|d| d + i0).filter(|row| {
-            row.is_multiple_of(MR) && lanes.is_multiple_of(MR) && (row + block <= self.shape.1)
-        });
         let mut done = 0;
-        if let (Some(panels), Some(row)) = (self.panels, again) {
-            let panels = &panels[l0 * self.shape.1.next_multiple_of(lanes)..];
+        if let (Some(panels), Some(d)) = (self.panels, self.below) {
+            let (n, lanes) = (self.shape.1, I::F32_LANES);
+            let panels = panels.at(l0, depth, n.next_multiple_of(lanes));
             for (p, i) in (0..block).step_by(MR).enumerate() {
                 let to = &mut packed_a[p * MR * depth..][..MR * depth];
-                pack_again::<MR>(panels, (self.shape.1, depth, lanes), row + i, to);
+                pack_again::<MR>(panels, (n, lanes), d + i0 + i, to);
             }
             done = block;
         } else if !self.a.depth_contiguous {
@@ -446,27 +473,35 @@ struct Pack<'a, I> {
     n: usize,
     l0: usize,
     depth: usize,
+    /// Columns, from the beginning of a panel to the end of one.
+    columns: (usize, usize),
+    /// Products that a panel has room for, and where in it these begin.
+    room: (usize, usize),
     dest: &'a mut [f32],
 }
 
 impl<I: Isa> Pack<'_, I> {
     #[inline(always)]
     fn run<const W1: usize, const W2: usize, const W3: usize>(self) {
-        let Self { isa, b, n, l0, depth, dest } = self;
-        let mut j = 0;
-        while j < n {
-            let (to, left) = (&mut dest[j * depth..], n - j);
+        let Self { isa, b, n, l0, depth, columns: (first, end), room: (room, inside), dest } = self;
+        let mut j = first;
+        while j < end {
+            let left = n - j;
+            let to = &mut dest[(j - first) * room..];
             match panel_vectors(left, I::F32_LANES) {
                 3 => {
-                    pack::<I, W3>(isa, b, j, W3.min(left), l0, &mut to[..W3 * depth]);
+                    let to = &mut to[W3 * inside..][..W3 * depth];
+                    pack::<I, W3>(isa, b, j, W3.min(left), l0, to);
                     j += W3;
                 }
                 2 => {
-                    pack::<I, W2>(isa, b, j, W2.min(left), l0, &mut to[..W2 * depth]);
+                    let to = &mut to[W2 * inside..][..W2 * depth];
+                    pack::<I, W2>(isa, b, j, W2.min(left), l0, to);
                     j += W2;
                 }
                 _ => {
-                    pack::<I, W1>(isa, b, j, left, l0, &mut to[..W1 * depth]);
+                    let to = &mut to[W1 * inside..][..W1 * depth];
+                    pack::<I, W1>(isa, b, j, W1.min(left), l0, to);
                     j += W1;
                 }
             }
@@ -487,45 +522,92 @@ impl<I: Isa> WithSimd for Pack<'_, I> {
     }
 }
 
-/// Packs all of B for [`Product::panels`] into memory that may be used again, beginning at a cache line from the
-/// returned index on. Runs on rayon's current pool.
-pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize, data: &mut Vec<f32>) -> usize {
-    let arch = arch();
-    let lanes = match arch {
+impl Pack<'_, ()> {
+    /// Packs with the instruction set in use.
+    fn dispatch(self) {
+        let Self { isa: (), b, n, l0, depth, columns, room, dest } = self;
+        match arch() {
+            #[cfg(target_arch = "x86_64")]
+            Arch::V4(isa) => {
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Arch::V3(isa) => {
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+            _ => {
+                let isa = pulp::Scalar::new();
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+        }
+    }
+}
+
+/// Floats per vector of the instruction set in use.
+fn lanes() -> usize {
+    match arch() {
         #[cfg(target_arch = "x86_64")]
         Arch::V4(_) => 16,
         #[cfg(target_arch = "x86_64")]
         Arch::V3(_) => 8,
         _ => 1,
-    };
-    let width = n.next_multiple_of(lanes);
-    if data.len() < width * k + LINE {
-        // Fresh zeros are not touched before they are overwritten.
-        *data = Vec::new();
-        *data = vec![0.0f32; width * k + LINE];
     }
+}
+
+/// Fresh memory for panels of B `[n, k]`, and where in it they begin: at a cache line.
+pub(super) fn room_for_panels(n: usize, k: usize) -> (Vec<f32>, usize) {
+    let data = vec![0.0f32; n.next_multiple_of(lanes()) * k + LINE];
     let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
+    (data, start)
+}
+
+/// All of B for [`Product::panels`], from the returned index on. Runs on rayon's current pool.
+pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
+    let (mut data, start) = room_for_panels(n, k);
+    let width = n.next_multiple_of(lanes());
     data[start..start + width * k].par_chunks_mut((width * KC).max(1)).enumerate().for_each(
         |(block, dest)| {
             let l0 = block * KC;
             let depth = KC.min(k - l0);
-            match arch {
-                #[cfg(target_arch = "x86_64")]
-                Arch::V4(isa) => {
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-                #[cfg(target_arch = "x86_64")]
-                Arch::V3(isa) => {
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-                _ => {
-                    let isa = pulp::Scalar::new();
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-            }
+            let (columns, room) = ((0, n), (depth, 0));
+            Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
         },
     );
-    start
+    (data, start)
+}
+
+/// Packs products `at..` of B `[n, k]` from the rows of `x [products, n]`, into roomy panels. Runs on rayon's
+/// current pool.
+pub(super) fn pack_rows(x: &[f32], n: usize, at: usize, data: &mut [f32]) {
+    /// Panels per task.
+    const TASK: usize = 8;
+    let (lanes, count) = (lanes(), x.len() / n);
+    let width = n.next_multiple_of(lanes);
+    let b = Operand { data: x, stride: n, depth_contiguous: false };
+    let mut l0 = 0;
+    while l0 < count {
+        let (block, inside) = ((at + l0) / KC, (at + l0) % KC);
+        let depth = (KC - inside).min(count - l0);
+        let mut rest = &mut data[block * KC * width..][..KC * width];
+        let mut tasks = Vec::new();
+        let mut j = 0;
+        while j < n {
+            let first = j;
+            for _ in 0..TASK {
+                if j < n {
+                    j += panel_vectors(n - j, lanes) * lanes;
+                }
+            }
+            let (dest, behind) = rest.split_at_mut((j - first) * KC);
+            tasks.push((first, j.min(n), dest));
+            rest = behind;
+        }
+        tasks.into_par_iter().for_each(|(first, end, dest)| {
+            let (columns, room) = ((first, end), (KC, inside));
+            Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
+        });
+        l0 += depth;
+    }
 }
 
 struct Entry<'a, I> {

@@ -9,15 +9,14 @@ use std::{io, sync::Mutex};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{Operand, Product, multiply, pack_panels},
+    microkernel::{KC, Operand, Panels, Product, multiply, pack_rows, room_for_panels},
     vectorize,
 };
 use crate::{Mat, Scratch, Shelf};
 
 /// Rows of a strip of G; whole panels of every instruction set, so that few panels lie across its end.
 const STRIP: usize = 624;
-/// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows:
-/// batches given to [`GramAccumulator::add`] are best a multiple of it.
+/// Rows of X whose products are summed in f32. The f64 sums pass through memory once per so many rows.
 pub const ROWS: usize = 2048;
 /// Lines of a strip that pass through memory at once when its sums lie in a scratch file.
 const LINES: usize = 16;
@@ -29,8 +28,10 @@ pub struct GramAccumulator {
     tokens: usize,
     /// From the last (longest) strip to the first.
     strips: Vec<Strip>,
-    /// Memory for X packed and for the products of a strip, used again: fresh memory costs page faults.
-    panels: Vec<f32>,
+    /// Rows that wait, packed, from an index on: their borders depend on the order of rows alone.
+    panels: (Vec<f32>, usize),
+    held: usize,
+    /// Memory for the products of a strip, used again: fresh memory costs page faults.
     products: Mutex<Vec<Vec<f32>>>,
 }
 
@@ -60,10 +61,11 @@ impl GramAccumulator {
             Ok(Strip { row, rows, columns, sum: Shelf::new(rows * columns, scratch)? })
         };
         let strips = (0..n).step_by(STRIP).rev().map(strip).collect::<io::Result<_>>()?;
-        Ok(Self { n, tokens: 0, strips, panels: Vec::new(), products: Mutex::default() })
+        let (panels, products) = (Default::default(), Mutex::default());
+        Ok(Self { n, tokens: 0, strips, panels, held: 0, products })
     }
 
-    /// Bytes of working memory of [`GramAccumulator::add`] on batches of `tokens` rows, and of the sums.
+    /// Bytes of working memory of [`GramAccumulator::add`] for `tokens` rows in all, and of the sums.
     pub fn bytes(n: usize, tokens: usize, threads: usize, scratch: bool) -> usize {
         let strips = n.div_ceil(STRIP);
         let widest = STRIP.min(n) * n;
@@ -71,7 +73,10 @@ impl GramAccumulator {
         let lines = if scratch { 8 * LINES.min(n) * n * threads.min(strips) } else { 0 };
         let strip = |row: usize| (n - row).min(STRIP) * (row + STRIP).min(n);
         let sums: usize = (0..n).step_by(STRIP).map(strip).sum();
-        products + lines + if scratch { 0 } else { 8 * sums } + 4 * n * tokens.min(ROWS)
+        products
+            + lines
+            + if scratch { 0 } else { 8 * sums }
+            + 4 * n * tokens.min(ROWS).next_multiple_of(KC)
     }
 
     /// Rows seen.
@@ -79,7 +84,7 @@ impl GramAccumulator {
         self.tokens
     }
 
-    /// Adds `xᵀx` for `x [tokens, n]`, row-major.
+    /// Adds `xᵀx` for `x [tokens, n]`, row-major. Rows wait until there are many.
     ///
     /// # Errors
     /// When a scratch file cannot be read or written.
@@ -93,53 +98,72 @@ impl GramAccumulator {
         }
         assert!(n > 0 && x.len().is_multiple_of(n), "rows have {n} channels");
         self.tokens += x.len() / n;
-        for x in x.chunks(ROWS * n) {
-            let tokens = x.len() / n;
-            let across = |data| Operand { data, stride: n, depth_contiguous: false };
-            // Packed once for all strips.
-            let start = pack_panels(across(x), n, tokens, &mut self.panels);
-            let (panels, spare) = (&self.panels[start..], &self.products);
-            self.strips.par_iter_mut().try_for_each(|strip| {
-                let Strip { row, rows, columns, ref mut sum } = *strip;
-                // A strip that does not end with the matrix may end inside a panel.
-                let held = spare.lock().expect("nobody panics with it").pop();
-                let mut memory = held.unwrap_or_else(|| vec![0.0f32; STRIP.min(n) * n]);
-                let out = &mut memory[..rows * columns];
-                multiply(Product {
-                    shape: (rows, n, tokens),
-                    alpha: 1.0,
-                    a: across(&x[row..]),
-                    b: across(x),
-                    add: false,
-                    out,
-                    ldo: columns,
-                    panels: Some(panels),
-                    below: Some(row),
-                });
-                let mut buffer = Vec::new();
-                for (block, products) in out.chunks(LINES * columns).enumerate() {
-                    let (at, length) = (block * LINES * columns, products.len());
-                    sum.update(at, length, &mut buffer, |sums| {
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                let lines = sums.chunks_exact_mut(columns);
-                                let lines = lines.zip(products.chunks(columns));
-                                for (i, (sum, product)) in lines.enumerate() {
-                                    let end = row + block * LINES + i;
-                                    for (sum, &p) in sum[..=end].iter_mut().zip(product) {
-                                        *sum += f64::from(p);
-                                    }
-                                }
-                            },
-                        );
-                    })?;
-                }
-                spare.lock().expect("nobody panics with it").push(memory);
-                Ok::<_, io::Error>(())
-            })?;
+        if self.panels.0.is_empty() {
+            // Zeros that are never touched take no memory.
+            self.panels = room_for_panels(n, ROWS);
+        }
+        let mut rest = x;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(((ROWS - self.held) * n).min(rest.len()));
+            let (panels, start) = &mut self.panels;
+            pack_rows(now, n, self.held, &mut panels[*start..]);
+            self.held += now.len() / n;
+            rest = later;
+            if self.held == ROWS {
+                self.flush()?;
+            }
         }
         Ok(())
+    }
+
+    /// Adds the rows that wait.
+    fn flush(&mut self) -> io::Result<()> {
+        let (n, tokens) = (self.n, std::mem::take(&mut self.held));
+        if tokens == 0 {
+            return Ok(());
+        }
+        let panels = Panels { data: &self.panels.0[self.panels.1..], roomy: true };
+        let spare = &self.products;
+        self.strips.par_iter_mut().try_for_each(|strip| {
+            let Strip { row, rows, columns, ref mut sum } = *strip;
+            let held = spare.lock().expect("nobody panics with it").pop();
+            let mut memory = held.unwrap_or_else(|| vec![0.0f32; STRIP.min(n) * n]);
+            let out = &mut memory[..rows * columns];
+            let none = Operand { data: &[], stride: 0, depth_contiguous: false };
+            // A strip that does not end with the matrix may end inside a panel.
+            multiply(Product {
+                shape: (rows, n, tokens),
+                alpha: 1.0,
+                a: none,
+                b: none,
+                add: false,
+                out,
+                ldo: columns,
+                panels: Some(panels),
+                below: Some(row),
+            });
+            let mut buffer = Vec::new();
+            for (block, products) in out.chunks(LINES * columns).enumerate() {
+                let (at, length) = (block * LINES * columns, products.len());
+                sum.update(at, length, &mut buffer, |sums| {
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            let lines = sums.chunks_exact_mut(columns);
+                            let lines = lines.zip(products.chunks(columns));
+                            for (i, (sum, product)) in lines.enumerate() {
+                                let end = row + block * LINES + i;
+                                for (sum, &p) in sum[..=end].iter_mut().zip(product) {
+                                    *sum += f64::from(p);
+                                }
+                            }
+                        },
+                    );
+                })?;
+            }
+            spare.lock().expect("nobody panics with it").push(memory);
+            Ok::<_, io::Error>(())
+        })
     }
 
     /// Adds another sum of the same size.
@@ -149,8 +173,10 @@ impl GramAccumulator {
     ///
     /// # Panics
     /// When the sizes differ.
-    pub fn merge(&mut self, other: &Self) -> io::Result<()> {
+    pub fn merge(&mut self, mut other: Self) -> io::Result<()> {
         assert_eq!(self.n, other.n, "sums of the same size");
+        self.flush()?;
+        other.flush()?;
         self.tokens += other.tokens;
         let (mut here, mut there) = (Vec::new(), Vec::new());
         for (a, b) in self.strips.iter_mut().zip(&other.strips) {
@@ -172,7 +198,7 @@ impl GramAccumulator {
     /// # Errors
     /// When a scratch file cannot be read.
     pub fn finish(self, scale: f64) -> io::Result<Mat> {
-        let (n, strips) = self.into_sums();
+        let (n, strips) = self.into_sums()?;
         let mut out = Mat::zeros((n, n));
         let all = out.as_slice_mut().expect("fresh matrices are contiguous");
         // First the lower triangle alone: memory of rows not yet reached is not touched.
@@ -190,7 +216,7 @@ impl GramAccumulator {
     /// # Errors
     /// When a scratch file cannot be read.
     pub fn finish_f64(self, scale: f64) -> io::Result<Vec<f64>> {
-        let (n, strips) = self.into_sums();
+        let (n, strips) = self.into_sums()?;
         let mut out = vec![0.0; n * n];
         Self::each_below(strips, |i, sums| {
             for (value, &sum) in out[i * n..].iter_mut().zip(sums) {
@@ -201,9 +227,10 @@ impl GramAccumulator {
         Ok(out)
     }
 
-    /// Gives the memory of products back.
-    fn into_sums(self) -> (usize, Vec<Strip>) {
-        (self.n, self.strips)
+    /// The sums alone.
+    fn into_sums(mut self) -> io::Result<(usize, Vec<Strip>)> {
+        self.flush()?;
+        Ok((self.n, self.strips))
     }
 
     /// Rows of the lower triangle up to the diagonal.
@@ -259,7 +286,7 @@ mod tests {
                         gram.add(&x[..t / 2 * n]).unwrap();
                         let mut rest = GramAccumulator::with_scratch(n, scratch).unwrap();
                         rest.add(&x[t / 2 * n..]).unwrap();
-                        gram.merge(&rest).unwrap();
+                        gram.merge(rest).unwrap();
                         assert_eq!(gram.tokens(), t);
                         gram.finish(1.0).unwrap()
                     },
