@@ -337,7 +337,7 @@ impl WithSimd for Sweep<'_, '_, '_> {
                 let (here, behind) = local[i - start..].split_first_mut().expect("column i");
                 let code = simd.add_f32s(simd.div_f32s(*here, scale), zero);
                 let code = round_code(simd, code, top);
-                store::<S>(&mut tile.codes, column * rows + r, code);
+                store::<S>(tile.codes, column * rows + r, code);
                 let value = simd.mul_f32s(simd.sub_f32s(code, zero), scale);
                 let inverse = simd.splat_f32s(-1.0 / upper[0]);
                 let minus = simd.mul_f32s(simd.sub_f32s(*here, value), inverse);
@@ -368,7 +368,7 @@ impl WithSimd for Refine<'_, '_, '_> {
         let (mut residual, mut product, mut old) = (zeros.clone(), zeros.clone(), zeros);
         for r in (0..rows).step_by(S::F32_LANES) {
             for at in 0..width {
-                residual[at] = load::<S>(&tile.residual, (first + at) * rows + r);
+                residual[at] = load::<S>(tile.residual, (first + at) * rows + r);
                 old[at] = tile.values(simd, first + at, r);
             }
             for _ in 0..inner {
@@ -385,8 +385,8 @@ impl WithSimd for Refine<'_, '_, '_> {
                 let place = (first + at) * rows + r;
                 let change = simd.sub_f32s(tile.values(simd, first + at, r), old);
                 store::<S>(delta, at * rows + r, change);
-                let error = simd.sub_f32s(load::<S>(&tile.error, place), change);
-                store::<S>(&mut tile.error, place, error);
+                let error = simd.sub_f32s(load::<S>(tile.error, place), change);
+                store::<S>(tile.error, place, error);
             }
         }
     }
@@ -397,10 +397,8 @@ impl Work<'_, '_> {
     #[inline(always)]
     fn values<S: Simd>(&self, simd: S, column: usize, r: usize) -> S::f32s {
         let group = column / self.size * self.rows + r;
-        let level = simd.sub_f32s(
-            load::<S>(&self.codes, column * self.rows + r),
-            load::<S>(&self.zeros, group),
-        );
+        let level = simd
+            .sub_f32s(load::<S>(self.codes, column * self.rows + r), load::<S>(&self.zeros, group));
         simd.mul_f32s(level, load::<S>(&self.scales, group))
     }
 
@@ -428,7 +426,7 @@ impl Work<'_, '_> {
             let column = |k: usize| (from + k).min(columns.end - 1);
             let mut levels = [none; TOGETHER];
             for (k, level) in levels.iter_mut().enumerate().take(columns.end - from) {
-                *level = simd.sub_f32s(load::<S>(&self.codes, (from + k) * rows + r), zero);
+                *level = simd.sub_f32s(load::<S>(self.codes, (from + k) * rows + r), zero);
             }
             let row = |k: usize| &self.hessian[column(k) * n + first..column(k) * n + end];
             let (h0, h1, h2, h3) = (row(0), row(1), row(2), row(3));
@@ -441,7 +439,7 @@ impl Work<'_, '_> {
         }
         let (mut slope, mut curve) = (none, none);
         for column in columns {
-            let level = simd.sub_f32s(load::<S>(&self.codes, column * rows + r), zero);
+            let level = simd.sub_f32s(load::<S>(self.codes, column * rows + r), zero);
             slope = simd.mul_add_f32s(level, residual[column - first], slope);
             curve = simd.mul_add_f32s(level, product[column - first], curve);
         }
@@ -474,7 +472,7 @@ impl Work<'_, '_> {
         for column in from..to {
             let scale = load::<S>(&self.scales, column / size * rows + r);
             let at = column * rows + r;
-            let code = load::<S>(&self.codes, at);
+            let code = load::<S>(self.codes, at);
             let h = &self.hessian[column * n + first..column * n + end];
             let inverse = simd.splat_f32s(1.0 / h[column - first]);
             let gain = simd.mul_f32s(inverse, simd.div_f32s(one, scale));
@@ -482,7 +480,7 @@ impl Work<'_, '_> {
             let moved = round_code(simd, ideal, top);
             let minus = simd.mul_f32s(simd.sub_f32s(code, moved), scale);
             if simd.reduce_max_f32s(simd.abs_f32s(minus)) > 0.0 {
-                store::<S>(&mut self.codes, at, moved);
+                store::<S>(self.codes, at, moved);
                 add_scaled(simd, residual, minus, h);
             }
         }
