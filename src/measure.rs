@@ -19,7 +19,7 @@ pub(crate) fn scratch() -> Scratch {
 /// Where activations and sums go within `limits`.
 pub(crate) fn spill(limits: &Limits, scratch: &Scratch) -> Spill {
     let Limits { stream, beside, gram_on_scratch, .. } = *limits;
-    Spill { limit: stream, beside, gram: gram_on_scratch, scratch: scratch.clone() }
+    Spill { limit: stream, beside, gram: gram_on_scratch, ..Spill::above(stream, scratch.clone()) }
 }
 
 /// Threads that could work: `asked`, the environment's, or one per core.

@@ -5,16 +5,13 @@
 use std::time::{Duration, Instant};
 
 use attar_ir::{BlockState, BlockStats, InputGroup, InputStats, Needs};
-use attar_tensor::{
-    TensorSource,
-    linalg::{GramAccumulator, syrk},
-};
+use attar_tensor::{TensorSource, linalg::GramAccumulator};
 use rayon::prelude::*;
 
 use crate::{
     Decoder, ModelError, Spill, Stream,
     attention::QkNorm,
-    evaluate::{BlockOps, SITES_OF, Walk, release_buffers},
+    evaluate::{BlockOps, SITES_OF, Walk, add, release_buffers},
     rope::RopeTable,
 };
 
@@ -33,33 +30,21 @@ struct Observer {
     needs: Needs,
     tokens: usize,
     gram: Option<GramAccumulator>,
-    /// Rows not yet added to the Gram matrix: it takes them in large batches, whose borders depend on
-    /// the order of tokens alone.
-    rows: Vec<f32>,
     abs_max: Vec<f32>,
     abs_sum: Vec<f64>,
     square_sum: Vec<f64>,
 }
 
 impl Observer {
-    /// For `tokens` rows at most.
-    fn new(
-        width: usize,
-        needs: Needs,
-        tokens: usize,
-        spill: Option<&Spill>,
-    ) -> Result<Self, ModelError> {
+    fn new(width: usize, needs: Needs, spill: Option<&Spill>) -> Result<Self, ModelError> {
         let hessian = needs.contains(Needs::HESSIAN);
         let scratch = spill.filter(|spill| spill.gram).map(|spill| &spill.scratch);
         let gram = hessian.then(|| GramAccumulator::with_scratch(width, scratch)).transpose()?;
-        // Reserved at once: a vector that grows by doubling is copied while both lie in memory.
-        let batch = if hessian { syrk::ROWS.min(tokens) * width } else { 0 };
         Ok(Self {
             width,
             needs,
             tokens: 0,
             gram,
-            rows: Vec::with_capacity(batch),
             abs_max: vec![0.0; width],
             abs_sum: vec![0.0; width],
             square_sum: vec![0.0; width],
@@ -69,23 +54,7 @@ impl Observer {
     fn add(&mut self, x: &[f32]) -> Result<(), ModelError> {
         self.tokens += x.len() / self.width;
         if let Some(gram) = &mut self.gram {
-            let batch = syrk::ROWS * self.width;
-            let mut rest = x;
-            while !rest.is_empty() {
-                if self.rows.is_empty() && rest.len() >= batch {
-                    let (now, later) = rest.split_at(batch);
-                    gram.add(now)?;
-                    rest = later;
-                    continue;
-                }
-                let (now, later) = rest.split_at((batch - self.rows.len()).min(rest.len()));
-                self.rows.extend_from_slice(now);
-                rest = later;
-                if self.rows.len() == batch {
-                    gram.add(&self.rows)?;
-                    self.rows.clear();
-                }
-            }
+            gram.add(x)?;
         }
         if self.needs.intersects(Needs::ABS_MAX | Needs::ABS_MEAN | Needs::SQUARE_SUM) {
             for row in x.chunks(self.width) {
@@ -99,12 +68,8 @@ impl Observer {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<InputStats, ModelError> {
+    fn finish(self) -> Result<InputStats, ModelError> {
         let n = self.tokens.max(1) as f64;
-        if let Some(gram) = &mut self.gram {
-            gram.add(&self.rows)?;
-        }
-        drop(std::mem::take(&mut self.rows));
         Ok(InputStats {
             tokens: self.tokens,
             abs_max: self.needs.contains(Needs::ABS_MAX).then_some(self.abs_max),
@@ -180,8 +145,7 @@ impl<'a> BlockRun<'a> {
         needs: Needs,
     ) -> Result<InputStats, ModelError> {
         let width = self.decoder.block(self.index).inputs[stage].width;
-        let tokens = self.stream.tokens();
-        let mut observer = Observer::new(width, needs, tokens, self.spill.as_ref())?;
+        let mut observer = Observer::new(width, needs, self.spill.as_ref())?;
         self.advance(stage, state, Some(&mut observer))?;
         observer.finish()
     }
@@ -222,6 +186,7 @@ impl<'a> BlockRun<'a> {
         };
         self.timing.forward += started.elapsed();
         let batch = rayon::current_num_threads().min(self.stream.windows());
+        // Of each window at work: room for it where it is not borrowed, and what is made of it.
         let mut slots = vec![(Vec::new(), Vec::new()); batch];
         let mut normed = Vec::new();
         for first in (0..self.stream.windows()).step_by(batch.max(1)) {
@@ -229,42 +194,60 @@ impl<'a> BlockRun<'a> {
             let last = (first + batch).min(self.stream.windows());
             let (stream, mid) = (&*self.stream, &old_mid);
             let slots = &mut slots[..last - first];
-            slots.par_iter_mut().enumerate().try_for_each(|(at, (x, beside))| {
-                stream.read_into(first + at, x)?;
+            slots.par_iter_mut().enumerate().try_for_each(|(at, (buffer, made))| {
+                let window = first + at;
+                if to == from + 1 {
+                    let input = mid.as_ref().unwrap_or(stream).window(window, buffer)?;
+                    walk.transit(from, &ops, input, made);
+                    return Ok(());
+                }
                 if let Some(mid) = mid {
-                    mid.read_into(first + at, beside)?;
+                    mid.read_into(window, made)?;
+                }
+                if from < to {
+                    stream.read_into(window, buffer)?;
                 }
                 for stage in from..to {
-                    walk.step(stage, &ops, x, beside);
+                    walk.step(stage, &ops, buffer, made);
                 }
                 Ok::<_, std::io::Error>(())
             })?;
-            for (window, (x, beside)) in (first..last).zip(&*slots) {
+            for (window, (buffer, made)) in (first..last).zip(&mut *slots) {
                 // Only the transitions out of stages 1 and 3 add to the residual stream.
-                if (from..to).any(|stage| stage % 2 == 1) {
-                    self.stream.write(window, x)?;
+                if to == from + 1 && from % 2 == 1 {
+                    self.stream.update(window, buffer, |x| add(x, made))?;
+                } else if to > from + 1 {
+                    self.stream.write(window, buffer)?;
                 }
                 if let Some(mid) = &mut new_mid {
-                    mid.write(window, beside)?;
+                    mid.write(window, made)?;
                 }
             }
             self.timing.forward += started.elapsed();
             let started = Instant::now();
             if let Some(observer) = &mut observer {
-                for (x, beside) in &*slots {
+                for (window, (buffer, made)) in (first..last).zip(&mut *slots) {
                     match to {
                         0 | 2 => {
+                            let x = self.stream.window(window, buffer)?;
                             walk.norm_into(&ops.norms[to / 2], x, &mut normed);
                             observer.add(&normed)?;
                         }
-                        _ => observer.add(beside)?,
+                        _ => observer.add(made)?,
                     }
                 }
             }
             self.timing.statistics += started.elapsed();
         }
         release_buffers();
-        self.mid = if from == to { old_mid } else { new_mid };
+        self.mid = if from == to {
+            old_mid
+        } else {
+            if let Some(old) = old_mid {
+                old.end(self.spill.as_ref());
+            }
+            new_mid
+        };
         self.stage = to;
         Ok(())
     }
@@ -292,7 +275,7 @@ pub fn observe_block(
     let stages = block.inputs.len();
     let wanted: Vec<usize> = (0..block.sites.len()).collect();
     let ops = BlockOps::from_state(state, &wanted, &qk_norm);
-    let observer = |input: &InputGroup| Observer::new(input.width, needs, stream.tokens(), spill);
+    let observer = |input: &InputGroup| Observer::new(input.width, needs, spill);
     let mut observers: Vec<_> =
         block.inputs.iter().map(observer).collect::<Result<_, ModelError>>()?;
     let batch = rayon::current_num_threads();

@@ -216,19 +216,33 @@ impl Walk<'_> {
     /// From stage `stage` to the next: `x` is the residual stream, `mid` what lies beside it at stages
     /// 1 (attention output) and 3 (MLP activation); at 0 and 2 its content means nothing.
     pub(crate) fn step(&self, stage: usize, ops: &BlockOps<'_>, x: &mut [f32], mid: &mut Vec<f32>) {
+        if stage.is_multiple_of(2) {
+            self.transit(stage, ops, x, mid);
+            return;
+        }
+        let mut buffers = BUFFERS.take();
+        self.transit(stage, ops, mid, &mut buffers[1]);
+        add(x, &buffers[1]);
+        BUFFERS.set(buffers);
+    }
+
+    /// What the transition out of a stage makes: of the residual stream what lies beside it (stages 0 and 2), of
+    /// what lies beside it what is added to it (1 and 3).
+    pub(crate) fn transit(
+        &self,
+        stage: usize,
+        ops: &BlockOps<'_>,
+        input: &[f32],
+        made: &mut Vec<f32>,
+    ) {
         let spec = &self.decoder.spec;
-        let m = x.len() / spec.hidden;
         let out = |site: usize| self.decoder.block(self.index).sites[site].out_features;
-        let add = |x: &mut [f32], y: &[f32]| {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x += y;
-            }
-        };
+        let m = input.len() / self.decoder.block(self.index).inputs[stage].width;
         let mut buffers = BUFFERS.take();
         let [h, a, b, c] = &mut buffers;
         match stage {
             0 => {
-                self.norm_into(&ops.norms[0], x, h);
+                self.norm_into(&ops.norms[0], input, h);
                 ops.apply_into(0, out(0), h, m, a);
                 ops.apply_into(1, out(1), h, m, b);
                 ops.apply_into(2, out(2), h, m, c);
@@ -238,25 +252,26 @@ impl Walk<'_> {
                 };
                 place_heads(spec, self.rope, qn, 0, out(0), a);
                 place_heads(spec, self.rope, kn, 0, out(1), b);
-                mid.resize(a.len(), 0.0);
-                attend(spec, spec.window[self.index], 0, (a, b, c), mid);
+                made.resize(a.len(), 0.0);
+                attend(spec, spec.window[self.index], 0, (a, b, c), made);
             }
-            1 => {
-                ops.apply_into(3, out(3), mid, m, a);
-                add(x, a);
-            }
+            1 => ops.apply_into(3, out(3), input, m, made),
             2 => {
-                self.norm_into(&ops.norms[1], x, h);
-                ops.apply_into(4, out(4), h, m, mid);
+                self.norm_into(&ops.norms[1], input, h);
+                ops.apply_into(4, out(4), h, m, made);
                 ops.apply_into(5, out(5), h, m, a);
-                silu_mul(mid, a);
+                silu_mul(made, a);
             }
-            _ => {
-                ops.apply_into(6, out(6), mid, m, a);
-                add(x, a);
-            }
+            _ => ops.apply_into(6, out(6), input, m, made),
         }
         BUFFERS.set(buffers);
+    }
+}
+
+/// `x += y`.
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
     }
 }
 

@@ -1,7 +1,10 @@
 //! Activations between blocks: per window `[tokens, width]` f32, in memory up to a limit, else in a
 //! scratch file with positioned reads and writes.
 
-use std::io;
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
 
 use attar_tensor::{Scratch, Shelf};
 
@@ -16,12 +19,14 @@ pub struct Spill {
     pub gram: bool,
     /// Opens scratch files.
     pub scratch: Scratch,
+    /// The scratch file of a stream inside a block, until the next block asks for it; shared by clones.
+    pub spare: Arc<Mutex<Option<Shelf<f32>>>>,
 }
 
 impl Spill {
     /// Keeps everything in memory up to `limit` bytes each.
     pub fn above(limit: usize, scratch: Scratch) -> Self {
-        Self { limit, beside: limit, gram: false, scratch }
+        Self { limit, beside: limit, gram: false, scratch, spare: Arc::default() }
     }
 }
 
@@ -50,13 +55,27 @@ impl Stream {
         Ok(Self { width, starts, values })
     }
 
-    /// A stream inside a block: the same windows, another width.
+    /// A stream inside a block, of any content: the same windows, another width.
     ///
     /// # Errors
     /// As [`Stream::new`].
     pub fn beside(&self, width: usize, spill: Option<&Spill>) -> io::Result<Self> {
+        let elements = self.tokens() * width;
+        if let Some(spill) = spill.filter(|spill| elements * 4 > spill.beside) {
+            let spare = spill.spare.lock().expect("nobody panics with it").take();
+            if let Some(values) = spare.map(|spare| spare.reuse(elements)).transpose()?.flatten() {
+                return Ok(Self { width, starts: self.starts.clone(), values });
+            }
+        }
         let spill = spill.map(|spill| Spill { limit: spill.beside, ..spill.clone() });
         Self::new(&self.lengths(), width, spill.as_ref())
+    }
+
+    /// Ends the stream; its scratch file, if it has one, serves the next one [`Stream::beside`].
+    pub fn end(self, spill: Option<&Spill>) {
+        if let (true, Some(spill)) = (self.values.on_scratch(), spill) {
+            *spill.spare.lock().expect("nobody panics with it") = Some(self.values);
+        }
     }
 
     /// Tokens of each window.
@@ -104,6 +123,29 @@ impl Stream {
         self.values.read(start, out)
     }
 
+    /// One window `[tokens, width]`: borrowed when it lies in memory, else read into `buffer`.
+    ///
+    /// # Errors
+    /// As [`Stream::read`].
+    pub fn window<'a>(&'a self, window: usize, buffer: &'a mut Vec<f32>) -> io::Result<&'a [f32]> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        self.values.span(start, end - start, buffer)
+    }
+
+    /// Changes one window in place: through `buffer` when it lies in a scratch file, which then holds it.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be read or written.
+    pub fn update(
+        &mut self,
+        window: usize,
+        buffer: &mut Vec<f32>,
+        change: impl FnOnce(&mut [f32]),
+    ) -> io::Result<()> {
+        let (start, end) = (self.starts[window] * self.width, self.starts[window + 1] * self.width);
+        self.values.update(start, end - start, buffer, change)
+    }
+
     /// Stores one window.
     ///
     /// # Errors
@@ -138,8 +180,38 @@ mod tests {
         }
         for window in 0..3 {
             assert_eq!(memory.read(window).unwrap(), file.read(window).unwrap());
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            for stream in [&mut memory, &mut file] {
+                stream.update(window, &mut a, |values| values[0] += 0.5).unwrap();
+            }
+            assert_eq!(
+                memory.window(window, &mut a).unwrap(),
+                file.window(window, &mut b).unwrap()
+            );
             assert!((memory.read(window).unwrap()[1] - (window * 100 + 1) as f32).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn streams_inside_blocks_use_one_scratch_file() {
+        let opened = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&opened);
+        let open = move || {
+            *count.lock().unwrap() += 1;
+            tempfile::tempfile()
+        };
+        let spill = Spill { limit: usize::MAX, ..Spill::above(16, Scratch::new(open)) };
+        let stream = Stream::new(&[2, 3], 2, Some(&spill)).unwrap();
+        for (width, value) in [(4, 1.0), (8, 2.0), (4, 3.0)] {
+            let mut beside = stream.beside(width, Some(&spill)).unwrap();
+            for (window, tokens) in [2, 3].into_iter().enumerate() {
+                beside.write(window, &vec![value; tokens * width]).unwrap();
+            }
+            assert_eq!(beside.read(0).unwrap(), vec![value; 2 * width]);
+            assert_eq!(beside.read(1).unwrap(), vec![value; 3 * width]);
+            beside.end(Some(&spill));
+        }
+        assert_eq!(*opened.lock().unwrap(), 1);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! et al. 2023, arXiv:2309.01885; `tile`), each move accepted only when it lowers the objective; dead columns are
 //! rounded to nearest instead of zeroed; failed factorizations raise the dampening and are reported.
 
-use std::io;
+use std::{io, sync::Mutex};
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, Event, FormChange, FormSet, Limits, Needs, Pass,
@@ -25,7 +25,7 @@ use rayon::prelude::*;
 use serde::Deserialize;
 
 use crate::common::{assemble, check_finite, metric, options, relative, squares};
-use tile::{Errors, Tile};
+use tile::{Errors, Space, Tile};
 
 mod tile;
 
@@ -174,6 +174,7 @@ fn quantize(
     let hessian = hessian.as_slice().expect("standard layout");
     let mut codes = vec![0u8; out * n];
     let mut grids = vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups];
+    let spaces = Mutex::new(Vec::<Space>::new());
     let errors: Vec<Errors> = weight
         .as_slice()
         .expect("standard layout")
@@ -181,7 +182,12 @@ fn quantize(
         .zip(codes.par_chunks_mut(TILE * n))
         .zip(grids.par_chunks_mut(TILE * groups))
         .map(|((weight, codes), grids)| {
-            Tile { weight, codes, grids }.solve(hessian, factor, scheme, options)
+            let spare = spaces.lock().expect("nobody panics with it").pop();
+            let mut space = spare.unwrap_or_default();
+            let tile = Tile { weight, codes, grids };
+            let errors = tile.solve(hessian, factor, scheme, options, &mut space)?;
+            spaces.lock().expect("nobody panics with it").push(space);
+            Ok(errors)
         })
         .collect::<io::Result<_>>()?;
     let total = errors.iter().fold(Errors::default(), |sum, e| Errors {

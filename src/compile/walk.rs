@@ -47,6 +47,8 @@ pub(super) struct Walk<'a> {
     pub(super) sites: Vec<SiteEntry>,
     lanes: [Lane; 2],
     stored: Instant,
+    /// Where activations and sums go that do not fit.
+    spill: Spill,
 }
 
 const fn lane_of(upstream: Upstream) -> usize {
@@ -86,12 +88,8 @@ impl<'a> Walk<'a> {
             sites: Vec::new(),
             lanes: Default::default(),
             stored: Instant::now(),
+            spill: measure::spill(&plan.limits, &scratch_of(stage)),
         }
-    }
-
-    /// Where activations and sums go that do not fit.
-    fn spill(&self) -> Spill {
-        measure::spill(&self.plan.limits, &scratch_of(self.stage))
     }
 
     /// The block after all its steps.
@@ -174,7 +172,7 @@ impl<'a> Walk<'a> {
             .stream
             .as_ref()
             .ok_or("the plan counted on calibration data")?;
-        let spill = self.spill();
+        let spill = self.spill.clone();
         let what = name_of(block);
         let (found, _) = self.trace.run(Phase::Calibrate, what, || {
             observe_block(
@@ -215,7 +213,7 @@ impl<'a> Walk<'a> {
             block.index,
             &job.checkpoint,
             &mut stream,
-            Some(self.spill()),
+            Some(self.spill.clone()),
         )?;
         for input in 0..block.inputs.len() {
             let mut stats = BlockStats::empty(block.inputs.len());
@@ -290,7 +288,7 @@ impl<'a> Walk<'a> {
             block.index,
             &job.checkpoint,
             &mut stream,
-            Some(self.spill()),
+            Some(self.spill.clone()),
         )?;
         for input in 0..block.inputs.len() {
             let wanted = keys
@@ -328,7 +326,7 @@ impl<'a> Walk<'a> {
                     }
                 }
             }
-            let spill = self.spill();
+            let spill = self.spill.clone();
             let Some(stream) = &mut self.lanes[lane].stream else { break };
             let forward = || {
                 BlockRun::begin(&job.decoder, at, &job.checkpoint, stream, Some(spill))?
@@ -347,7 +345,7 @@ impl<'a> Walk<'a> {
         let lane = lane_of(upstream);
         let windows = self.windows.ok_or("the plan counted on calibration data")?;
         let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
-        let spill = self.spill();
+        let spill = self.spill.clone();
         let mut stream = Stream::new(&lengths, job.decoder.spec.hidden, Some(&spill))?;
         if let Some(stage) = self.stage {
             for at in (1..=to).rev() {

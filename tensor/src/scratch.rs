@@ -151,6 +151,25 @@ impl<T: Pod> Shelf<T> {
         self.write(at, buffer)
     }
 
+    /// A shelf of `length` elements in the scratch file of this one, of any content: pages that the system has for
+    /// a file already are written much faster than new ones. `None` when this one lies in memory.
+    ///
+    /// # Errors
+    /// When the scratch file cannot be sized.
+    pub fn reuse(self, length: usize) -> io::Result<Option<Self>> {
+        let Place::File(file) = self.place else { return Ok(None) };
+        let bytes = (length * size_of::<T>()) as u64;
+        if file.metadata()?.len() < bytes {
+            file.set_len(bytes)?;
+        }
+        Ok(Some(Self { length, place: Place::File(file) }))
+    }
+
+    /// True when the elements lie in a scratch file.
+    pub fn on_scratch(&self) -> bool {
+        matches!(self.place, Place::File(_))
+    }
+
     /// Forgets the elements from `length` on and gives their memory back; what lies in a file stays there.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
@@ -182,6 +201,11 @@ mod tests {
             assert_eq!(memory.span(at, 2, &mut a).unwrap(), file.span(at, 2, &mut b).unwrap());
         }
         assert_eq!((memory.len(), file.len(), memory.resident_bytes()), (8, 8, 64));
+        assert!(memory.reuse(3).unwrap().is_none());
+        let mut file = file.reuse(20).unwrap().unwrap();
+        file.write(18, &[7.0, 8.0]).unwrap();
+        assert_eq!(file.span(18, 2, &mut buffer).unwrap(), [7.0, 8.0]);
+        assert_eq!(file.reuse(2).unwrap().unwrap().len(), 2);
     }
 
     #[test]

@@ -10,10 +10,7 @@
 //! Work, floating-point operations: forwards of blocks, `n² · tokens` per symmetric Hessian update, and
 //! what the passes say of themselves.
 
-use attar_tensor::{
-    TensorHeader,
-    linalg::{GramAccumulator, syrk},
-};
+use attar_tensor::{TensorHeader, linalg::GramAccumulator};
 use serde::Serialize;
 
 use super::{PlanError, PlanErrors, PlanStep, Round, rounds};
@@ -332,15 +329,13 @@ impl<'a> Walk<'a> {
         (packed, transit)
     }
 
-    /// What an input group's statistics are made in: sums, products, and rows collected for them.
+    /// What an input group's statistics are made in: sums, products, and rows packed for them.
     fn sums(&self, width: usize, needs: Needs) -> usize {
         if !needs.contains(Needs::HESSIAN) {
             return channel_bytes(width, needs);
         }
         let Limits { threads, gram_on_scratch, .. } = self.limits;
-        let rows = syrk::ROWS.min(self.facts.tokens);
-        GramAccumulator::bytes(width, rows, threads, gram_on_scratch)
-            + 4 * rows * width
+        GramAccumulator::bytes(width, self.facts.tokens, threads, gram_on_scratch)
             + channel_bytes(width, needs)
     }
 

@@ -35,6 +35,17 @@ pub(super) struct Errors {
     pub(super) output: f64,
 }
 
+/// Memory that one tile after the other works in; fresh memory costs page faults.
+#[derive(Debug, Default)]
+pub(super) struct Space {
+    codes: Vec<f32>,
+    error: Vec<f32>,
+    /// Weights in the factor's order, then the residual.
+    lines: Vec<f32>,
+    /// Errors of a block of the sweep.
+    errors: Vec<f32>,
+}
+
 /// One tile of rows: what is given and where results go, row-major.
 pub(super) struct Tile<'a> {
     pub(super) weight: &'a [f32],
@@ -43,7 +54,7 @@ pub(super) struct Tile<'a> {
 }
 
 /// The same tile column by column, padded to whole lanes: `[columns or groups][rows]`.
-struct Work<'a> {
+struct Work<'a, 's> {
     factor: &'a Factor,
     hessian: &'a [f32],
     scheme: QuantScheme,
@@ -51,13 +62,13 @@ struct Work<'a> {
     size: usize,
     rows: usize,
     /// Codes as floats.
-    codes: Vec<f32>,
+    codes: &'s mut [f32],
     scales: Vec<f32>,
     zeros: Vec<f32>,
     /// `E`.
-    error: Vec<f32>,
-    /// `R`.
-    residual: Vec<f32>,
+    error: &'s mut [f32],
+    /// `R`; during the sweep the weights in the factor's order.
+    residual: &'s mut [f32],
 }
 
 /// One vector of `x` from element `at`.
@@ -95,6 +106,7 @@ impl Tile<'_> {
         factor: &Factor,
         scheme: QuantScheme,
         options: &Options,
+        space: &mut Space,
     ) -> io::Result<Errors> {
         let n = factor.order.len();
         let size = scheme.group_size(n);
@@ -107,6 +119,12 @@ impl Tile<'_> {
                 *grid = choose_grid(&row[span], importance, scheme, Clip::Search(35));
             }
         }
+        let Space { codes, error, lines, errors } = space;
+        // Only rows of padding have to be zero.
+        error.clear();
+        error.resize(n * rows, 0.0);
+        codes.resize(n * rows, 0.0);
+        lines.resize(n * rows, 0.0);
         let mut work = Work {
             factor,
             hessian,
@@ -114,11 +132,11 @@ impl Tile<'_> {
             n,
             size,
             rows,
-            codes: vec![0.0; n * rows],
+            codes,
             scales: vec![1.0; groups * rows],
             zeros: vec![0.0; groups * rows],
-            error: vec![0.0; n * rows],
-            residual: Vec::new(),
+            error,
+            residual: lines,
         };
         for (r, grids) in self.grids.chunks(groups).enumerate() {
             for (g, grid) in grids.iter().enumerate() {
@@ -127,11 +145,10 @@ impl Tile<'_> {
             }
         }
         // Zero rows of padding stay exactly zero: their codes are their zero points.
-        work.sweep(self.weight)?;
+        work.sweep(self.weight, errors)?;
         work.fill_error();
         let (h, shape) = (work.hessian, (n, rows, n));
-        work.residual = vec![0.0; n * rows];
-        gemm_tn(shape, 1.0, (h, n), (&work.error, rows), false, (&mut work.residual, rows));
+        gemm_tn(shape, 1.0, (h, n), (work.error, rows), false, (work.residual, rows));
         for _ in 0..options.refine {
             if size > WIDE {
                 work.refit_wide();
@@ -162,9 +179,9 @@ impl Tile<'_> {
     }
 }
 
-impl Work<'_> {
+impl Work<'_, '_> {
     /// Rounds column by column in the factor's order; fills `codes` and puts the weights into `error`.
-    fn sweep(&mut self, weight: &[f32]) -> io::Result<()> {
+    fn sweep(&mut self, weight: &[f32], errors: &mut Vec<f32>) -> io::Result<()> {
         let (n, rows) = (self.n, self.rows);
         for (first, lines) in weight.chunks(LANES * n).enumerate() {
             for c in 0..n {
@@ -174,17 +191,17 @@ impl Work<'_> {
                 }
             }
         }
-        let mut work = Vec::with_capacity(n * rows);
-        for &column in &self.factor.order {
-            work.extend_from_slice(&self.error[column * rows..(column + 1) * rows]);
+        let work = std::mem::take(&mut self.residual);
+        for (line, &column) in work.chunks_mut(rows).zip(&self.factor.order) {
+            line.copy_from_slice(&self.error[column * rows..(column + 1) * rows]);
         }
         let block = self.factor.upper.rows();
-        let mut errors = vec![0.0f32; block * rows];
+        errors.resize(block * rows, 0.0);
         let mut buffer = Vec::new();
         for start in (0..n).step_by(block) {
             let end = (start + block).min(n);
             let upper = self.factor.upper.panel(start / block, &mut buffer)?;
-            let lines = (work.as_mut_slice(), errors.as_mut_slice());
+            let lines = (&mut *work, errors.as_mut_slice());
             arch().dispatch(Sweep { tile: self, lines, upper, span: (start, end) });
             if end < n {
                 let errors = &errors[..(end - start) * rows];
@@ -193,6 +210,7 @@ impl Work<'_> {
                 gemm_tn((n - end, rows, end - start), -1.0, upper, (errors, rows), true, rest);
             }
         }
+        self.residual = work;
         Ok(())
     }
 
@@ -217,7 +235,7 @@ impl Work<'_> {
         let options = (inner, refit);
         arch().dispatch(Refine { tile: self, delta: &mut delta, span: (first, end), options });
         let h = (&self.hessian[first * n..], n);
-        let out = (self.residual.as_mut_slice(), rows);
+        let out = (&mut *self.residual, rows);
         gemm_tn((n, rows, width), -1.0, h, (&delta, rows), true, out);
     }
 
@@ -288,8 +306,8 @@ fn step_scale(scheme: QuantScheme, scale: &mut f32, slope: f32, curve: f32) -> f
 }
 
 /// One block of the sweep, columns `span` of the factor's order.
-struct Sweep<'t, 'a> {
-    tile: &'t mut Work<'a>,
+struct Sweep<'t, 'a, 's> {
+    tile: &'t mut Work<'a, 's>,
     /// Weights not yet rounded, and the errors of this block, `[columns][rows]`.
     lines: (&'t mut [f32], &'t mut [f32]),
     /// Rows `span` of U.
@@ -297,7 +315,7 @@ struct Sweep<'t, 'a> {
     span: (usize, usize),
 }
 
-impl WithSimd for Sweep<'_, '_> {
+impl WithSimd for Sweep<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -319,7 +337,7 @@ impl WithSimd for Sweep<'_, '_> {
                 let (here, behind) = local[i - start..].split_first_mut().expect("column i");
                 let code = simd.add_f32s(simd.div_f32s(*here, scale), zero);
                 let code = round_code(simd, code, top);
-                store::<S>(&mut tile.codes, column * rows + r, code);
+                store::<S>(tile.codes, column * rows + r, code);
                 let value = simd.mul_f32s(simd.sub_f32s(code, zero), scale);
                 let inverse = simd.splat_f32s(-1.0 / upper[0]);
                 let minus = simd.mul_f32s(simd.sub_f32s(*here, value), inverse);
@@ -331,15 +349,15 @@ impl WithSimd for Sweep<'_, '_> {
 }
 
 /// Refinement of the columns `span`; their change goes to `delta`.
-struct Refine<'t, 'a> {
-    tile: &'t mut Work<'a>,
+struct Refine<'t, 'a, 's> {
+    tile: &'t mut Work<'a, 's>,
     delta: &'t mut [f32],
     span: (usize, usize),
     /// Repetitions, and whether scales move.
     options: (usize, bool),
 }
 
-impl WithSimd for Refine<'_, '_> {
+impl WithSimd for Refine<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -350,7 +368,7 @@ impl WithSimd for Refine<'_, '_> {
         let (mut residual, mut product, mut old) = (zeros.clone(), zeros.clone(), zeros);
         for r in (0..rows).step_by(S::F32_LANES) {
             for at in 0..width {
-                residual[at] = load::<S>(&tile.residual, (first + at) * rows + r);
+                residual[at] = load::<S>(tile.residual, (first + at) * rows + r);
                 old[at] = tile.values(simd, first + at, r);
             }
             for _ in 0..inner {
@@ -367,22 +385,20 @@ impl WithSimd for Refine<'_, '_> {
                 let place = (first + at) * rows + r;
                 let change = simd.sub_f32s(tile.values(simd, first + at, r), old);
                 store::<S>(delta, at * rows + r, change);
-                let error = simd.sub_f32s(load::<S>(&tile.error, place), change);
-                store::<S>(&mut tile.error, place, error);
+                let error = simd.sub_f32s(load::<S>(tile.error, place), change);
+                store::<S>(tile.error, place, error);
             }
         }
     }
 }
 
-impl Work<'_> {
+impl Work<'_, '_> {
     /// Ŵ of one column.
     #[inline(always)]
     fn values<S: Simd>(&self, simd: S, column: usize, r: usize) -> S::f32s {
         let group = column / self.size * self.rows + r;
-        let level = simd.sub_f32s(
-            load::<S>(&self.codes, column * self.rows + r),
-            load::<S>(&self.zeros, group),
-        );
+        let level = simd
+            .sub_f32s(load::<S>(self.codes, column * self.rows + r), load::<S>(&self.zeros, group));
         simd.mul_f32s(level, load::<S>(&self.scales, group))
     }
 
@@ -410,7 +426,7 @@ impl Work<'_> {
             let column = |k: usize| (from + k).min(columns.end - 1);
             let mut levels = [none; TOGETHER];
             for (k, level) in levels.iter_mut().enumerate().take(columns.end - from) {
-                *level = simd.sub_f32s(load::<S>(&self.codes, (from + k) * rows + r), zero);
+                *level = simd.sub_f32s(load::<S>(self.codes, (from + k) * rows + r), zero);
             }
             let row = |k: usize| &self.hessian[column(k) * n + first..column(k) * n + end];
             let (h0, h1, h2, h3) = (row(0), row(1), row(2), row(3));
@@ -423,7 +439,7 @@ impl Work<'_> {
         }
         let (mut slope, mut curve) = (none, none);
         for column in columns {
-            let level = simd.sub_f32s(load::<S>(&self.codes, column * rows + r), zero);
+            let level = simd.sub_f32s(load::<S>(self.codes, column * rows + r), zero);
             slope = simd.mul_add_f32s(level, residual[column - first], slope);
             curve = simd.mul_add_f32s(level, product[column - first], curve);
         }
@@ -456,7 +472,7 @@ impl Work<'_> {
         for column in from..to {
             let scale = load::<S>(&self.scales, column / size * rows + r);
             let at = column * rows + r;
-            let code = load::<S>(&self.codes, at);
+            let code = load::<S>(self.codes, at);
             let h = &self.hessian[column * n + first..column * n + end];
             let inverse = simd.splat_f32s(1.0 / h[column - first]);
             let gain = simd.mul_f32s(inverse, simd.div_f32s(one, scale));
@@ -464,7 +480,7 @@ impl Work<'_> {
             let moved = round_code(simd, ideal, top);
             let minus = simd.mul_f32s(simd.sub_f32s(code, moved), scale);
             if simd.reduce_max_f32s(simd.abs_f32s(minus)) > 0.0 {
-                store::<S>(&mut self.codes, at, moved);
+                store::<S>(self.codes, at, moved);
                 add_scaled(simd, residual, minus, h);
             }
         }

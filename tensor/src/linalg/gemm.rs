@@ -12,7 +12,7 @@ use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{Operand, Product, multiply, pack_panels},
+    microkernel::{Operand, Panels, Product, multiply, pack_panels},
     thin,
 };
 use crate::Mat;
@@ -86,7 +86,7 @@ impl PackedRows {
             add: false,
             out,
             ldo,
-            panels: Some(&self.data[self.start..]),
+            panels: Some(Panels { data: &self.data[self.start..], roomy: false }),
             below: None,
         });
     }

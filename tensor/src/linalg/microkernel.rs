@@ -26,6 +26,8 @@ use super::isa::arch;
 pub(super) const KC: usize = 512;
 /// Upper bound of the rows of A that are packed at once (`MC x KC` f32 are half of a 2 MiB L2).
 const MC: usize = 640;
+/// Products between two requests for memory.
+const STEP: usize = 16;
 /// Floats per cache line.
 const LINE: usize = 16;
 
@@ -47,18 +49,61 @@ pub(super) struct Product<'a> {
     pub(super) add: bool,
     pub(super) out: &'a mut [f32],
     pub(super) ldo: usize,
-    /// B packed beforehand by [`pack_panels`]; `b` is then not read.
-    pub(super) panels: Option<&'a [f32]>,
-    /// `Some(d)`: elements with `column > row + d` are not wanted and may be left unwritten.
+    /// B packed beforehand; `b` is then not read.
+    pub(super) panels: Option<Panels<'a>>,
+    /// `Some(d)`, with panels: row i of A is row `d + i` of B and read from the panels, `a` is not; elements with
+    /// `column > row + d` are not wanted and may be left unwritten.
     pub(super) below: Option<usize>,
+}
+
+/// B packed by [`pack_panels`] or [`pack_rows`].
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub(super) data: &'a [f32],
+    /// Every panel has room for `KC` products, also where the depth ends before (`pack_rows`).
+    pub(super) roomy: bool,
+}
+
+impl<'a> Panels<'a> {
+    /// The panels from depth `l0` on, and the room of each.
+    #[inline(always)]
+    fn at(self, l0: usize, depth: usize, width: usize) -> (&'a [f32], usize) {
+        (&self.data[l0 * width..], if self.roomy { KC } else { depth })
+    }
+}
+
+/// Vectors of the next panel of B when `left` columns are not packed yet: three, but four are left as two
+/// and two, since a single one keeps the registers waiting.
+#[inline(always)]
+const fn panel_vectors(left: usize, lanes: usize) -> usize {
+    match left.div_ceil(lanes) {
+        1 => 1,
+        2 | 4 => 2,
+        _ => 3,
+    }
+}
+
+/// First column and width of the panel of B `[n, k]` that holds column `column`.
+fn panel_of(column: usize, n: usize, lanes: usize) -> (usize, usize) {
+    // All panels but the last two have three vectors.
+    let mut j = (column / (3 * lanes)).min(n.div_ceil(3 * lanes).saturating_sub(3)) * 3 * lanes;
+    loop {
+        let width = panel_vectors(n - j, lanes) * lanes;
+        if column < j + width {
+            return (j, width);
+        }
+        j += width;
+    }
 }
 
 /// What the packing needs beyond `pulp::Simd`.
 trait Isa: Simd {
     /// Transposes an 8 x 8 block.
     fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
-    /// Asks for a cache line.
+    /// Asks for a cache line, in the nearest cache.
     fn prefetch(self, at: &f32);
+    /// Asks for a cache line, in the second cache.
+    fn prefetch_far(self, at: &f32);
 }
 
 impl Isa for pulp::Scalar {
@@ -75,6 +120,9 @@ impl Isa for pulp::Scalar {
 
     #[inline(always)]
     fn prefetch(self, _: &f32) {}
+
+    #[inline(always)]
+    fn prefetch_far(self, _: &f32) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -112,6 +160,11 @@ mod x86 {
         fn prefetch(self, at: &f32) {
             self.sse._mm_prefetch::<3>(std::ptr::from_ref(at).cast());
         }
+
+        #[inline(always)]
+        fn prefetch_far(self, at: &f32) {
+            self.sse._mm_prefetch::<2>(std::ptr::from_ref(at).cast());
+        }
     }
 
     impl Isa for V4 {
@@ -123,6 +176,11 @@ mod x86 {
         #[inline(always)]
         fn prefetch(self, at: &f32) {
             Isa::prefetch(*self, at);
+        }
+
+        #[inline(always)]
+        fn prefetch_far(self, at: &f32) {
+            Isa::prefetch_far(*self, at);
         }
     }
 }
@@ -176,19 +234,74 @@ fn pack<I: Isa, const W: usize>(
     }
 }
 
-/// The register tile: `MR` rows times `NV` vectors.
+/// Packs all `rows` of an operand whose depth is not contiguous from row `i` and depth `l0` as panels of
+/// `MR` rows, many panels at a time: lines of memory are read whole.
+#[inline(always)]
+fn pack_across<const MR: usize>(
+    op: Operand<'_>,
+    i: usize,
+    rows: usize,
+    (l0, depth): (usize, usize),
+    dest: &mut [f32],
+) {
+    /// Panels at a time; their places in `dest` share sets of the first cache, which has more ways.
+    const TOGETHER: usize = 8;
+    for first in (0..rows / MR).step_by(TOGETHER) {
+        let panels = TOGETHER.min(rows / MR - first);
+        let dest = &mut dest[first * MR * depth..][..panels * MR * depth];
+        for l in 0..depth {
+            let from = &op.data[(l0 + l) * op.stride + i + first * MR..][..panels * MR];
+            for (p, from) in from.as_chunks::<MR>().0.iter().enumerate() {
+                dest[(p * depth + l) * MR..][..MR].copy_from_slice(from);
+            }
+        }
+    }
+}
+
+/// Packs the rows from `row` on of B `[n, k]` as a panel of A from the panels of B at this depth, `room` products
+/// each; zero beyond `n`.
+#[inline(always)]
+fn pack_again<const MR: usize>(
+    (panels, room): (&[f32], usize),
+    (n, lanes): (usize, usize),
+    row: usize,
+    dest: &mut [f32],
+) {
+    let dest = dest.as_chunks_mut::<MR>().0;
+    let (j, width) = panel_of(row, n, lanes);
+    if row - j + MR <= width {
+        let lines = panels[j * room..].chunks_exact(width);
+        for (to, from) in dest.iter_mut().zip(lines) {
+            to.copy_from_slice(&from[row - j..][..MR]);
+        }
+        return;
+    }
+    for r in 0..MR {
+        let place = (row + r < n).then(|| panel_of(row + r, n, lanes));
+        for (l, to) in dest.iter_mut().enumerate() {
+            to[r] = place.map_or(0.0, |(j, width)| panels[j * room + l * width + row + r - j]);
+        }
+    }
+}
+
+/// The register tile: `MR` rows times `NV` vectors. `ahead(step)` is called once per [`STEP`] products, to ask
+/// for memory: asked for all at once, it would keep what the products need waiting.
 #[inline(always)]
 fn tile<I: Isa, const MR: usize, const NV: usize>(
     isa: I,
     a: &[[f32; MR]],
     b: &[[I::f32s; NV]],
+    ahead: impl Fn(usize),
 ) -> [[I::f32s; NV]; MR] {
     let mut sum = [[isa.splat_f32s(0.0); NV]; MR];
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..MR {
-            let a = isa.splat_f32s(a[i]);
-            for j in 0..NV {
-                sum[i][j] = isa.mul_add_f32s(a, b[j], sum[i][j]);
+    for (step, (a, b)) in a.chunks(STEP).zip(b.chunks(STEP)).enumerate() {
+        ahead(step);
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..MR {
+                let a = isa.splat_f32s(a[i]);
+                for j in 0..NV {
+                    sum[i][j] = isa.mul_add_f32s(a, b[j], sum[i][j]);
+                }
             }
         }
     }
@@ -239,31 +352,79 @@ impl Product<'_> {
         packed_b: &mut [f32],
         (i0, block, j, l0, depth): (usize, usize, usize, usize, usize),
     ) {
-        let columns = W.min(self.shape.1 - j);
+        // With `below`, lines of `out` may end before B does: inside a panel, whose rest is not wanted.
+        let columns = W.min(self.shape.1.min(self.ldo).saturating_sub(j));
         let panel = if let Some(panels) = self.panels {
-            &panels[l0 * self.shape.1.next_multiple_of(I::F32_LANES) + j * depth..]
+            let (data, room) = panels.at(l0, depth, self.shape.1.next_multiple_of(I::F32_LANES));
+            &data[j * room..]
         } else {
             pack::<I, W>(isa, self.b, j, columns, l0, &mut packed_b[..W * depth]);
             &*packed_b
         };
+        // The panel after this one, a share of it per tile.
+        let next = match self.panels {
+            Some(panels) if j + W < self.shape.1 => {
+                &panel[W * if panels.roomy { KC } else { depth }..]
+            }
+            _ => &[],
+        };
+        let next = &next[..next.len().min(W * depth)];
         let (b, _) = I::as_simd_f32s(&panel[..W * depth]);
         let (b, _) = b.as_chunks::<NV>();
+        let steps = depth.div_ceil(STEP);
+        let share = (W * depth / LINE).div_ceil(block.div_ceil(MR)).div_ceil(steps);
+        let lines = (MR * NV).div_ceil(steps);
         for (p, i) in (0..block).step_by(MR).enumerate() {
             let rows = MR.min(block - i);
             if self.below.is_some_and(|d| i0 + i + rows + d <= j) {
                 continue;
             }
             let at = (i0 + i) * self.ldo + j;
-            for r in 0..rows {
-                for c in (0..columns).step_by(LINE) {
-                    isa.prefetch(&self.out[at + r * self.ldo + c]);
+            let (out, ldo) = (&self.out[at..], self.ldo);
+            let ahead = |step: usize| {
+                for line in step * lines..((step + 1) * lines).min(MR * NV) {
+                    if let Some(at) = out.get(line / NV * ldo + line % NV * LINE) {
+                        isa.prefetch(at);
+                    }
                 }
-            }
+                for line in (p * steps + step) * share..(p * steps + step + 1) * share {
+                    if let Some(at) = next.get(line * LINE) {
+                        isa.prefetch_far(at);
+                    }
+                }
+            };
             let (a, _) = packed_a[p * MR * depth..][..MR * depth].as_chunks::<MR>();
-            let sum = tile::<I, MR, NV>(isa, a, b);
+            let sum = tile::<I, MR, NV>(isa, a, b, ahead);
             let add = self.add || l0 > 0;
             let out = &mut self.out[at..];
             store::<I, MR, NV>(isa, &sum, self.alpha, add, (rows, columns), out, self.ldo);
+        }
+    }
+
+    /// Packs a block of A.
+    #[inline(always)]
+    fn pack_a<I: Isa, const MR: usize>(
+        &self,
+        isa: I,
+        packed_a: &mut [f32],
+        (i0, block, l0, depth): (usize, usize, usize, usize),
+    ) {
+        let mut done = 0;
+        if let (Some(panels), Some(d)) = (self.panels, self.below) {
+            let (n, lanes) = (self.shape.1, I::F32_LANES);
+            let panels = panels.at(l0, depth, n.next_multiple_of(lanes));
+            for (p, i) in (0..block).step_by(MR).enumerate() {
+                let to = &mut packed_a[p * MR * depth..][..MR * depth];
+                pack_again::<MR>(panels, (n, lanes), d + i0 + i, to);
+            }
+            done = block;
+        } else if !self.a.depth_contiguous {
+            pack_across::<MR>(self.a, i0, block, (l0, depth), packed_a);
+            done = block / MR * MR;
+        }
+        for i in (done..block).step_by(MR) {
+            let to = &mut packed_a[i * depth..][..MR * depth];
+            pack::<I, MR>(isa, self.a, i0 + i, MR.min(block - i), l0, to);
         }
     }
 
@@ -280,22 +441,23 @@ impl Product<'_> {
             let depth = KC.min(k - l0);
             for i0 in (0..m).step_by(mc) {
                 let block = mc.min(m - i0);
-                for (p, i) in (0..block).step_by(MR).enumerate() {
-                    let to = &mut packed_a[p * MR * depth..][..MR * depth];
-                    pack::<I, MR>(isa, self.a, i0 + i, MR.min(block - i), l0, to);
-                }
+                self.pack_a::<I, MR>(isa, packed_a, (i0, block, l0, depth));
                 let mut j = 0;
                 while j < n {
                     let place = (i0, block, j, l0, depth);
-                    if n - j > W2 {
-                        self.panel::<I, MR, 3, W3>(isa, packed_a, packed_b, place);
-                        j += W3;
-                    } else if n - j > W1 {
-                        self.panel::<I, MR, 2, W2>(isa, packed_a, packed_b, place);
-                        j += W2;
-                    } else {
-                        self.panel::<I, MR, 1, W1>(isa, packed_a, packed_b, place);
-                        j += W1;
+                    match panel_vectors(n - j, I::F32_LANES) {
+                        3 => {
+                            self.panel::<I, MR, 3, W3>(isa, packed_a, packed_b, place);
+                            j += W3;
+                        }
+                        2 => {
+                            self.panel::<I, MR, 2, W2>(isa, packed_a, packed_b, place);
+                            j += W2;
+                        }
+                        _ => {
+                            self.panel::<I, MR, 1, W1>(isa, packed_a, packed_b, place);
+                            j += W1;
+                        }
                     }
                 }
             }
@@ -311,25 +473,37 @@ struct Pack<'a, I> {
     n: usize,
     l0: usize,
     depth: usize,
+    /// Columns, from the beginning of a panel to the end of one.
+    columns: (usize, usize),
+    /// Products that a panel has room for, and where in it these begin.
+    room: (usize, usize),
     dest: &'a mut [f32],
 }
 
 impl<I: Isa> Pack<'_, I> {
     #[inline(always)]
     fn run<const W1: usize, const W2: usize, const W3: usize>(self) {
-        let Self { isa, b, n, l0, depth, dest } = self;
-        let mut j = 0;
-        while j < n {
-            let (to, left) = (&mut dest[j * depth..], n - j);
-            if left > W2 {
-                pack::<I, W3>(isa, b, j, W3.min(left), l0, &mut to[..W3 * depth]);
-                j += W3;
-            } else if left > W1 {
-                pack::<I, W2>(isa, b, j, W2.min(left), l0, &mut to[..W2 * depth]);
-                j += W2;
-            } else {
-                pack::<I, W1>(isa, b, j, left, l0, &mut to[..W1 * depth]);
-                j += W1;
+        let Self { isa, b, n, l0, depth, columns: (first, end), room: (room, inside), dest } = self;
+        let mut j = first;
+        while j < end {
+            let left = n - j;
+            let to = &mut dest[(j - first) * room..];
+            match panel_vectors(left, I::F32_LANES) {
+                3 => {
+                    let to = &mut to[W3 * inside..][..W3 * depth];
+                    pack::<I, W3>(isa, b, j, W3.min(left), l0, to);
+                    j += W3;
+                }
+                2 => {
+                    let to = &mut to[W2 * inside..][..W2 * depth];
+                    pack::<I, W2>(isa, b, j, W2.min(left), l0, to);
+                    j += W2;
+                }
+                _ => {
+                    let to = &mut to[W1 * inside..][..W1 * depth];
+                    pack::<I, W1>(isa, b, j, W1.min(left), l0, to);
+                    j += W1;
+                }
             }
         }
     }
@@ -348,41 +522,92 @@ impl<I: Isa> WithSimd for Pack<'_, I> {
     }
 }
 
-/// All of B for [`Product::panels`], beginning at a cache line from the returned index on. Runs on rayon's
-/// current pool.
-pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
-    let arch = arch();
-    let lanes = match arch {
+impl Pack<'_, ()> {
+    /// Packs with the instruction set in use.
+    fn dispatch(self) {
+        let Self { isa: (), b, n, l0, depth, columns, room, dest } = self;
+        match arch() {
+            #[cfg(target_arch = "x86_64")]
+            Arch::V4(isa) => {
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Arch::V3(isa) => {
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+            _ => {
+                let isa = pulp::Scalar::new();
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
+        }
+    }
+}
+
+/// Floats per vector of the instruction set in use.
+fn lanes() -> usize {
+    match arch() {
         #[cfg(target_arch = "x86_64")]
         Arch::V4(_) => 16,
         #[cfg(target_arch = "x86_64")]
         Arch::V3(_) => 8,
         _ => 1,
-    };
-    let width = n.next_multiple_of(lanes);
-    let mut data = vec![0.0f32; width * k + LINE];
+    }
+}
+
+/// Fresh memory for panels of B `[n, k]`, and where in it they begin: at a cache line.
+pub(super) fn room_for_panels(n: usize, k: usize) -> (Vec<f32>, usize) {
+    let data = vec![0.0f32; n.next_multiple_of(lanes()) * k + LINE];
     let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
+    (data, start)
+}
+
+/// All of B for [`Product::panels`], from the returned index on. Runs on rayon's current pool.
+pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
+    let (mut data, start) = room_for_panels(n, k);
+    let width = n.next_multiple_of(lanes());
     data[start..start + width * k].par_chunks_mut((width * KC).max(1)).enumerate().for_each(
         |(block, dest)| {
             let l0 = block * KC;
             let depth = KC.min(k - l0);
-            match arch {
-                #[cfg(target_arch = "x86_64")]
-                Arch::V4(isa) => {
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-                #[cfg(target_arch = "x86_64")]
-                Arch::V3(isa) => {
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-                _ => {
-                    let isa = pulp::Scalar::new();
-                    Simd::vectorize(isa, Pack { isa, b, n, l0, depth, dest });
-                }
-            }
+            let (columns, room) = ((0, n), (depth, 0));
+            Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
         },
     );
     (data, start)
+}
+
+/// Packs products `at..` of B `[n, k]` from the rows of `x [products, n]`, into roomy panels. Runs on rayon's
+/// current pool.
+pub(super) fn pack_rows(x: &[f32], n: usize, at: usize, data: &mut [f32]) {
+    /// Panels per task.
+    const TASK: usize = 8;
+    let (lanes, count) = (lanes(), x.len() / n);
+    let width = n.next_multiple_of(lanes);
+    let b = Operand { data: x, stride: n, depth_contiguous: false };
+    let mut l0 = 0;
+    while l0 < count {
+        let (block, inside) = ((at + l0) / KC, (at + l0) % KC);
+        let depth = (KC - inside).min(count - l0);
+        let mut rest = &mut data[block * KC * width..][..KC * width];
+        let mut tasks = Vec::new();
+        let mut j = 0;
+        while j < n {
+            let first = j;
+            for _ in 0..TASK {
+                if j < n {
+                    j += panel_vectors(n - j, lanes) * lanes;
+                }
+            }
+            let (dest, behind) = rest.split_at_mut((j - first) * KC);
+            tasks.push((first, j.min(n), dest));
+            rest = behind;
+        }
+        tasks.into_par_iter().for_each(|(first, end, dest)| {
+            let (columns, room) = ((first, end), (KC, inside));
+            Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
+        });
+        l0 += depth;
+    }
 }
 
 struct Entry<'a, I> {
