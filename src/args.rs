@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Compress the embedded model with several passes and print size against accuracy.
     Demo(Demo),
+    /// Write a model in another layout: exact where codes carry over, else with the error told.
+    Convert(Convert),
     /// List, check or prune a work directory (`compress --scratch DIR`).
     Cache(Cache),
     /// List the runtimes that `--target` knows, with their rules and sources.
@@ -385,6 +387,22 @@ pub(crate) struct Run {
     /// Seed of the draw.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Convert {
+    /// Checkpoint, artifact or GGUF file.
+    pub(crate) source: PathBuf,
+    /// Layout: compressed-tensors, gptq, gptq_v2, awq, a block type of GGUF (q4_0, q8_0, q4_k, ...), or f32,
+    /// f16, bf16 for a GGUF file of plain numbers.
+    #[arg(long)]
+    pub(crate) layout: String,
+    /// Where the artifact appears; must not exist, or be empty.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -1,6 +1,7 @@
 //! One file per subcommand that needs more than a screen; the short ones stand here.
 
 mod cache;
+mod convert;
 mod demo;
 mod diff;
 mod evaluate;
@@ -44,6 +45,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Gate(args) => gate(&args),
         Command::Run(args) => generate(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Convert(args) => convert::convert(&args),
         Command::Cache(args) => cache::cache(&args),
         Command::Targets(args) => targets::targets(&args),
         Command::Passes { schema } => passes(schema),
