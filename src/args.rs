@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Demo(Demo),
     /// Time the CUDA kernels on this GPU beside its copy bandwidth and cuBLAS.
     Gpu(Gpu),
+    /// Write a model in another layout: exact where codes carry over, else with the error told.
+    Convert(Convert),
     /// List, check or prune a work directory (`compress --scratch DIR`).
     Cache(Cache),
     /// List the runtimes that `--target` knows, with their rules and sources.
@@ -484,6 +486,22 @@ impl From<ActivationsArg> for Activations {
             ActivationsArg::Int8 => Self::Int8,
         }
     }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Convert {
+    /// Checkpoint, artifact or GGUF file.
+    pub(crate) source: PathBuf,
+    /// Layout: compressed-tensors, gptq, gptq_v2, awq, a block type of GGUF (q4_0, q8_0, q4_k, ...), or f32,
+    /// f16, bf16 for a GGUF file of plain numbers.
+    #[arg(long)]
+    pub(crate) layout: String,
+    /// Where the artifact appears; must not exist, or be empty.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, ClapArgs)]

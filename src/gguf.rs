@@ -31,6 +31,17 @@ pub(crate) struct Described {
     pub(crate) notes: Vec<String>,
 }
 
+impl Described {
+    /// For a file of plain numbers.
+    pub(crate) fn set_file_type(&mut self, dtype: DType) {
+        for (key, value) in &mut self.metadata.0 {
+            if key == "general.file_type" {
+                *value = attar_formats::gguf::Value::U32(file_type(None, dtype));
+            }
+        }
+    }
+}
+
 /// The file of a model in which these tensors are written.
 ///
 /// # Errors

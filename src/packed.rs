@@ -90,7 +90,7 @@ impl Opened {
     }
 
     /// Every tensor in numbers.
-    fn numbers(&self) -> &Checkpoint {
+    pub(crate) fn numbers(&self) -> &Checkpoint {
         self.dense.as_ref().unwrap_or(&self.checkpoint)
     }
 
@@ -114,6 +114,12 @@ impl Opened {
         let quant = self.quant.as_ref()?;
         self.checkpoint.header(&format!("{}{}", site.name, quant.marker()))?;
         quant.scheme_of(&site.name)
+    }
+
+    /// The type of a weight in blocks, linear or not, by its name without `.weight`.
+    pub(crate) fn block_of(&self, stem: &str) -> Option<attar_tensor::BlockType> {
+        self.checkpoint.header(&format!("{stem}.blocks"))?;
+        self.quant.as_ref()?.scheme_of(stem)?.block()
     }
 
     /// Whether `quantization_config` calls a site quantized; `None` when there is no such config.

@@ -7,6 +7,7 @@ mod gptq;
 mod rtn;
 
 use attar_ir::PassDef;
+pub use rtn::round_to_nearest;
 
 /// Every pass of this crate.
 pub const PASSES: &[PassDef] = &[rtn::DEF, gptq::DEF, awq::DEF];

@@ -49,7 +49,7 @@ struct Options {
 struct Rtn(Options);
 
 /// Rounds a weight to nearest; also returns `Σ (w − ŵ)²` and `Σ w²`, f32 within a group, f64 over groups.
-pub(crate) fn round_to_nearest(
+pub fn round_to_nearest(
     weight: &Mat,
     scheme: QuantScheme,
     clip: Clip,

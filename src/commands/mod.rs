@@ -2,6 +2,7 @@
 
 mod bench;
 mod cache;
+mod convert;
 mod cuda;
 mod demo;
 mod diff;
@@ -53,6 +54,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run::generate(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Convert(args) => convert::convert(&args),
         Command::Cache(args) => cache::cache(&args),
         Command::Targets(args) => targets::targets(&args),
         Command::Passes { schema } => passes(schema),
