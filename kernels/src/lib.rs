@@ -10,6 +10,7 @@
 pub mod cases;
 pub mod check;
 pub mod cpu;
+pub mod cuda;
 pub mod layout;
 pub mod reference;
 pub mod spec;

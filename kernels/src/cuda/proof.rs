@@ -1,0 +1,144 @@
+//! How far a result of half precision may lie from the reference, and the cases run on a device.
+//!
+//! The reference multiplies the activations as rounded to half precision, in f64. A result may be off by
+//!
+//! - 2 units in the last place of its type at the reference: one rounding, half a unit, and room for the sums below;
+//! - twice the bound of f32 sums ([`Judge::bounds`]: `(columns + 16) · 2^-24 · Σ_groups scale · 2^bits · Σ|x|`): tensor cores
+//!   align products before they add them and cut off what is below the last place of the largest, an error of up to a whole
+//!   unit of f32 per addition where a rounding would make half of one.
+
+use super::device::{Device, DeviceLinear};
+use super::geometry::Half;
+use super::packed::{CudaWeights, ScaleKind};
+use crate::cases::{Input, Judge};
+use attar_tensor::QuantizedLinear;
+
+/// Units in the last place that a result may be off, beside the bound of the sums.
+pub const UNITS: f64 = 2.0;
+
+/// What a device was found to compute for one weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Proof {
+    /// Largest difference in units of what is allowed; more than 1 is an error, so is NaN.
+    pub worst: f64,
+    /// Largest `‖got − reference‖² / ‖reference‖²` where the reference is finite in the type.
+    pub nmse: f64,
+}
+
+/// A weight and its reference.
+#[derive(Debug)]
+pub struct Prover {
+    judge: Judge,
+    columns: usize,
+    rows: usize,
+}
+
+impl Prover {
+    /// Of this weight.
+    pub fn new(weight: &QuantizedLinear) -> Self {
+        let (rows, columns) = (weight.out_features, weight.in_features);
+        Self { judge: Judge::new(weight), columns, rows }
+    }
+
+    /// Multiplies `m` tokens on the device and compares.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn run<D: Device>(
+        &self,
+        device: &D,
+        linear: &DeviceLinear<D::Buffer>,
+        (half, m, input): (Half, usize, Input),
+        seed: u64,
+    ) -> Result<(Proof, Vec<u16>), D::Error> {
+        let x: Vec<u16> =
+            (input.activations(m, self.columns, seed).into_iter()).map(|x| half.round(x)).collect();
+        let got = linear.multiply(device, half, &x, m)?;
+        let x: Vec<f32> = x.into_iter().map(|x| half.value(x)).collect();
+        let reference = self.judge.reference(&x);
+        let bounds = self.judge.bounds(&x, crate::Activations::F32);
+        let mut proof = Proof { worst: 0.0, nmse: 0.0 };
+        let (mut error, mut norm) = (0.0, 0.0);
+        for ((&got, &want), &bound) in got.iter().zip(&reference).zip(&bounds) {
+            let got = f64::from(half.value(got));
+            let allowed = 2.0 * bound + UNITS * half.unit(want);
+            // A sum beyond the type's range must become infinite, and nothing else may.
+            let largest = f64::from(half.value(match half {
+                Half::F16 => 0x7bff,
+                Half::Bf16 => 0x7f7f,
+            }));
+            if want.abs() + allowed > largest {
+                let fits = got.is_infinite() || (got - want).abs() <= allowed;
+                if got.is_nan() || got.signum() != want.signum() || !fits {
+                    proof.worst = f64::INFINITY;
+                }
+                continue;
+            }
+            let off = (got - want).abs() / allowed;
+            proof.worst = if off.is_nan() { f64::INFINITY } else { proof.worst.max(off) };
+            error += (got - want).powi(2);
+            norm += want * want;
+        }
+        proof.nmse = if error > 0.0 { error / norm.max(f64::MIN_POSITIVE) } else { 0.0 };
+        assert_eq!(got.len(), m * self.rows, "a result of every row and token");
+        Ok((proof, got))
+    }
+}
+
+/// The packed form of a case's weight, scales in the type of the case.
+pub fn pack(case: &crate::cases::Case) -> (QuantizedLinear, CudaWeights) {
+    let weight = case.weight();
+    let kind = ScaleKind::of(case.source).expect("cases have float scales");
+    let packed = CudaWeights::pack(&weight, kind);
+    (weight, packed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::{self, TOKENS};
+    use crate::cuda::shim;
+
+    #[test]
+    fn cases_on_the_shim() {
+        let Some(device) = shim::kernels() else { return };
+        for (at, case) in cases::all().iter().enumerate() {
+            let (weight, packed) = pack(case);
+            let prover = Prover::new(&weight);
+            let linear = DeviceLinear::upload(&device, &packed).unwrap();
+            for half in Half::ALL {
+                for (i, &m) in TOKENS.iter().enumerate() {
+                    // Every case with few tokens; many tokens with every fifth.
+                    if m > 17 && (at + i) % 5 != 0 {
+                        continue;
+                    }
+                    let input = Input::ALL[(at + i) % 2];
+                    device.order.set((at + i) as u64 % 4);
+                    let (proof, _) =
+                        prover.run(&device, &linear, (half, m, input), at as u64).unwrap();
+                    assert!(proof.worst <= 1.0, "{case} {} m {m}: {proof:?}", half.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_threads_and_blocks_does_not_change_a_bit() {
+        let Some(device) = shim::kernels() else { return };
+        let case = cases::Case { in_features: 2048, out_features: 40, ..cases::all()[0] };
+        let (weight, packed) = pack(&case);
+        let prover = Prover::new(&weight);
+        let linear = DeviceLinear::upload(&device, &packed).unwrap();
+        for m in [1, 12, 40] {
+            assert!(linear.matmul_launch(Half::F16, m).splits > 1 || m > 16);
+            let mut first = None;
+            for order in 0..5 {
+                device.order.set(order);
+                let run = (Half::F16, m, Input::Outliers);
+                let (proof, got) = prover.run(&device, &linear, run, 1).unwrap();
+                assert!(proof.worst <= 1.0, "m {m}: {proof:?}");
+                assert_eq!(&got, first.get_or_insert(got.clone()), "m {m}, order {order}");
+            }
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The kernels on the CPU: the same sources, compiled by the system's C++ compiler against `simt/simt.hpp` and run as a child
+//! process under the address sanitizer.
+
+use std::cell::{Cell, RefCell};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::device::Device;
+use super::geometry::Launch;
+
+/// A running shim.
+pub(crate) struct Shim {
+    child: RefCell<Child>,
+    next: Cell<u64>,
+    /// Order of threads and blocks: 0 ascending, 1 descending, others random.
+    pub(crate) order: Cell<u64>,
+}
+
+/// Why the shim stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct ShimError(pub(crate) String);
+
+impl From<std::io::Error> for ShimError {
+    fn from(error: std::io::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda")
+}
+
+/// Compiles `kernels` (a path) and starts it; `None` when there is no C++ compiler, which is said.
+pub(crate) fn start(kernels: &Path, name: &str) -> Option<Shim> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    if Command::new(&compiler).arg("--version").output().is_err() {
+        eprintln!("SKIPPED: no C++ compiler ({compiler}); CUDA kernels were not run on the shim");
+        return None;
+    }
+    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-shim");
+    std::fs::create_dir_all(&out).unwrap();
+    let program = out.join(format!("{name}-{}", sources_hash(kernels)));
+    if !program.exists() {
+        let part = out.join(format!("{name}-{}.part", std::process::id()));
+        let output = Command::new(&compiler)
+            .args(["-std=c++17", "-O1", "-fsanitize=address,undefined", "-Wall", "-Werror"])
+            .args(["-fno-sanitize-recover=undefined", "-Wno-unknown-pragmas"])
+            .arg(format!("-DATTAR_SIMT_KERNELS=\"{}\"", kernels.display()))
+            .arg(folder().join("simt/main.cpp"))
+            .arg("-o")
+            .arg(&part)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::rename(part, &program).unwrap();
+    }
+    let child = Command::new(program)
+        .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0:abort_on_error=0")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Some(Shim { child: RefCell::new(child), next: Cell::new(1), order: Cell::new(0) })
+}
+
+/// The kernels of this build.
+pub(crate) fn kernels() -> Option<Shim> {
+    use std::sync::Mutex;
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let _one = COMPILING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    start(&folder().join("device/attar.cu"), "attar")
+}
+
+/// Of the shim and of all files that kernels include.
+fn sources_hash(kernels: &Path) -> String {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut paths = vec![kernels.to_owned()];
+    for folder in ["simt", "device"].map(|name| folder().join(name)) {
+        paths.extend(std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()));
+    }
+    paths.sort();
+    for path in paths {
+        for byte in std::fs::read(path).unwrap() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    format!("{hash:016x}")
+}
+
+impl Shim {
+    fn send(&self, bytes: &[u8]) -> Result<(), ShimError> {
+        let sent = self.child.borrow_mut().stdin.as_mut().unwrap().write_all(bytes);
+        sent.map_err(|_| self.died())
+    }
+
+    fn receive(&self, bytes: &mut [u8]) -> Result<(), ShimError> {
+        self.child.borrow_mut().stdin.as_mut().unwrap().flush()?;
+        let got = self.child.borrow_mut().stdout.as_mut().unwrap().read_exact(bytes);
+        got.map_err(|_| self.died())
+    }
+
+    /// What it said last.
+    fn died(&self) -> ShimError {
+        let mut text = String::new();
+        let _ = self.child.borrow_mut().stderr.as_mut().unwrap().read_to_string(&mut text);
+        ShimError(text)
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        let _ = self.child.borrow_mut().kill();
+        let _ = self.child.borrow_mut().wait();
+    }
+}
+
+impl Device for Shim {
+    /// Number and size.
+    type Buffer = (u64, usize);
+    type Error = ShimError;
+
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer, ShimError> {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        self.send(&[1])?;
+        self.send(&id.to_le_bytes())?;
+        self.send(&(bytes.len() as u64).to_le_bytes())?;
+        self.send(bytes)?;
+        Ok((id, bytes.len()))
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Self::Buffer, ShimError> {
+        self.upload(&vec![0; bytes])
+    }
+
+    fn download(&self, &(id, bytes): &Self::Buffer) -> Result<Vec<u8>, ShimError> {
+        self.send(&[2])?;
+        self.send(&id.to_le_bytes())?;
+        let mut out = vec![0; bytes];
+        self.receive(&mut out)?;
+        Ok(out)
+    }
+
+    fn launch(
+        &self,
+        launch: &Launch,
+        argument: &[u8],
+        links: &[(usize, &Self::Buffer)],
+    ) -> Result<(), ShimError> {
+        let mut command = vec![4];
+        let word = |command: &mut Vec<u8>, word: u32| command.extend(word.to_le_bytes());
+        word(&mut command, launch.symbol.len() as u32);
+        command.extend(launch.symbol.bytes());
+        word(&mut command, argument.len() as u32);
+        command.extend(argument);
+        word(&mut command, links.len() as u32);
+        for &(offset, (id, _)) in links {
+            word(&mut command, offset as u32);
+            command.extend(id.to_le_bytes());
+        }
+        launch.grid.iter().for_each(|&size| word(&mut command, size));
+        word(&mut command, launch.threads);
+        command.extend(u64::from(launch.shared).to_le_bytes());
+        command.extend(self.order.get().to_le_bytes());
+        self.send(&command)?;
+        let mut found = [0];
+        self.receive(&mut found)?;
+        if found == [1] { Ok(()) } else { Err(ShimError(format!("no {}", launch.symbol))) }
+    }
+}
