@@ -147,6 +147,10 @@ pub const DECODE_TOKENS: usize = 16;
 const BLOCKS: usize = 128;
 /// Chunks that a block of the decoding kernel shall have at least, one for each warp.
 const DECODE_CHUNKS: usize = 8;
+/// Chunks that a block of the other kernel shall have at least, enough to fill its pipeline.
+const GEMM_CHUNKS: usize = 4;
+/// Stages of its pipeline, as `device/gemm.cuh` has them.
+const STAGES: usize = 4;
 
 impl Problem {
     /// Of these weights.
@@ -161,22 +165,33 @@ impl Problem {
     /// When there is nothing to multiply.
     pub fn launch(&self) -> MatmulLaunch {
         assert!(self.m > 0 && self.rows > 0 && self.chunks > 0, "there is something to multiply");
-        let tokens = if self.m <= 8 { 8 } else { 16 };
-        let tiles_m = self.m.div_ceil(tokens);
-        let blocks = self.rows.div_ceil(BLOCK_ROWS);
-        let splits =
-            BLOCKS.div_ceil(blocks * tiles_m).min(self.chunks / DECODE_CHUNKS).clamp(1, 64);
-        let tiles = blocks * tiles_m;
-        let sums = 32 * tokens;
+        // Tokens of a tile, rows of a tile.
+        let (kind, tokens, rows) = match self.m {
+            ..=8 => ("decode", 8, BLOCK_ROWS),
+            ..=DECODE_TOKENS => ("decode", 16, BLOCK_ROWS),
+            ..=32 => ("gemm", 32, 8 * BLOCK_ROWS),
+            ..=64 => ("gemm", 64, 8 * BLOCK_ROWS),
+            _ => ("gemm", 128, 4 * BLOCK_ROWS),
+        };
+        let (tiles_m, tiles_n) = (self.m.div_ceil(tokens), self.rows.div_ceil(rows));
+        let tiles = tiles_m * tiles_n;
+        let decode = kind == "decode";
+        let least = if decode { DECODE_CHUNKS } else { GEMM_CHUNKS };
+        let splits = BLOCKS.div_ceil(tiles).min(self.chunks / least).clamp(1, 64);
+        let shared = if decode {
+            8 * rows * tokens * 4
+        } else {
+            STAGES * (rows / BLOCK_ROWS * 256 * usize::from(self.bits) + 128 * tokens)
+        };
         MatmulLaunch {
             launch: Launch {
-                symbol: format!("attar_decode_w{}_{}_{tokens}", self.bits, self.half.name()),
-                grid: [blocks as u32, splits as u32, tiles_m as u32],
+                symbol: format!("attar_{kind}_w{}_{}_{tokens}", self.bits, self.half.name()),
+                grid: [tiles_n as u32, splits as u32, tiles_m as u32],
                 threads: 256,
-                shared: (8 * sums * 4 + 16) as u32,
+                shared: (shared + 16) as u32,
             },
             splits: splits as u32,
-            partial_bytes: if splits > 1 { tiles * splits * sums * 4 } else { 0 },
+            partial_bytes: if splits > 1 { tiles * splits * rows * tokens * 4 } else { 0 },
             counters: if splits > 1 { tiles } else { 0 },
         }
     }

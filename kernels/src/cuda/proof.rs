@@ -125,12 +125,12 @@ mod tests {
     #[test]
     fn the_order_of_threads_and_blocks_does_not_change_a_bit() {
         let Some(device) = shim::kernels() else { return };
-        let case = cases::Case { in_features: 2048, out_features: 40, ..cases::all()[0] };
+        let case = cases::Case { in_features: 1024, out_features: 40, ..cases::all()[0] };
         let (weight, packed) = pack(&case);
         let prover = Prover::new(&weight);
         let linear = DeviceLinear::upload(&device, &packed).unwrap();
-        for m in [1, 12, 40] {
-            assert!(linear.matmul_launch(Half::F16, m).splits > 1 || m > 16);
+        for m in [1, 12, 20, 40, 100] {
+            assert!(linear.matmul_launch(Half::F16, m).splits > 1, "{m}");
             let mut first = None;
             for order in 0..5 {
                 device.order.set(order);

@@ -1,21 +1,45 @@
-// The kernels. Names: attar_<what>_w<bits>_<type of activations>_<most tokens of a tile>.
+// The kernels. Names: attar_<what>_w<bits>_<type of activations>_<most tokens of a tile>, attar_repack_<layout>_w<bits>_<what>.
 #include "ptx.cuh"
 #include "codes.cuh"
 #include "matmul.cuh"
 #include "decode.cuh"
+#include "gemm.cuh"
 #include "arrange.cuh"
+#include "repack.cuh"
+#include "../../layout/gptq/repack.cuh"
+#include "../../layout/awq/repack.cuh"
+#include "../../layout/ct_packed/repack.cuh"
 
 #ifndef ATTAR_SIMT
 #define ATTAR_KERNEL(name, Argument, threads, blocks) \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Argument p)
 #endif
 
-#define ATTAR_DECODE(bits, type, Type)                                                                            \
+#define ATTAR_MATMUL(bits, type, Type)                                                                            \
   ATTAR_KERNEL(attar_decode_w##bits##_##type##_8, AttarMatmul, 256, 2) { decode<bits, Type, 1>(p); }               \
-  ATTAR_KERNEL(attar_decode_w##bits##_##type##_16, AttarMatmul, 256, 2) { decode<bits, Type, 2>(p); }
+  ATTAR_KERNEL(attar_decode_w##bits##_##type##_16, AttarMatmul, 256, 2) { decode<bits, Type, 2>(p); }              \
+  ATTAR_KERNEL(attar_gemm_w##bits##_##type##_32, AttarMatmul, 256, 1) { gemm<bits, Type, 4, 8, 1>(p); }            \
+  ATTAR_KERNEL(attar_gemm_w##bits##_##type##_64, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 8, 1>(p); }            \
+  ATTAR_KERNEL(attar_gemm_w##bits##_##type##_128, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 4, 2>(p); }
 
-#define ATTAR_TYPES(what, bits) what(bits, f16, F16) what(bits, bf16, Bf16)
-#define ATTAR_ALL(what) ATTAR_TYPES(what, 2) ATTAR_TYPES(what, 3) ATTAR_TYPES(what, 4) ATTAR_TYPES(what, 8)
+#define ATTAR_REPACK(layout, bits, Layout)                                                                        \
+  ATTAR_KERNEL(attar_repack_##layout##_w##bits##_codes, AttarRepack, 256, 1) { repack_codes<bits, Layout>(p); }    \
+  ATTAR_KERNEL(attar_repack_##layout##_w##bits##_groups, AttarRepack, 256, 1) { repack_groups<bits, Layout>(p); }
 
-ATTAR_ALL(ATTAR_DECODE)
+// A specialised build defines ATTAR_ONLY and says which kernels it wants.
+#ifndef ATTAR_ONLY
+#define ATTAR_BITS(bits)            \
+  ATTAR_MATMUL(bits, f16, F16)      \
+  ATTAR_MATMUL(bits, bf16, Bf16)    \
+  ATTAR_REPACK(gptq, bits, Gptq)    \
+  ATTAR_REPACK(ct, bits, CtPacked)
+ATTAR_BITS(2)
+ATTAR_BITS(3)
+ATTAR_BITS(4)
+ATTAR_BITS(8)
+ATTAR_REPACK(awq, 4, Awq)
+#else
+ATTAR_ONLY
+#endif
 ATTAR_KERNEL(attar_arrange, AttarArrange, 256, 1) { arrange(p); }
+ATTAR_KERNEL(attar_order, AttarOrder, 256, 1) { order_columns(p); }
