@@ -11,12 +11,17 @@
 //! time, so that few tokens waste little and one packed form serves every number of tokens.
 
 pub mod device;
+pub mod driver;
 pub mod geometry;
+pub mod images;
 pub mod packed;
 pub mod proof;
+pub mod repack;
 #[cfg(test)]
 mod shim;
 
 pub use device::{Device, DeviceLinear};
+pub use driver::{CudaError, Gpu};
 pub use geometry::{Half, Launch, Problem};
+pub use images::source;
 pub use packed::CudaWeights;

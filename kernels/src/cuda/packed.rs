@@ -127,7 +127,7 @@ pub struct CudaWeights {
     pub scale_kind: ScaleKind,
     /// Scales.
     pub scales: Vec<u8>,
-    /// Zero points; `None` when all stand in the middle.
+    /// Zero points; `None` when the scheme is symmetric and all stand in the middle.
     pub zeros: Option<Vec<u8>>,
 }
 
@@ -178,7 +178,8 @@ impl CudaWeights {
             }
         });
         let middle = u16::from(weight.scheme.mid_code());
-        let zeros = weight.zeros.iter().any(|&zero| zero != middle).then(|| {
+        let plain = weight.scheme.symmetric && weight.zeros.iter().all(|&zero| zero == middle);
+        let zeros = (!plain).then(|| {
             let size = zero_bytes(bits);
             let mut zeros = vec![0u8; places.padded_groups() * padded_rows * size];
             by_group(&mut |to, from| {

@@ -17,7 +17,7 @@
 
 #define ATTAR_MATMUL(bits, type, Type)                                                                            \
   ATTAR_KERNEL(attar_decode_w##bits##_##type##_8, AttarMatmul, 256, 2) { decode<bits, Type, 1>(p); }               \
-  ATTAR_KERNEL(attar_decode_w##bits##_##type##_16, AttarMatmul, 256, 2) { decode<bits, Type, 2>(p); }              \
+  ATTAR_KERNEL(attar_decode_w##bits##_##type##_16, AttarMatmul, 256, bits == 8 ? 1 : 2) { decode<bits, Type, 2>(p); }              \
   ATTAR_KERNEL(attar_gemm_w##bits##_##type##_32, AttarMatmul, 256, 1) { gemm<bits, Type, 4, 8, 1>(p); }            \
   ATTAR_KERNEL(attar_gemm_w##bits##_##type##_64, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 8, 1>(p); }            \
   ATTAR_KERNEL(attar_gemm_w##bits##_##type##_128, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 4, 2>(p); }
