@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Bench(Bench),
     /// Compress the embedded model with several passes and print size against accuracy.
     Demo(Demo),
+    /// Time the CUDA kernels on this GPU beside its copy bandwidth and cuBLAS.
+    Gpu(Gpu),
     /// List, check or prune a work directory (`compress --scratch DIR`).
     Cache(Cache),
     /// List the runtimes that `--target` knows, with their rules and sources.
@@ -291,7 +293,24 @@ pub(crate) struct Verify {
     /// Runtime that must accept the artifact, ours or foreign (repeatable); exit 1 when it does not.
     #[arg(long, value_name = "NAME[,tp=N]")]
     pub(crate) target: Vec<TargetSpec>,
+    /// Whose kernels: `cuda` runs every CUDA kernel on the shared cases and on this artifact's tensors, and nothing
+    /// else.
+    #[arg(long, value_enum, default_value_t = VerifyBackend::Cpu)]
+    pub(crate) backend: VerifyBackend,
     /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VerifyBackend {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Gpu {
+    /// Print one JSON object instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cache;
+mod cuda;
 mod demo;
 mod diff;
 mod evaluate;
@@ -18,7 +19,7 @@ use serde_json::json;
 
 use crate::{
     Error,
-    args::{Args, Command, Compress, Gate, Plan, ProgressArg, Verify},
+    args::{self, Args, Command, Compress, Gate, Plan, ProgressArg, Verify},
     compile::{self, Measure, Options},
     contract, measure,
     packed::Opened,
@@ -37,7 +38,11 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Compress(what) => compress(&what, args.threads),
         Command::Plan(what) => print_plan(&what, args.threads),
         Command::Eval(args) => evaluate::evaluate(&args),
+        Command::Verify(args) if args.backend == args::VerifyBackend::Cuda => {
+            cuda::verify(&args.path, args.json)
+        }
         Command::Verify(args) => verify_artifact(&args),
+        Command::Gpu(args) => cuda::bars(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Explain(args) => explain::explain(&args),
         Command::Diff(args) => diff::diff(&args),

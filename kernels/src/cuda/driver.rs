@@ -197,6 +197,11 @@ impl Gpu {
         &self.info
     }
 
+    /// The stream on which everything is launched.
+    pub(crate) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
     /// Waits for everything that was launched.
     ///
     /// # Errors

@@ -10,6 +10,8 @@
 //! Weights are the left operand of the tensor cores (16 rows of `W` by 16 columns) and tokens the right one, eight at a
 //! time, so that few tokens waste little and one packed form serves every number of tokens.
 
+pub mod bench;
+pub mod describe;
 pub mod device;
 pub mod driver;
 pub mod geometry;
@@ -20,6 +22,7 @@ pub mod repack;
 #[cfg(test)]
 mod shim;
 
+pub use describe::{Description, Status, describe};
 pub use device::{Device, DeviceLinear};
 pub use driver::{CudaError, Gpu};
 pub use geometry::{Half, Launch, Problem};

@@ -10,8 +10,9 @@
 use super::device::{Device, DeviceLinear};
 use super::geometry::Half;
 use super::packed::{CudaWeights, ScaleKind};
+use super::repack::{RepackError, repack};
 use crate::cases::{Input, Judge};
-use attar_tensor::QuantizedLinear;
+use attar_tensor::{PackedLinear, QuantizedLinear};
 
 /// Units in the last place that a result may be off, beside the bound of the sums.
 pub const UNITS: f64 = 2.0;
@@ -93,6 +94,120 @@ pub fn pack(case: &crate::cases::Case) -> (QuantizedLinear, CudaWeights) {
     (weight, packed)
 }
 
+/// What was found of one kernel.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct KernelLine {
+    /// Its symbol.
+    pub kernel: String,
+    /// Products compared.
+    pub runs: usize,
+    /// Largest difference in units of what is allowed.
+    pub worst: f64,
+    /// Largest normalised mean squared error.
+    pub nmse: f64,
+    /// The first product that was wrong.
+    pub failure: Option<String>,
+}
+
+/// What was found of all kernels, one line each.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
+pub struct Table {
+    /// By name.
+    pub kernels: Vec<KernelLine>,
+}
+
+impl Table {
+    /// True when every product was right.
+    pub fn ok(&self) -> bool {
+        self.kernels.iter().all(|line| line.failure.is_none())
+    }
+
+    fn add(&mut self, kernel: &str, proof: Proof, what: impl FnOnce() -> String) {
+        let at = match self.kernels.binary_search_by(|line| line.kernel.as_str().cmp(kernel)) {
+            Ok(at) => at,
+            Err(at) => {
+                let (runs, worst, nmse, failure) = (0, 0.0, 0.0, None);
+                let kernel = kernel.to_owned();
+                self.kernels.insert(at, KernelLine { kernel, runs, worst, nmse, failure });
+                at
+            }
+        };
+        let line = &mut self.kernels[at];
+        line.runs += 1;
+        line.worst = line.worst.max(proof.worst);
+        line.nmse = line.nmse.max(proof.nmse);
+        if proof.worst > 1.0 && line.failure.is_none() {
+            line.failure = Some(what());
+        }
+    }
+
+    /// Runs every shared case.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn run_cases<D: Device>(&mut self, device: &D) -> Result<(), D::Error> {
+        for case in crate::cases::all() {
+            let (weight, packed) = pack(&case);
+            let prover = Prover::new(&weight);
+            let linear = DeviceLinear::upload(device, &packed)?;
+            for m in crate::cases::TOKENS {
+                self.run(device, &prover, &linear, m, &case.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs a linear of an artifact on the device, compares the bytes with those of the host, and multiplies.
+    ///
+    /// # Errors
+    /// Whatever the layout or the device says.
+    pub fn run_linear<D: Device>(
+        &mut self,
+        device: &D,
+        packed: &PackedLinear,
+        name: &str,
+    ) -> Result<(), RepackError<D::Error>> {
+        let linear = repack(device, packed)?;
+        let host = CudaWeights::new(packed)?;
+        let got = |buffer| device.download(buffer).map_err(RepackError::Device);
+        let zeros = linear.zeros.as_ref().map(got).transpose()?;
+        let order = linear.order.as_ref().map(got).transpose()?;
+        let host_order = host.places.order.as_ref().map(|o| bytemuck::cast_slice(o).to_vec());
+        let same = got(&linear.codes)? == host.codes
+            && got(&linear.scales)? == host.scales
+            && (zeros, order) == (host.zeros, host_order);
+        let worst = if same { 0.0 } else { f64::INFINITY };
+        let layout = packed.layout;
+        let kernel = format!("attar_repack ({layout}, {} bits)", packed.scheme.bits);
+        self.add(&kernel, Proof { worst, nmse: 0.0 }, || {
+            format!("{name}: other bytes than the host's")
+        });
+        let prover = Prover::new(&crate::layout::unpack(packed)?);
+        for m in [1, 7, 16, 17, 33, 130] {
+            self.run(device, &prover, &linear, m, name).map_err(RepackError::Device)?;
+        }
+        Ok(())
+    }
+
+    fn run<D: Device>(
+        &mut self,
+        device: &D,
+        prover: &Prover,
+        linear: &DeviceLinear<D::Buffer>,
+        m: usize,
+        name: &str,
+    ) -> Result<(), D::Error> {
+        for half in Half::ALL {
+            for (seed, input) in Input::ALL.into_iter().enumerate() {
+                let (proof, _) = prover.run(device, linear, (half, m, input), seed as u64)?;
+                let kernel = linear.matmul_launch(half, m).launch.symbol;
+                self.add(&kernel, proof, || format!("{name}, {m} tokens: {proof:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,7 +240,7 @@ mod tests {
     #[test]
     fn the_order_of_threads_and_blocks_does_not_change_a_bit() {
         let Some(device) = shim::kernels() else { return };
-        let case = cases::Case { in_features: 1024, out_features: 40, ..cases::all()[0] };
+        let case = cases::Case { bits: 4, in_features: 1024, out_features: 40, ..cases::all()[0] };
         let (weight, packed) = pack(&case);
         let prover = Prover::new(&weight);
         let linear = DeviceLinear::upload(&device, &packed).unwrap();
@@ -140,5 +255,20 @@ mod tests {
                 assert_eq!(&got, first.get_or_insert(got.clone()), "m {m}, order {order}");
             }
         }
+    }
+
+    #[test]
+    fn a_linear_of_an_artifact_is_packed_and_multiplied() {
+        use crate::layout::{Gptq, Layout};
+        let Some(device) = shim::kernels() else { return };
+        let case = cases::Case { bits: 4, out_features: 64, ..cases::all()[0] };
+        let packed = Gptq::V2.pack(&case.weight(), case.source).unwrap();
+        let mut table = Table::default();
+        table.run_linear(&device, &packed, "a linear").unwrap();
+        assert!(table.ok(), "{table:?}");
+        assert_eq!(table.kernels.len(), 11, "five kernels of each type, and packing");
+        let wrong = Proof { worst: 1.5, nmse: 0.0 };
+        table.add("attar_gemm_w4_f16_64", wrong, || "planted".to_owned());
+        assert!(!table.ok());
     }
 }

@@ -32,8 +32,9 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda")
 }
 
-/// Compiles `kernels` (a path) and starts it; `None` when there is no C++ compiler, which is said.
-pub(crate) fn start(kernels: &Path, name: &str) -> Option<Shim> {
+/// Compiles `kernels` (a path), or those of them that `only` names, and starts them; `None` when there is no C++ compiler,
+/// which is said.
+pub(crate) fn start(kernels: &Path, only: Option<&str>, name: &str) -> Option<Shim> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     if Command::new(&compiler).arg("--version").output().is_err() {
         eprintln!("SKIPPED: no C++ compiler ({compiler}); CUDA kernels were not run on the shim");
@@ -48,6 +49,7 @@ pub(crate) fn start(kernels: &Path, name: &str) -> Option<Shim> {
             .args(["-std=c++17", "-O1", "-fsanitize=address,undefined", "-Wall", "-Werror"])
             .args(["-fno-sanitize-recover=undefined", "-Wno-unknown-pragmas"])
             .arg(format!("-DATTAR_SIMT_KERNELS=\"{}\"", kernels.display()))
+            .args(only.map(|only| format!("-DATTAR_ONLY={only}")))
             .arg(folder().join("simt/main.cpp"))
             .arg("-o")
             .arg(&part)
@@ -71,16 +73,19 @@ pub(crate) fn kernels() -> Option<Shim> {
     use std::sync::Mutex;
     static COMPILING: Mutex<()> = Mutex::new(());
     let _one = COMPILING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    start(&folder().join("device/attar.cu"), "attar")
+    start(&folder().join("device/attar.cu"), None, "attar")
 }
 
 /// Of the shim and of all files that kernels include.
 fn sources_hash(kernels: &Path) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut paths = vec![kernels.to_owned()];
-    for folder in ["simt", "device"].map(|name| folder().join(name)) {
-        paths.extend(std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()));
-    }
+    paths.extend(["simt.hpp", "main.cpp"].map(|name| folder().join("simt").join(name)));
+    paths.extend(std::fs::read_dir(folder().join("device")).unwrap().map(|e| e.unwrap().path()));
+    paths.extend(
+        ["gptq", "awq", "ct_packed"]
+            .map(|layout| folder().join("../layout").join(layout).join("repack.cuh")),
+    );
     paths.sort();
     for path in paths {
         for byte in std::fs::read(path).unwrap() {
@@ -169,5 +174,86 @@ impl Device for Shim {
         let mut found = [0];
         self.receive(&mut found)?;
         if found == [1] { Ok(()) } else { Err(ShimError(format!("no {}", launch.symbol))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::{self, Input};
+    use crate::cuda::images;
+    use crate::cuda::proof::{Prover, pack};
+    use crate::cuda::{DeviceLinear, Half};
+
+    /// Runs few and many tokens in several orders with lines of the sources replaced; what was noticed first.
+    fn plant(name: &str, edits: &[(&str, &str)]) -> Option<String> {
+        let mut source = images::source();
+        for (line, bug) in edits {
+            assert_eq!(source.matches(line).count(), 1, "{name}: {line}");
+            source = source.replace(line, bug);
+        }
+        let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-shim");
+        std::fs::create_dir_all(&out).unwrap();
+        let path = out.join(format!("planted-{name}.cu"));
+        std::fs::write(&path, source).unwrap();
+        let device = start(&path, Some("ATTAR_MATMUL(4, f16, F16)"), name)?;
+        let case = cases::Case { bits: 4, in_features: 1024, group: 32, ..cases::all()[0] };
+        let (weight, packed) = pack(&case);
+        let prover = Prover::new(&weight);
+        let linear = DeviceLinear::upload(&device, &packed).unwrap();
+        for order in 0..4 {
+            for m in [3, 40] {
+                device.order.set(order);
+                match prover.run(&device, &linear, (Half::F16, m, Input::Gaussian), 1) {
+                    Ok((proof, _)) if proof.worst > 1.0 => return Some(format!("{proof:?}")),
+                    Ok(_) => {}
+                    Err(error) => return Some(error.to_string()),
+                }
+            }
+        }
+        Some("nothing".to_owned())
+    }
+
+    #[test]
+    fn planted_bugs_are_noticed() {
+        let wait = "    copies_wait<STAGES - 2>();\n";
+        let barrier = "    __syncthreads();\n    const int next = stage";
+        let sums = "  __syncthreads();\n  float sum[NT];";
+        let bugs: [(&str, &[(&str, &str)], &str); 7] = [
+            ("none", &[], "nothing"),
+            ("no-wait", &[(wait, "")], "never waited for"),
+            (
+                "late-wait",
+                &[
+                    (wait, ""),
+                    (
+                        "  const int row = block * BLOCK_ROWS + 4 * g;",
+                        "  copies_wait<0>();\n  const int row = block * BLOCK_ROWS + 4 * g;",
+                    ),
+                ],
+                "Proof",
+            ),
+            ("no-barrier", &[(barrier, "    const int next = stage")], "Proof"),
+            ("no-barrier-of-sums", &[(sums, "  float sum[NT];")], "Proof"),
+            (
+                "out-of-bounds",
+                &[("if (first + d < end) load_codes", "if (first + d <= end) load_codes")],
+                "AddressSanitizer",
+            ),
+            (
+                "divergence",
+                &[(sums, "  if (threadIdx.x > 99) return;\n  __syncthreads();\n  float sum[NT];")],
+                "wait at a barrier",
+            ),
+        ];
+        std::thread::scope(|scope| {
+            for (name, edits, notice) in bugs {
+                scope.spawn(move || {
+                    if let Some(seen) = plant(name, edits) {
+                        assert!(seen.contains(notice), "{name}: {seen}");
+                    }
+                });
+            }
+        });
     }
 }

@@ -1,0 +1,141 @@
+//! What an artifact says about the CUDA kernels of a linear: symbols, launches, workspace, tolerance, status.
+
+use attar_tensor::QuantScheme;
+use serde::Serialize;
+
+use super::geometry::{ArrangeArgument, Half, Launch, MatmulArgument, MatmulLaunch, Problem};
+use super::geometry::{DECODE_TOKENS, arrange_launch};
+use super::packed::{BLOCK_ROWS, Places, ScaleKind, zero_bytes};
+use super::proof::UNITS;
+use super::repack::{OrderArgument, RepackArgument, order_launch, repack_of};
+
+/// How far a kernel has been proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Against the shared cases on a device.
+    ValidatedOnHardware,
+    /// Against the shared cases on the CPU shim, which runs the same source.
+    ValidatedOnShim,
+    /// Not run.
+    Unmeasured,
+}
+
+/// The kernels of one linear for a number of tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Description {
+    /// Numbers of tokens that take this kernel, first and last; `grid[2]` of the last range grows by one per 128 tokens.
+    pub tokens: (usize, Option<usize>),
+    /// The product.
+    pub matmul: MatmulLaunch,
+    /// Bytes of its argument, `AttarMatmul`.
+    pub matmul_argument_bytes: usize,
+    /// Packs the codes of the artifact, then lays out scales and zero points.
+    pub repack: [Launch; 2],
+    /// Bytes of their argument, `AttarRepack`.
+    pub repack_argument_bytes: usize,
+    /// Sorts columns (argument of this size), and puts activations into that order (argument of this size); `None` when places
+    /// and columns are the same.
+    pub order: Option<(Launch, usize, Launch, usize)>,
+    /// Sizes of the packed codes, scales and zero points (0: a null pointer), and the places of a row of activations.
+    pub packed_bytes: [usize; 3],
+    /// Columns with padding: elements from token to token of arranged activations.
+    pub places: usize,
+    /// `group_halves` of the argument.
+    pub group_halves: usize,
+    /// `scale_kind` of the argument.
+    pub scale_kind: i32,
+    /// Units in the last place that a result may be off, beside twice the bound of f32 sums.
+    pub tolerance_units: f64,
+    /// How far it has been proven.
+    pub status: Status,
+}
+
+/// Numbers of tokens that take the same kernel, first and last.
+pub const TOKEN_RANGES: [(usize, Option<usize>); 5] =
+    [(1, Some(8)), (9, Some(DECODE_TOKENS)), (17, Some(32)), (33, Some(64)), (65, None)];
+
+/// Describes the kernels of a linear of this layout, one entry for each range of tokens, launches for the last number of the
+/// range (for 128 where it has no end). `None` when no kernel reads the layout.
+pub fn describe(
+    layout: &str,
+    scheme: QuantScheme,
+    (rows, columns): (usize, usize),
+    g_idx: Option<&[u32]>,
+    (half, scales): (Half, ScaleKind),
+) -> Option<Vec<Description>> {
+    let reader = repack_of(layout)?;
+    let bits = scheme.bits;
+    let places = Places::new(columns, scheme.groups(columns)?, g_idx);
+    let padded = rows.next_multiple_of(BLOCK_ROWS) * places.padded_groups();
+    let codes = rows.div_ceil(BLOCK_ROWS) * places.chunks * 256 * usize::from(bits);
+    let zeros = if scheme.symmetric { 0 } else { padded * zero_bytes(bits) };
+    let one = |tokens: (usize, Option<usize>)| {
+        let m = tokens.1.unwrap_or(128);
+        let order = places.order.as_ref().map(|_| {
+            (
+                order_launch(places.chunks),
+                size_of::<OrderArgument>(),
+                arrange_launch(places.places(), m),
+                size_of::<ArrangeArgument>(),
+            )
+        });
+        Description {
+            tokens,
+            matmul: Problem { bits, half, rows, chunks: places.chunks, m }.launch(),
+            matmul_argument_bytes: size_of::<MatmulArgument>(),
+            repack: [
+                reader.codes_launch(bits, rows, places.chunks),
+                reader.groups_launch(bits, rows, &places),
+            ],
+            repack_argument_bytes: size_of::<RepackArgument>(),
+            order,
+            packed_bytes: [codes, padded * scales.bytes(), zeros],
+            places: places.places(),
+            group_halves: places.group_halves,
+            scale_kind: scales as i32,
+            tolerance_units: UNITS,
+            status: Status::ValidatedOnShim,
+        }
+    };
+    Some(TOKEN_RANGES.into_iter().map(one).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases;
+    use crate::cuda::images::images;
+
+    #[test]
+    fn every_kernel_that_is_described_is_in_the_images() {
+        let ptx = images().into_iter().find(|image| image.name == "ptx").unwrap();
+        let ptx = String::from_utf8(ptx.bytes).unwrap();
+        let has = |launch: &Launch| {
+            assert!(ptx.contains(&format!(".entry {}(", launch.symbol)), "{}", launch.symbol);
+        };
+        for case in cases::all() {
+            for layout in ["gptq", "gptq_v2", "awq", "compressed-tensors"] {
+                if layout == "awq" && case.bits != 4 {
+                    continue;
+                }
+                let (shape, weight) = ((case.out_features, case.in_features), case.weight());
+                let g_idx = weight.g_idx.as_deref();
+                for half in Half::ALL {
+                    let scales = (half, ScaleKind::F16);
+                    for d in describe(layout, case.scheme(), shape, g_idx, scales).unwrap() {
+                        has(&d.matmul.launch);
+                        d.repack.iter().for_each(has);
+                        assert_eq!(d.order.is_some(), d.places != shape.1 || g_idx.is_some());
+                        // What the smallest GPU of these generations allows a block.
+                        assert!(d.matmul.launch.shared <= 99 << 10);
+                    }
+                }
+            }
+        }
+        assert!(
+            describe("q4_0", cases::all()[0].scheme(), (1, 128), None, (Half::F16, ScaleKind::F16))
+                .is_none()
+        );
+    }
+}
