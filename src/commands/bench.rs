@@ -140,8 +140,10 @@ fn beaten(lines: &[Line]) -> Vec<String> {
 }
 
 pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
-    if args.backend != "cpu" {
-        return Err(format!("--backend {}: this command measures cpu", args.backend).into());
+    match args.backend.as_str() {
+        "cpu" => {}
+        "cuda" => return super::cuda::bench(args),
+        other => return Err(format!("--backend {other}: there are cpu and cuda").into()),
     }
     let model = Opened::open(&args.path)?;
     let mut shapes = BTreeMap::new();

@@ -7,7 +7,7 @@ use attar_kernels::cuda::bench::{
     Timing, copy_bandwidth, random_weights, time_cublas, time_linear,
 };
 use attar_kernels::cuda::proof::Table;
-use attar_kernels::cuda::{Gpu, Half};
+use attar_kernels::cuda::{CudaWeights, Gpu, Half};
 use serde::Serialize;
 use serde_json::json;
 
@@ -55,6 +55,65 @@ pub(crate) fn verify(path: &Path, as_json: bool) -> Result<bool, Error> {
     }
     say!("{}", if good { "verified" } else { "verification FAILED" });
     Ok(good)
+}
+
+/// `attar bench --backend cuda`: both types of activations on every distinct shape of an artifact, beside the copy
+/// bandwidth.
+pub(crate) fn bench(args: &args::Bench) -> Result<bool, Error> {
+    if args.assert_chosen {
+        return Err("--assert-chosen: there is one CUDA kernel for each number of tokens".into());
+    }
+    let opened = Opened::open(&args.path)?;
+    let gpu = Gpu::open().map_err(|error| format!("--backend cuda: {error}"))?;
+    let copy = copy_bandwidth(&gpu)?;
+    let (mut seen, mut timings) = (BTreeSet::new(), Vec::new());
+    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+        let Some(scheme) = opened.scheme_of(site) else { continue };
+        if !seen.insert((scheme.label(), site.out_features, site.in_features)) {
+            continue;
+        }
+        let packed = opened.packed(site)?.ok_or("a site with a scheme is packed")?;
+        let weights = CudaWeights::new(&packed)?;
+        for &m in &args.m {
+            for half in Half::ALL {
+                timings.push((scheme.label(), time_linear(&gpu, &weights, half, m)?));
+            }
+        }
+    }
+    if args.json {
+        let lines: Vec<_> = timings
+            .iter()
+            .map(|(scheme, timing)| json!({"scheme": scheme, "timing": timing}))
+            .collect();
+        let json = json!({"gpu": gpu.info(), "copy_bytes_per_second": copy, "lines": lines});
+        say!("{}", serde_json::to_string_pretty(&json)?);
+        return Ok(true);
+    }
+    say!("{}: copies at {:.0} GB/s (read and written)", gpu.info().name, copy / 1e9);
+    say!(
+        "{:>14} {:<18} {:>5} {:<26} {:>10} {:>8} {:>9} {:>8}",
+        "shape",
+        "scheme",
+        "m",
+        "kernel",
+        "us",
+        "GB/s",
+        "GFLOP/s",
+        "of copy"
+    );
+    for (scheme, timing) in &timings {
+        let (microseconds, bandwidth) = (timing.seconds * 1e6, timing.bandwidth());
+        say!(
+            "{:>14} {scheme:<18} {:>5} {:<26} {microseconds:>10.2} {:>8.1} {:>9.0} {:>8.3}",
+            format!("{}x{}", timing.rows, timing.columns),
+            timing.m,
+            timing.kernel,
+            bandwidth / 1e9,
+            timing.flops() / 1e9,
+            bandwidth / copy
+        );
+    }
+    Ok(true)
 }
 
 /// One bar: a figure, what it is held against, and what is wanted of their ratio.

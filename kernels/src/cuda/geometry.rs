@@ -168,9 +168,9 @@ impl Problem {
         // Tokens of a tile, rows of a tile.
         let (kind, tokens, rows) = match self.m {
             ..=8 => ("decode", 8, BLOCK_ROWS),
-            ..=DECODE_TOKENS => ("decode", 16, BLOCK_ROWS),
-            ..=32 => ("gemm", 32, 8 * BLOCK_ROWS),
-            ..=64 => ("gemm", 64, 8 * BLOCK_ROWS),
+            9..=DECODE_TOKENS => ("decode", 16, BLOCK_ROWS),
+            17..=32 => ("gemm", 32, 8 * BLOCK_ROWS),
+            33..=64 => ("gemm", 64, 8 * BLOCK_ROWS),
             _ => ("gemm", 128, 4 * BLOCK_ROWS),
         };
         let (tiles_m, tiles_n) = (self.m.div_ceil(tokens), self.rows.div_ceil(rows));

@@ -217,6 +217,7 @@ mod tests {
     #[test]
     fn planted_bugs_are_noticed() {
         let wait = "    copies_wait<STAGES - 2>();\n";
+        let late = "    copies_wait<0>();\n    float* partial = p.partial + (long long)tile * p.splits * (8 ";
         let barrier = "    __syncthreads();\n    const int next = stage";
         let sums = "  __syncthreads();\n  float sum[NT];";
         let bugs: [(&str, &[(&str, &str)], &str); 7] = [
@@ -226,10 +227,7 @@ mod tests {
                 "late-wait",
                 &[
                     (wait, ""),
-                    (
-                        "  const int row = block * BLOCK_ROWS + 4 * g;",
-                        "  copies_wait<0>();\n  const int row = block * BLOCK_ROWS + 4 * g;",
-                    ),
+                    ("    float* partial = p.partial + (long long)tile * p.splits * (8 ", late),
                 ],
                 "Proof",
             ),

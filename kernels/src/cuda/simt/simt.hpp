@@ -230,34 +230,36 @@ struct Register {
   Register(const char* name, void (*run)(const void*), size_t argument) { kernels()[name] = {run, argument}; }
 };
 
-// Numbers. `v` to the nearest number with `bits` fraction bits and smallest exponent `low`, ties to even.
-inline double nearest(double v, int bits, int low, int high) {
-  if (v == 0 || !std::isfinite(v)) return v;
-  const int unit = std::max(std::ilogb(v), low) - bits;
-  const double r = std::ldexp(std::nearbyint(std::ldexp(v, -unit)), unit);
-  return std::fabs(r) >= std::ldexp(1.0, high + 1) ? std::copysign(INFINITY, v) : r;
-}
+// Numbers of `bits` fraction bits and smallest normal exponent `low`.
 struct Format {
-  int bits, low, high;
+  int bits, low;
+  std::vector<float> value;  // of each bit pattern
+  Format(int bits, int low) : bits(bits), low(low), value(65536) {
+    const int infinity = ((1 << (15 - bits)) - 1) << bits;
+    for (int x = 0; x < 65536; x++) {
+      const int fraction = x & ((1 << bits) - 1), exponent = (x & 0x7fff) >> bits;
+      double v = exponent ? std::ldexp(fraction + std::ldexp(1.0, bits), exponent - 1 + low - bits) : std::ldexp(fraction, low - bits);
+      if ((x & 0x7fff) >= infinity) v = fraction ? NAN : INFINITY;
+      value[x] = (float)(x & 0x8000 ? -v : v);
+    }
+  }
+  // To nearest, ties to even.
   uint16_t encode(double v) const {
-    const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
-    const int exponent_mask = (1 << (15 - bits)) - 1;
-    if (std::isnan(v)) return 0x7fff;
-    v = std::fabs(nearest(v, bits, low, high));
-    if (std::isinf(v)) return sign | exponent_mask << bits;
-    if (v < std::ldexp(1.0, low)) return sign | (uint16_t)std::ldexp(v, bits - low);
-    const int e = std::ilogb(v);
-    return sign | (uint16_t)((e - low + 1) << bits) | (uint16_t)(std::ldexp(v, bits - e) - std::ldexp(1.0, bits));
+    uint64_t u;
+    std::memcpy(&u, &v, 8);
+    const uint16_t sign = u >> 63 << 15;
+    const int infinity = ((1 << (15 - bits)) - 1) << bits, e = (int)(u >> 52 & 2047) - 1023;
+    if (e == 1024) return u << 12 ? 0x7fff : sign | infinity;
+    if (e < low - bits - 1) return sign;
+    const int shift = 52 - bits + (e < low ? low - e : 0);
+    const uint64_t m = (u & ((1ull << 52) - 1)) | 1ull << 52, half = 1ull << (shift - 1), rest = m & (2 * half - 1);
+    uint64_t q = m >> shift;
+    q += rest > half || (rest == half && (q & 1));
+    // A carry out of the fraction raises the exponent, as it should.
+    const uint64_t magnitude = e < low ? q : q + ((uint64_t)(e - low) << bits);
+    return sign | (uint16_t)(magnitude < (uint64_t)infinity ? magnitude : infinity);
   }
-  double decode(uint16_t x) const {
-    const int fraction = x & ((1 << bits) - 1), exponent = (x & 0x7fff) >> bits;
-    double v;
-    if (exponent == (1 << (15 - bits)) - 1)
-      v = fraction ? NAN : INFINITY;
-    else
-      v = exponent ? std::ldexp(fraction + std::ldexp(1.0, bits), exponent - 1 + low - bits) : std::ldexp(fraction, low - bits);
-    return x & 0x8000 ? -v : v;
-  }
+  double decode(uint16_t x) const { return value[x]; }
   // a * b + c, rounded once: the sum is rounded to odd first, which a second rounding to fewer bits does not see.
   uint16_t fma(uint16_t a, uint16_t b, uint16_t c) const {
     const double p = decode(a) * decode(b), q = decode(c);
@@ -274,16 +276,10 @@ struct Format {
     return fma(a, b, c) | (uint32_t)fma(a >> 16, b >> 16, c >> 16) << 16;
   }
 };
-const Format F16{10, -14, 15}, BF16{7, -126, 127};
-struct Table {
-  std::vector<float> value;
-  explicit Table(const Format& format) : value(65536) {
-    for (int i = 0; i < 65536; i++) value[i] = (float)format.decode(i);
-  }
-};
+inline const Format F16(10, -14), BF16(7, -126);
 
 // The last lane to arrive multiplies for all.
-inline void mma(const Table& type, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+inline void mma(const Format& type, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   Warp& warp = warps[current / 32];
   if (warp.arrived && warp.what != &type) fail("lanes of a warp are in different collectives");
   warp.what = &type;
@@ -344,12 +340,10 @@ inline unsigned bf16x2_of_floats(float low, float high) {
   return simt::BF16.encode(low) | (unsigned)simt::BF16.encode(high) << 16;
 }
 inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  static const simt::Table table(simt::F16);
-  simt::mma(table, c, a, b0, b1);
+  simt::mma(simt::F16, c, a, b0, b1);
 }
 inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  static const simt::Table table(simt::BF16);
-  simt::mma(table, c, a, b0, b1);
+  simt::mma(simt::BF16, c, a, b0, b1);
 }
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint2 load_once(const uint2* p) { return *p; }
