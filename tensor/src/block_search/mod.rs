@@ -1,8 +1,11 @@
-//! Data-free quantization to block types: what llama.cpp's quantizer makes without an importance matrix, to the
-//! bit (checked against ggml's own bytes in `attar_kernels`). Sums are f32 in the order of the columns.
+//! Quantization to block types, each block on its own.
 //!
-//! Cost per weight: a few operations for types with one level, 20 to 40 candidates of a sub-block's scale for
-//! the others.
+//! [`quantize`] is what llama.cpp's quantizer makes without an importance matrix, to the bit (checked against
+//! ggml's own bytes in `attar_kernels`); it serves the types with one level, whose range decides, and as the
+//! measure of the others. Sums are f32 in the order of the columns. Cost per weight: a few operations for types
+//! with one level, 20 to 40 candidates of a sub-block's scale for the others.
+//!
+//! [`search()`] minimises the weighted squared error, see [`mod@search`]; lanes of vectors are rows.
 
 use half::f16;
 use rayon::prelude::*;
@@ -11,7 +14,12 @@ use crate::blocks::{BlockQuantized, BlockType, Minimum};
 
 mod iq4;
 mod kquant;
+pub mod lane;
+mod rows;
+pub mod search;
 mod simple;
+
+pub use rows::search;
 
 /// The place of one block's result.
 #[derive(Debug)]
