@@ -17,7 +17,8 @@ use attar_ir::{
     PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme, QuantizedLinear, Scratch,
+    BlockQuantized, BlockType, Mat, QuantScheme, QuantizedLinear, Scratch,
+    blocks::SUPER,
     grid::GroupGrid,
     linalg::{InverseFactor, LinalgError, UpperPanels},
 };
@@ -27,6 +28,7 @@ use serde::Deserialize;
 use crate::common::{assemble, check_finite, metric, options, relative, squares};
 use tile::{Errors, Tile};
 
+mod blocks;
 mod tile;
 
 /// Rows worked on by one task; fixed, so that threads do not change bits.
@@ -53,7 +55,8 @@ pub(crate) const DEF: PassDef = PassDef {
 struct Options {
     /// Dampening as a fraction of the Hessian's mean diagonal.
     percdamp: f64,
-    /// Solve columns in order of falling Hessian diagonal (groups stay where they are).
+    /// Solve columns in order of falling Hessian diagonal (groups stay where they are). Block types (q4_k, ...)
+    /// keep their order, since a block is a run of columns.
     actorder: bool,
     /// Columns swept before the rest is updated.
     block_size: usize,
@@ -66,6 +69,13 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self { percdamp: 0.01, actorder: true, block_size: 128, refine: 1, inner: 2 }
+    }
+}
+
+impl Options {
+    /// Rows of a panel of the factor: whole blocks where there are any.
+    const fn panel(&self, blocks: bool) -> usize {
+        if blocks { self.block_size.next_multiple_of(SUPER) } else { self.block_size }
     }
 }
 
@@ -100,6 +110,7 @@ impl Factor {
 fn factorize(
     hessian: &Mat,
     options: &Options,
+    blocks: bool,
     site: &str,
     scratch: Option<&Scratch>,
 ) -> Result<Factor, PassError> {
@@ -123,7 +134,8 @@ fn factorize(
         }
     }
     let mut order: Vec<usize> = (0..n).collect();
-    if options.actorder {
+    // A block is a run of columns: it can be solved in their order only.
+    if options.actorder && !blocks {
         order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
     }
     let failed = |source| PassError::Scratch { site: site.to_owned(), source };
@@ -155,7 +167,8 @@ fn factorize(
     if failures > 0 {
         events.push(Event::DampeningRaised { percdamp, failures });
     }
-    let upper = inverse.into_upper(options.block_size.clamp(1, n), scratch).map_err(failed)?;
+    let panel = options.panel(blocks).clamp(1, n);
+    let upper = inverse.into_upper(panel, scratch).map_err(failed)?;
     let diagonal: Vec<f32> = diagonal.iter().map(|&d| d as f32).collect();
     let added = diagonal.iter().zip(hessian.diag()).map(|(d, h)| d - h).collect();
     Ok(Factor { order, upper, diagonal, added, events })
@@ -191,6 +204,37 @@ fn quantize(
     Ok((assemble(scheme, (out, n), codes, &grids), total))
 }
 
+/// The same for a block type; the factor's panels are whole blocks.
+fn quantize_blocks(
+    weight: &Mat,
+    hessian: &Mat,
+    factor: &Factor,
+    block: BlockType,
+    options: &Options,
+) -> io::Result<(BlockQuantized, Errors)> {
+    let (out, n) = weight.dim();
+    let hessian = hessian.as_slice().expect("standard layout");
+    let tiles: Vec<(BlockQuantized, Errors)> = weight
+        .as_slice()
+        .expect("standard layout")
+        .par_chunks(TILE * n)
+        .map(|weight| blocks::solve(weight, hessian, factor, block, options))
+        .collect::<io::Result<_>>()?;
+    let mut whole = BlockQuantized::zeros(block, 0, n);
+    whole.out_features = out;
+    let mut total = Errors::default();
+    for (tile, errors) in tiles {
+        whole.codes.extend(tile.codes);
+        whole.d.extend(tile.d);
+        whole.dmin.extend(tile.dmin);
+        whole.sub_scales.extend(tile.sub_scales);
+        whole.sub_mins.extend(tile.sub_mins);
+        total.weight += errors.weight;
+        total.output += errors.output;
+    }
+    Ok((whole, total))
+}
+
 impl Pass for Gptq {
     fn name(&self) -> &'static str {
         "gptq"
@@ -205,6 +249,10 @@ impl Pass for Gptq {
             touches: Touches::Sites,
             looks_ahead: false,
         }
+    }
+
+    fn takes(&self, _: QuantScheme) -> Result<(), &'static str> {
+        Ok(())
     }
 
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {
@@ -225,8 +273,11 @@ impl Pass for Gptq {
             let (factorizing, factor) = InverseFactor::bytes(n, limits.factor_on_scratch);
             // Weights in the factor's order, errors, codes as floats; then the residual in the place of
             // the weights. A panel of U where it lies on scratch.
-            let lines = 3 * n + 2 * self.0.block_size.min(n) + n / 8;
-            let panel = if limits.factor_on_scratch { self.0.block_size.min(n) * n } else { 0 };
+            let blocks = target.scheme.is_some_and(|scheme| scheme.block().is_some());
+            let width = self.0.panel(blocks).min(n);
+            // Integers and factors of blocks come beside them.
+            let lines = 3 * n + 2 * width + if blocks { n / 2 } else { n / 8 };
+            let panel = if limits.factor_on_scratch { width * n } else { 0 };
             let tile = 4 * (TILE.min(site.out_features).next_multiple_of(16) * lines + panel);
             let tiles = limits.threads.min(site.out_features.div_ceil(TILE)) * tile;
             // Codes, scales and zero points.
@@ -247,11 +298,12 @@ impl Pass for Gptq {
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
         let mut sites = Vec::new();
-        let mut shared: Option<(usize, Factor)> = None;
+        let mut shared: Option<((usize, bool), Factor)> = None;
         for target in targets {
             let site = &context.block.sites[target.site];
             let scheme = target.scheme.expect("the plan gives quantizing steps a scheme");
             let input = context.block.input_of(target.site);
+            let key = (input, scheme.block().is_some());
             let hessian = stats
                 .inputs
                 .get_mut(input)
@@ -261,16 +313,21 @@ impl Pass for Gptq {
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
             let factor = match shared.take() {
-                Some((of, factor)) if of == input => factor,
+                Some((of, factor)) if of == key => factor,
                 old => {
                     // Two factors are never held at once.
                     drop(old);
                     check_finite(&site.name, "the Hessian", hessian)?;
-                    factorize(hessian, &self.0, &site.name, context.scratch)?
+                    factorize(hessian, &self.0, key.1, &site.name, context.scratch)?
                 }
             };
             factor.fill(hessian, true);
-            let result = quantize(weight, hessian, &factor, scheme, &self.0);
+            let result = match scheme.block() {
+                Some(block) => quantize_blocks(weight, hessian, &factor, block, &self.0)
+                    .map(|(weight, errors)| (Weight::Blocks(weight), errors)),
+                None => quantize(weight, hessian, &factor, scheme, &self.0)
+                    .map(|(weight, errors)| (Weight::Quantized(weight), errors)),
+            };
             factor.fill(hessian, false);
             let (quantized, errors) =
                 result.map_err(|source| PassError::Scratch { site: site.name.clone(), source })?;
@@ -281,8 +338,8 @@ impl Pass for Gptq {
                 output_error: Some(relative(errors.output, metric(weight, hessian))),
                 events: factor.events.clone(),
             });
-            linear.weight = Weight::Quantized(quantized);
-            shared = Some((input, factor));
+            linear.weight = quantized;
+            shared = Some((key, factor));
         }
         Ok(PassReport { sites })
     }
@@ -331,7 +388,7 @@ mod tests {
                 let mut last = f64::INFINITY;
                 for refine in [0, 1, 3] {
                     let options = Options { refine, ..Options::default() };
-                    let factor = factorize(&h, &options, "test", None).unwrap();
+                    let factor = factorize(&h, &options, false, "test", None).unwrap();
                     let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
                     let found = loss(&w, &q, &h);
                     assert!((errors.output / found - 1.0).abs() < 1e-3);
@@ -357,7 +414,7 @@ mod tests {
             let mut last = f64::INFINITY;
             for refine in [0, 1, 2] {
                 let options = Options { refine, ..Options::default() };
-                let factor = factorize(&h, &options, "test", None).unwrap();
+                let factor = factorize(&h, &options, false, "test", None).unwrap();
                 let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
                 let found = loss(&w, &q, &h);
                 assert!((errors.output / found - 1.0).abs() < 1e-3, "{n} {errors:?} {found}");
@@ -378,14 +435,14 @@ mod tests {
             }
         }
         let options = Options { percdamp: 0.0, ..Options::default() };
-        let factor = factorize(&h, &options, "test", None).unwrap();
+        let factor = factorize(&h, &options, false, "test", None).unwrap();
         assert!(factor.events.contains(&Event::DeadColumns { count: n / 2 }));
         assert!(matches!(
             factor.events.last(),
             Some(Event::DampeningRaised { failures, .. }) if *failures > 0
         ));
         let zero = Mat::zeros((n, n));
-        assert!(factorize(&zero, &options, "test", None).is_err());
+        assert!(factorize(&zero, &options, false, "test", None).is_err());
     }
 
     #[test]
@@ -397,7 +454,7 @@ mod tests {
         let scratch = Scratch::new(tempfile::tempfile);
         let run = |threads, scratch: Option<&Scratch>| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-                let factor = factorize(&h, &options, "test", scratch).unwrap();
+                let factor = factorize(&h, &options, false, "test", scratch).unwrap();
                 quantize(&w, &h, &factor, scheme(3, 32, true), &options).unwrap().0
             })
         };

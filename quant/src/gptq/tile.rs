@@ -35,6 +35,25 @@ pub(super) struct Errors {
     pub(super) output: f64,
 }
 
+impl Errors {
+    /// Of `E` and `R`, `[columns][rows]`; `added` is what dead columns were given on the diagonal, which
+    /// calibration did not see.
+    pub(super) fn of(error: &[f32], residual: &[f32], rows: usize, added: &[f32]) -> Self {
+        let mut errors = Self::default();
+        let columns = error.chunks(rows).zip(residual.chunks(rows));
+        for ((error, residual), &added) in columns.zip(added) {
+            let (mut square, mut output) = (0.0f64, 0.0f64);
+            for (&e, &x) in error.iter().zip(residual) {
+                square += f64::from(e) * f64::from(e);
+                output += f64::from(e) * f64::from(x);
+            }
+            errors.weight += square;
+            errors.output += output - f64::from(added) * square;
+        }
+        errors
+    }
+}
+
 /// One tile of rows: what is given and where results go, row-major.
 pub(super) struct Tile<'a> {
     pub(super) weight: &'a [f32],
@@ -158,7 +177,7 @@ impl Tile<'_> {
                 grid.scale = work.scales[g * rows + r];
             }
         }
-        Ok(work.errors())
+        Ok(Errors::of(&work.error, &work.residual, rows, &factor.added))
     }
 }
 
@@ -252,22 +271,6 @@ impl Work<'_> {
                 }
             }
         }
-    }
-
-    fn errors(&self) -> Errors {
-        let mut errors = Errors::default();
-        let columns = self.error.chunks(self.rows).zip(self.residual.chunks(self.rows));
-        for (c, (error, residual)) in columns.enumerate() {
-            let (mut square, mut output) = (0.0f64, 0.0f64);
-            for (&e, &x) in error.iter().zip(residual) {
-                square += f64::from(e) * f64::from(e);
-                output += f64::from(e) * f64::from(x);
-            }
-            errors.weight += square;
-            // Dead columns were given a diagonal that calibration did not see.
-            errors.output += output - f64::from(self.factor.added[c]) * square;
-        }
-        errors
     }
 }
 
