@@ -142,7 +142,8 @@ fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
         recipe.emits = what.layout.iter().map(|layout| Emit::new(layout)).collect();
     }
     if recipe.emits.is_empty() {
-        recipe.emits.push(Emit::new("compressed-tensors"));
+        let layout = recipe.default_layout();
+        recipe.emits.push(Emit::new(layout));
     }
     let calibration = &mut recipe.calibration;
     calibration.samples = what.samples.unwrap_or(calibration.samples);

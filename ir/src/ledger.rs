@@ -80,6 +80,9 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
     for tensor in &emit.tensors {
         match &tensor.origin {
             Origin::Source(name) => copies.entry(name).or_default().push(tensor.header()),
+            Origin::Coded { tensor: name, .. } => {
+                copies.entry(name).or_default().push(tensor.header())
+            }
             Origin::Part { site, .. } => parts.entry(site).or_default().push(tensor.header()),
         }
     }
@@ -111,6 +114,8 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
                     becomes.extend(written);
                 }
                 (Fate::Quantized, detail, becomes)
+            } else if let Some(block) = emit.embedding.filter(|_| name == plan.graph.embedding) {
+                (Fate::Quantized, format!("{block}"), written)
             } else if written.is_empty() {
                 let why = "no tensor of the artifact comes from it".to_owned();
                 (Fate::Dropped, why, Vec::new())

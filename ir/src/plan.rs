@@ -165,6 +165,13 @@ pub struct SitePlan {
 pub enum Origin {
     /// A tensor of the checkpoint under this name, in its dtype (values may have been changed by folds).
     Source(String),
+    /// A tensor of the checkpoint in blocks, searched without statistics: the embedding of a mixture.
+    Coded {
+        /// Its name there.
+        tensor: String,
+        /// The type.
+        block: BlockType,
+    },
     /// A part of a packed linear.
     Part {
         /// Name of the site.
@@ -210,6 +217,8 @@ pub struct PlannedEmit {
     pub dir: Option<String>,
     /// Runtimes that must accept it.
     pub target: Vec<String>,
+    /// Block type of the embedding, where it is stored in one.
+    pub embedding: Option<BlockType>,
     /// Every tensor, sorted by name.
     pub tensors: Vec<OutputTensor>,
     /// Bytes of all tensors, headers of files excluded.
@@ -276,6 +285,9 @@ impl Plan {
 
     /// The block type in which emit `emit` stores a quantized site; `None` for other layouts.
     pub fn block_of(&self, emit: usize, site: &str) -> Option<BlockType> {
+        if site == "model.embed_tokens" {
+            return self.emits.get(emit)?.embedding;
+        }
         let own = self.site(site)?.scheme?.block();
         own.or_else(|| BlockType::from_name(self.emits.get(emit)?.layout.0))
     }

@@ -1,5 +1,6 @@
 //! The file the user writes: TOML, unknown keys refused, every default visible in [`Recipe::to_toml`].
 
+mod mixture;
 mod pattern;
 mod preset;
 mod read;
@@ -8,6 +9,7 @@ mod schema;
 use attar_tensor::{BlockType, Granularity};
 use serde::{Deserialize, Serialize};
 
+pub use mixture::{MIXTURES, Mixture};
 pub use pattern::{matches, nearest, selects};
 pub use preset::PRESETS;
 pub use schema::json_schema;
@@ -110,6 +112,8 @@ pub struct Step {
     pub keep: Vec<String>,
     /// Quantization numbers, for steps that quantize.
     pub scheme: Option<SchemeSpec>,
+    /// Block types by the name of a mixture, in the place of the scheme.
+    pub types: Option<Mixture>,
     /// Which activations the statistics come from; the pass chooses when absent.
     pub upstream: Option<Upstream>,
     /// The pass's own options, read by [`PassDef::build`].
@@ -126,6 +130,7 @@ impl Step {
             sites: vec!["*".to_owned()],
             keep: DEFAULT_KEEP.iter().map(|&k| k.to_owned()).collect(),
             scheme: None,
+            types: None,
             upstream: None,
             options: toml::Table::new(),
         }
@@ -237,6 +242,12 @@ impl Recipe {
             passes.push((def.build)(&step.options).map_err(|error| place(error, &path))?);
         }
         Ok(passes)
+    }
+
+    /// Layout of the artifact that is written where none is asked for.
+    pub fn default_layout(&self) -> &'static str {
+        let mixture = self.steps.iter().find_map(|step| step.types);
+        mixture.map_or("compressed-tensors", |mixture| mixture.base().name())
     }
 
     /// The recipe with every default written out and keys in a fixed order: what manifests keep and

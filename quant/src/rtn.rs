@@ -4,11 +4,12 @@
 //! clipping range. The range search minimises the group's squared error.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
-    PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
+    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, InputStats, Limits, Needs,
+    Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream,
+    Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme, QuantizedLinear, block_search,
+    BlockType, Mat, QuantScheme, QuantizedLinear, block_search,
     grid::{Clip, GroupGrid, choose_grid},
     linalg::vectorize,
 };
@@ -24,7 +25,7 @@ pub(crate) const DEF: PassDef = PassDef {
     paper: "baseline of Frantar et al. 2022, arXiv:2210.17323",
     takes_scheme: true,
     symmetric_by_default: true,
-    build: |table| Ok(Box::new(Rtn(options(table, &["clip"])?))),
+    build: |table| Ok(Box::new(Rtn(options(table, &["clip", "importance"])?))),
     schema: || schemars::schema_for!(Options),
 };
 
@@ -43,6 +44,8 @@ enum Range {
 #[serde(default, deny_unknown_fields)]
 struct Options {
     clip: Range,
+    /// Block types: weigh each weight's squared error by the mean square of its input.
+    importance: bool,
 }
 
 #[derive(Debug)]
@@ -133,6 +136,14 @@ fn fold(mut lanes: [f32; 32]) -> f32 {
     lanes[0]
 }
 
+/// Mean square of each channel.
+fn importance(input: Option<&InputStats>) -> Vec<f32> {
+    let input = input.expect("the plan provides statistics");
+    let sum = input.square_sum.as_ref().expect("the contract asks for it");
+    let tokens = input.tokens.max(1) as f64;
+    sum.iter().map(|&v| (v / tokens) as f32).collect()
+}
+
 impl Pass for Rtn {
     fn name(&self) -> &'static str {
         "rtn"
@@ -142,7 +153,7 @@ impl Pass for Rtn {
         Contract {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange::QUANTIZE,
-            needs: Needs::empty(),
+            needs: if self.0.importance { Needs::SQUARE_SUM } else { Needs::empty() },
             upstream: Upstream::Compressed,
             touches: Touches::Sites,
             looks_ahead: false,
@@ -182,7 +193,15 @@ impl Pass for Rtn {
             let (quantized, weight_error, output_error) = if let Some(block) = scheme.block() {
                 let values = weight.as_slice().expect("standard layout");
                 let (out, n) = weight.dim();
-                let quantized = block_search::quantize(block, values, out, n);
+                let input = stats.input(context.block.input_of(target.site));
+                let importance = self.0.importance.then(|| importance(input));
+                // Without weights the types with one level are what their range says, as in llama.cpp.
+                let ranged = block.sub_scale_range().is_none() && block != BlockType::Iq4Nl;
+                let quantized = if ranged && importance.is_none() || block == BlockType::Q80 {
+                    block_search::quantize(block, values, out, n)
+                } else {
+                    block_search::search(block, values, out, n, importance.as_deref())
+                };
                 let found = report("rtn", &site.name, weight, &quantized.dequantize(), hessian);
                 (Weight::Blocks(quantized), found.weight_error, found.output_error)
             } else {

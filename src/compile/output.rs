@@ -7,7 +7,7 @@ use attar_ir::{
     Block, BlockState, Weight,
     plan::{Origin, PlannedEmit},
 };
-use attar_tensor::{DType, Tensor, TensorSource};
+use attar_tensor::{DType, Tensor, TensorSource, block_search};
 
 use crate::Error;
 
@@ -60,7 +60,14 @@ impl Output<'_> {
                         .pack_blocks(blocks)
                         .map_err(|error| format!("{}: {error}", site.name))?;
                     for (suffix, tensor) in &packed.parts {
-                        self.put(&format!("{}.{suffix}", site.name), tensor)?;
+                        // A tied head is stored as the embedding.
+                        let of = |origin: &Origin| {
+                            matches!(origin, Origin::Part { site: of, suffix: part }
+                                if *of == site.name && part == suffix)
+                        };
+                        let found = self.emit.tensors.iter().find(|t| of(&t.origin));
+                        let name = found.ok_or("the plan lists every part")?.name.clone();
+                        self.put(&name, tensor)?;
                     }
                 }
             }
@@ -83,6 +90,18 @@ impl Output<'_> {
         for tensor in &self.emit.tensors {
             if self.written.contains(&tensor.name) {
                 continue;
+            }
+            if let Origin::Coded { tensor: name, block } = &tensor.origin {
+                let (rows, values) = (tensor.shape[0], source.read(name)?.to_f32()?);
+                let columns = values.len() / rows.max(1);
+                let blocks = block_search::search(*block, &values, rows, columns, None);
+                let layout =
+                    attar_kernels::layout(block.name()).ok_or("the plan checked layouts")?;
+                let packed = layout.pack_blocks(&blocks)?;
+                for (_, part) in &packed.parts {
+                    self.writer.put(&tensor.name, &part.view())?;
+                }
+                source.release(name);
             }
             if let Origin::Source(name) = &tensor.origin {
                 let view = source.read(name)?;

@@ -10,7 +10,8 @@ use super::{
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
-    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Sparsity, Target, Touches,
+    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Role, Site, Sparsity, Target,
+    Touches,
 };
 
 /// The emitted name of the embedding.
@@ -58,16 +59,21 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let own = owners
         .first()
         .filter(|first| owners.len() == emits.len() && owners.iter().all(|other| other == *first));
-    let lacking = recipe.steps.iter().zip(&quantizes).any(|(s, &q)| q && s.scheme.is_none());
+    let lacking = recipe
+        .steps
+        .iter()
+        .zip(&quantizes)
+        .any(|(s, &q)| q && s.scheme.is_none() && s.types.is_none());
     if lacking && own.is_none() && !owners.is_empty() {
         let layouts: Vec<_> = emits.iter().map(|emit| emit.spec.id().0).collect();
         errors.push(PlanError::BlockGrids { layouts: layouts.join(", ") });
     }
     for ((step, label), &quantizes) in recipe.steps.iter().zip(&labels).zip(&quantizes) {
-        match (&step.scheme, quantizes) {
-            (None, true) if !owners.is_empty() => {}
-            (None, true) => errors.push(PlanError::SchemeMissing { step: label.clone() }),
-            (Some(_), false) => errors.push(PlanError::SchemeUnused { step: label.clone() }),
+        let given = step.scheme.is_some() || step.types.is_some();
+        match (given, quantizes) {
+            (false, true) if !owners.is_empty() => {}
+            (false, true) => errors.push(PlanError::SchemeMissing { step: label.clone() }),
+            (true, false) => errors.push(PlanError::SchemeUnused { step: label.clone() }),
             _ => {}
         }
     }
@@ -76,7 +82,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             errors.push(PlanError::UpstreamUnused { step: label.clone() });
         }
     }
-    let scheme_of = |step: usize, site: &Site| -> Option<QuantScheme> {
+    let scheme_of = |step: usize, place: Place, site: &Site| -> Option<QuantScheme> {
+        if let Some(types) = recipe.steps[step].types {
+            let block = types.of(&graph, place.0, site.role, !contracts[step].needs.is_empty());
+            return Some(stored_as(block, site).scheme());
+        }
         let Some(spec) = recipe.steps[step].scheme else {
             return emits.first().filter(|_| own.is_some())?.spec.own_scheme(site.in_features);
         };
@@ -110,7 +120,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             let block = block_at(&graph, place.0);
             let site = &block.sites[place.1];
             let scheme = if quantizes[index] {
-                let scheme = scheme_of(index, site);
+                let scheme = scheme_of(index, place, site);
                 if scheme.is_some_and(|s| s.groups(site.in_features).is_none()) {
                     uneven.push((site.name.clone(), site.in_features));
                 }
@@ -121,7 +131,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                 if next.is_none() {
                     no_ahead.push(site.name.clone());
                 }
-                next.and_then(|later| scheme_of(later, site))
+                next.and_then(|later| scheme_of(later, place, site))
             } else {
                 None
             };
@@ -213,12 +223,18 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
 
     let table = site_table(&graph, &sites, &parts);
     let head_quantized = table.last().is_some_and(|head| head.scheme.is_some());
+    let embedding = recipe.steps.iter().rev().find_map(|step| step.types).map(|types| {
+        let asked = if graph.tied { types.head() } else { types.base() };
+        if graph.hidden.is_multiple_of(asked.size()) {
+            asked
+        } else {
+            asked.fallback().unwrap_or(asked)
+        }
+    });
     let planned: Vec<_> = emits
         .iter()
         .enumerate()
-        .map(|(index, emit)| {
-            planned_emit(&graph, source, &table, &parts, index, emit, head_quantized)
-        })
+        .map(|(index, emit)| planned_emit(&graph, source, &table, &parts, index, emit, embedding))
         .collect();
     let needs_data = contracts.iter().any(|contract| !contract.needs.is_empty());
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
@@ -236,7 +252,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     };
     let predict::Prediction { limits, memory, scratch_bytes, work } = predict::within(&facts)?;
     Ok(Plan {
-        untied: graph.tied && head_quantized,
+        untied: graph.tied && head_quantized && emits.iter().any(|emit| emit.container != GGUF),
         graph,
         passes,
         steps,
@@ -523,8 +539,14 @@ fn planned_emit(
     parts: &Parts,
     index: usize,
     emit: &ResolvedEmit<'_>,
-    head_quantized: bool,
+    embedding: Option<BlockType>,
 ) -> PlannedEmit {
+    let head = table.last().and_then(|head| head.scheme);
+    let head_quantized = head.is_some();
+    let gguf = emit.container == GGUF;
+    // In a file of blocks a tied head and the embedding are one tensor.
+    let shared = gguf && graph.tied && head_quantized;
+    let coded = embedding.filter(|_| gguf && !graph.tied);
     let quantized: BTreeMap<String, &SitePlan> = table
         .iter()
         .filter(|site| site.scheme.is_some())
@@ -533,11 +555,22 @@ fn planned_emit(
     let mut tensors: BTreeMap<String, OutputTensor> = BTreeMap::new();
     for header in source {
         let embedding = header.name == graph.embedding;
+        if embedding && shared {
+            continue;
+        }
+        if let Some(block) = coded.filter(|_| embedding)
+            && let Some(row) = block.row_bytes(graph.hidden)
+        {
+            let name = EMBEDDING.replace(".weight", ".blocks");
+            let (dtype, shape) = (DType::U8, vec![graph.vocab, row]);
+            let origin = Origin::Coded { tensor: header.name.clone(), block };
+            tensors.insert(name.clone(), OutputTensor { name, dtype, shape, origin });
+            continue;
+        }
         if !embedding && quantized.contains_key(&header.name) {
             continue;
         }
         let name = if embedding { EMBEDDING.to_owned() } else { header.name.clone() };
-        let gguf = emit.container == GGUF;
         if gguf && left_out(graph, &header.name, head_quantized) {
             continue;
         }
@@ -562,7 +595,12 @@ fn planned_emit(
         }
         let Some(headers) = parts.get(&place).and_then(|emits| emits.get(index)) else { continue };
         for part in headers {
-            let name = format!("{}.{}", site.name, part.suffix);
+            let stem = if shared && site.role == Role::Head {
+                EMBEDDING.trim_end_matches(".weight")
+            } else {
+                &site.name
+            };
+            let name = format!("{stem}.{}", part.suffix);
             tensors.insert(
                 name.clone(),
                 OutputTensor {
@@ -580,11 +618,18 @@ fn planned_emit(
         container: emit.container.clone(),
         dir: emit.dir.clone(),
         target: emit.target.clone(),
+        embedding: if shared { head.and_then(QuantScheme::block) } else { coded },
         tensor_bytes: tensors.iter().map(OutputTensor::bytes).sum(),
         tensors,
         linear_bytes,
         bits_per_weight: 8.0 * linear_bytes as f64 / weights.max(1) as f64,
     }
+}
+
+/// The type that stands in for `asked` where its blocks do not divide a row.
+fn stored_as(asked: BlockType, site: &Site) -> BlockType {
+    let divides = site.in_features.is_multiple_of(asked.size());
+    if divides { asked } else { asked.fallback().unwrap_or(asked) }
 }
 
 /// Tensors that a GGUF file leaves out: a tied head beside the embedding, and frequencies that runtimes
@@ -674,7 +719,10 @@ fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> 
             strictest.spec.id(),
         ));
     }
-    if graph.tied && table.last().is_some_and(|head| head.scheme.is_some()) {
+    if graph.tied
+        && table.last().is_some_and(|head| head.scheme.is_some())
+        && emits.iter().any(|emit| emit.container != GGUF)
+    {
         notes.push(
             "the output head is quantized and no longer equals the embedding: both are written and \
              config.json says that they are not tied"

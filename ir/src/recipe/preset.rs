@@ -1,6 +1,6 @@
 //! Recipes by name.
 
-use super::{Recipe, RecipeError, SchemeSpec, Step, nearest, read};
+use super::{Mixture, Recipe, RecipeError, SchemeSpec, Step, nearest, read};
 
 /// Names and meanings of the built-in recipes.
 pub const PRESETS: &[(&str, &str)] = &[
@@ -12,6 +12,12 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("gptq-w2", "GPTQ, 2 bits, symmetric"),
     ("gptq-w8", "GPTQ, 8 bits, symmetric"),
     ("awq-w4", "AWQ scales and clipping, then round to nearest, 4 bits, asymmetric"),
+    (
+        "rtn-q4_k_m",
+        "block types for llama.cpp: the mixture Q4_K_M by search; no calibration; also q2_k, q3_k_m, ...",
+    ),
+    ("imatrix-q4_k_m", "the same, each weight's error weighed by its importance"),
+    ("gptq-q4_k_m", "the same, GPTQ on the types' own grids of scales"),
     ("rtn", "the layout's own search; no calibration, for block types (q4_k, q8_0, ...)"),
     ("awq-w3", "AWQ scales and clipping, then round to nearest, 3 bits, asymmetric"),
 ];
@@ -21,6 +27,12 @@ pub(super) fn recipe(name: &str, group_size: i64) -> Result<Recipe, RecipeError>
     let granularity = read::granularity(group_size, "group")?;
     if name == "rtn" {
         return Ok(Recipe { steps: vec![Step::new("rtn")], ..Recipe::default() });
+    }
+    if let Some((method, Some(types))) =
+        name.split_once('-').map(|(method, types)| (method, Mixture::from_name(types)))
+        && let Some(recipe) = of_mixture(method, types)
+    {
+        return Ok(recipe);
     }
     let known = || PRESETS.iter().map(|(name, _)| *name);
     let parsed = known().find(|known| *known == name).and_then(|name| name.rsplit_once("-w"));
@@ -40,6 +52,27 @@ pub(super) fn recipe(name: &str, group_size: i64) -> Result<Recipe, RecipeError>
         method => vec![quantize(method, true)],
     };
     Ok(Recipe { steps, ..Recipe::default() })
+}
+
+/// A preset of block types: every linear and the output head; the embedding follows.
+fn of_mixture(method: &str, types: Mixture) -> Option<Recipe> {
+    let step = |pass: &str| Step {
+        sites: vec!["*".to_owned(), "lm_head".to_owned()],
+        keep: Vec::new(),
+        types: Some(types),
+        ..Step::new(pass)
+    };
+    let steps = match method {
+        "rtn" | "gptq" => vec![step(method)],
+        "imatrix" => {
+            let mut step = step("rtn");
+            step.options.insert("importance".to_owned(), true.into());
+            vec![step]
+        }
+        "awq" => vec![Step::new("awq"), step("rtn")],
+        _ => return None,
+    };
+    Some(Recipe { steps, ..Recipe::default() })
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@ use toml::{Table, Value};
 
 use crate::{Upstream, target::TargetSpec};
 
-use super::{Calibration, Emit, GateSpec, Recipe, RecipeError, STEP_KEYS, SchemeSpec, Step};
+use super::{
+    Calibration, Emit, GateSpec, MIXTURES, Mixture, Recipe, RecipeError, STEP_KEYS, SchemeSpec,
+    Step,
+};
 
 type Result<T> = std::result::Result<T, RecipeError>;
 
@@ -77,6 +80,24 @@ fn step(mut table: Keys) -> Result<Step> {
         });
     };
     let default = Step::new(&pass);
+    let types = match table.table.get("scheme") {
+        Some(Value::String(name)) => {
+            let name = name.clone();
+            table.table.remove("scheme");
+            let known = || MIXTURES.iter().map(|(known, _)| *known);
+            Some(Mixture::from_name(&name).ok_or_else(|| {
+                let hint = super::nearest(&name, known()).map_or_else(
+                    || format!("known: {}", known().collect::<Vec<_>>().join(", ")),
+                    |near| format!("did you mean `{near}`?"),
+                );
+                RecipeError::invalid(
+                    table.path("scheme"),
+                    format!("unknown mixture `{name}`; {hint}"),
+                )
+            })?)
+        }
+        _ => None,
+    };
     Ok(Step {
         pass,
         id: table.string("id")?,
@@ -84,6 +105,7 @@ fn step(mut table: Keys) -> Result<Step> {
         sites: table.strings("sites")?.unwrap_or(default.sites),
         keep: table.strings("keep")?.unwrap_or(default.keep),
         scheme: table.table("scheme")?.map(scheme).transpose()?,
+        types,
         upstream: match table.string("upstream")?.as_deref() {
             None => None,
             Some("original") => Some(Upstream::Original),
@@ -300,6 +322,7 @@ pub(super) fn write(recipe: &Recipe) -> String {
         put_some(&mut table, "after", step.after.clone());
         put(&mut table, "sites", step.sites.clone());
         put(&mut table, "keep", step.keep.clone());
+        put_some(&mut table, "scheme", step.types.map(Mixture::name));
         if let Some(scheme) = &step.scheme {
             let mut numbers = Table::new();
             put(&mut numbers, "bits", i64::from(scheme.bits));
