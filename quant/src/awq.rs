@@ -16,7 +16,7 @@ use attar_ir::{
     Upstream, Weight,
 };
 use attar_tensor::{
-    Mat, QuantScheme,
+    Mat, QuantScheme, block_search,
     grid::{Clip, choose_grid},
     linalg::gemm_nn,
 };
@@ -70,7 +70,17 @@ fn candidate_loss(weights: &[(&Mat, QuantScheme)], scale: &[f32], h: &Mat) -> f6
                     *w *= s;
                 }
             }
-            let mut delta = round_to_nearest(&scaled, *scheme, Clip::MinMax).0.dequantize();
+            let mut delta = match scheme.block() {
+                None => round_to_nearest(&scaled, *scheme, Clip::MinMax).0.dequantize(),
+                Some(block) => {
+                    // The importance of a column whose input was divided by its scale.
+                    let importance: Vec<f32> =
+                        h.diag().iter().zip(scale).map(|(h, s)| h / (s * s)).collect();
+                    let (out, n) = scaled.dim();
+                    let values = scaled.as_slice().expect("standard layout");
+                    block_search::search(block, values, out, n, Some(&importance)).dequantize()
+                }
+            };
             for (mut row, weight) in delta.outer_iter_mut().zip(weight.outer_iter()) {
                 for ((d, s), w) in row.iter_mut().zip(scale).zip(weight) {
                     *d = *d / s - w;
@@ -265,6 +275,10 @@ impl Pass for Awq {
         }
     }
 
+    fn takes(&self, _: QuantScheme) -> Result<(), &'static str> {
+        Ok(())
+    }
+
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let mut cost = Cost::default();
         for target in targets {
@@ -324,7 +338,8 @@ impl Pass for Awq {
             let input = block.input_of(target.site);
             let h = stats.input(input).and_then(|i| i.hessian.as_ref()).expect("as above");
             let before = dense(state, target.site).clone();
-            if self.0.clip {
+            // Block types choose their ranges in a search of their own.
+            if self.0.clip && scheme.block().is_none() {
                 let Weight::Dense(weight) = &mut state.linears[target.site].weight else {
                     unreachable!("the plan proved float weights")
                 };

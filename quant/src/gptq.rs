@@ -355,7 +355,9 @@ impl Pass for Gptq {
 mod tests {
     use super::*;
     use crate::rtn::round_to_nearest;
-    use attar_tensor::{Granularity, ScaleGrid, grid::Clip, linalg::GramAccumulator, rng::Rng};
+    use attar_tensor::{
+        Granularity, ScaleGrid, block_search, grid::Clip, linalg::GramAccumulator, rng::Rng,
+    };
 
     fn correlated(n: usize, tokens: usize, seed: u64) -> Mat {
         let mut rng = Rng::new(seed);
@@ -428,6 +430,46 @@ mod tests {
                 last = found;
             }
         }
+    }
+
+    #[test]
+    fn blocks_beat_the_weighed_search_and_refinement_never_hurts() {
+        for block in BlockType::ALL {
+            let n = if block.size() == 32 { 96 } else { 512 };
+            let h = correlated(n, 3 * n, 6);
+            let w = Mat::from_shape_vec((37, n), Rng::new(8).normals(37 * n)).unwrap();
+            let diagonal: Vec<f32> = h.diag().to_vec();
+            let values = w.as_slice().unwrap();
+            let searched = block_search::search(block, values, 37, n, Some(&diagonal));
+            let mut last = metric(&(&searched.dequantize() - &w), &h);
+            for refine in [0, 1, 3] {
+                let options = Options { refine, ..Options::default() };
+                let factor = factorize(&h, &options, true, "test", None).unwrap();
+                let (q, errors) = quantize_blocks(&w, &h, &factor, block, &options).unwrap();
+                q.check().unwrap();
+                let found = metric(&(&q.dequantize() - &w), &h);
+                assert!((errors.output / found - 1.0).abs() < 1e-3, "{block} {errors:?} {found}");
+                assert!(found < last, "{block} {refine}: {found} {last}");
+                last = found;
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_depend_neither_on_threads_nor_on_scratch() {
+        let (out, n) = (300, 512);
+        let h = correlated(n, 600, 2);
+        let w = Mat::from_shape_vec((out, n), Rng::new(3).normals(out * n)).unwrap();
+        let options = Options::default();
+        let scratch = Scratch::new(tempfile::tempfile);
+        let run = |threads, scratch: Option<&Scratch>| {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+                let factor = factorize(&h, &options, true, "test", scratch).unwrap();
+                quantize_blocks(&w, &h, &factor, BlockType::Q3K, &options).unwrap().0
+            })
+        };
+        assert_eq!(run(1, None), run(2, None));
+        assert_eq!(run(1, None), run(2, Some(&scratch)));
     }
 
     #[test]

@@ -240,7 +240,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
-    let notes = notes(&table, &graph, &emits);
+    let mut notes = notes(&table, &graph, &emits);
+    notes.extend(fallbacks(&graph, &table, recipe, &contracts));
     let facts = predict::Facts {
         graph: &graph,
         steps: &steps,
@@ -624,6 +625,40 @@ fn planned_emit(
         linear_bytes,
         bits_per_weight: 8.0 * linear_bytes as f64 / weights.max(1) as f64,
     }
+}
+
+/// Tensors of mixtures whose rows the blocks of the type asked for do not divide.
+fn fallbacks(
+    graph: &ModelGraph,
+    table: &[SitePlan],
+    recipe: &Recipe,
+    contracts: &[Contract],
+) -> Vec<String> {
+    let mut found: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for site in table {
+        let Some(stored) = site.scheme.and_then(QuantScheme::block) else { continue };
+        let typed = site.steps.iter().rev().find(|&&step| recipe.steps[step].types.is_some());
+        let Some(&step) = typed else { continue };
+        let Some(types) = recipe.steps[step].types else { continue };
+        let calibrated = !contracts[step].needs.is_empty();
+        let asked = types.of(graph, site.block, site.role, calibrated);
+        // The layout's own note tells of its own type.
+        if asked != stored && asked != types.base() {
+            let text = format!(
+                "rows of {} are no multiple of the {} weights of a {asked} block: stored as {stored} \
+                 ({} instead of {} bits per weight)",
+                site.in_features,
+                asked.size(),
+                bits(stored),
+                bits(asked),
+            );
+            found.entry(text).or_default().push(&site.name);
+        }
+    }
+    let line = |(text, sites): (String, Vec<&str>)| {
+        format!("{text}: {} sites, {}", sites.len(), sites.join(", "))
+    };
+    found.into_iter().map(line).collect()
 }
 
 /// The type that stands in for `asked` where its blocks do not divide a row.

@@ -150,6 +150,76 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{AttentionShape, Block};
+
+    fn graph_of(layers: usize, heads: usize, kv_heads: usize) -> ModelGraph {
+        let block = |index, attention| Block {
+            index,
+            prefix: String::new(),
+            sites: Vec::new(),
+            norms: Vec::new(),
+            inputs: Vec::new(),
+            folds: Vec::new(),
+            attention,
+        };
+        let shape = AttentionShape { heads, kv_heads, head_dim: 32 };
+        ModelGraph {
+            family: "llama".into(),
+            hidden: 256,
+            vocab: 2048,
+            context: 256,
+            blocks: (0..layers).map(|at| block(at, Some(shape))).collect(),
+            epilogue: block(layers, None),
+            embedding: "model.embed_tokens.weight".into(),
+            tied: true,
+        }
+    }
+
+    /// What llama-quantize printed for a Llama model of 4 blocks, 8 heads and 4 key/value heads.
+    #[test]
+    fn types_are_those_of_llama_cpp() {
+        use Role::{AttentionOutput, Down, Gate, Head, Key, Query, Up, Value};
+        let graph = graph_of(4, 8, 4);
+        let roles = [Query, Key, Value, AttentionOutput, Gate, Up, Down];
+        let row = |mixture: Mixture, at: usize, calibrated: bool| {
+            let names = roles.map(|role| mixture.of(&graph, at, role, calibrated).name());
+            names.join(" ")
+        };
+        for (mixture, rows) in [
+            (Mixture::Q2K, ["q2_k q2_k q3_k q3_k q2_k q2_k q3_k"; 4]),
+            (
+                Mixture::Q3KM,
+                [
+                    "q3_k q3_k q5_k q4_k q3_k q3_k q4_k",
+                    "q3_k q3_k q5_k q4_k q3_k q3_k q4_k",
+                    "q3_k q3_k q4_k q4_k q3_k q3_k q4_k",
+                    "q3_k q3_k q4_k q4_k q3_k q3_k q4_k",
+                ],
+            ),
+            (
+                Mixture::Q4KM,
+                [
+                    "q4_k q4_k q4_k q4_k q4_k q4_k q4_k",
+                    "q4_k q4_k q4_k q4_k q4_k q4_k q4_k",
+                    "q4_k q4_k q6_k q4_k q4_k q4_k q6_k",
+                    "q4_k q4_k q6_k q4_k q4_k q4_k q6_k",
+                ],
+            ),
+            (Mixture::Iq4Xs, ["iq4_xs iq4_xs iq4_xs iq4_xs iq4_xs iq4_xs iq4_xs"; 4]),
+        ] {
+            for (at, expected) in rows.into_iter().enumerate() {
+                assert_eq!(row(mixture, at, true), expected, "{} block {at}", mixture.name());
+            }
+            assert_eq!(mixture.of(&graph, 4, Head, true), BlockType::Q6K);
+        }
+        // Heads that share: values get more bits.
+        let grouped = graph_of(16, 8, 2);
+        assert_eq!(Mixture::Q2K.of(&grouped, 3, Value, true), BlockType::Q4K);
+        assert_eq!(Mixture::Iq4Xs.of(&grouped, 3, Value, true), BlockType::Q5K);
+        // Without statistics the first ffn_down get more.
+        assert_eq!(Mixture::Iq4Xs.of(&grouped, 1, Down, false), BlockType::Q5K);
+        assert_eq!(Mixture::Iq4Xs.of(&grouped, 2, Down, false), BlockType::Iq4Xs);
+    }
 
     #[test]
     fn names_are_read_in_any_case() {

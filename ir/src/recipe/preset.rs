@@ -62,14 +62,15 @@ fn of_mixture(method: &str, types: Mixture) -> Option<Recipe> {
         types: Some(types),
         ..Step::new(pass)
     };
+    let weighed = || {
+        let mut step = step("rtn");
+        step.options.insert("importance".to_owned(), true.into());
+        step
+    };
     let steps = match method {
         "rtn" | "gptq" => vec![step(method)],
-        "imatrix" => {
-            let mut step = step("rtn");
-            step.options.insert("importance".to_owned(), true.into());
-            vec![step]
-        }
-        "awq" => vec![Step::new("awq"), step("rtn")],
+        "imatrix" => vec![weighed()],
+        "awq" => vec![Step::new("awq"), weighed()],
         _ => return None,
     };
     Some(Recipe { steps, ..Recipe::default() })

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::PRESETS;
+use super::{MIXTURES, PRESETS};
 use crate::PassDef;
 
 /// JSON Schema (draft 2020-12) of a recipe whose steps may use `passes`.
@@ -106,7 +106,9 @@ fn step(def: &PassDef, strings: &Value) -> Value {
 }
 
 fn scheme(symmetric: bool) -> Value {
-    json!({
+    let names: Vec<_> = MIXTURES.iter().map(|(name, _)| *name).collect();
+    let mixture = json!({ "enum": names, "description": "block types of ggml, one for each tensor, by llama.cpp's name" });
+    let numbers = json!({
         "type": "object",
         "additionalProperties": false,
         "required": ["bits"],
@@ -116,7 +118,8 @@ fn scheme(symmetric: bool) -> Value {
                 "description": "columns that share a scale; -1 is one scale per row" },
             "symmetric": { "type": "boolean", "default": symmetric },
         },
-    })
+    });
+    json!({ "oneOf": [numbers, mixture] })
 }
 
 #[cfg(test)]
@@ -151,7 +154,10 @@ mod tests {
         let schema = json_schema(&[&SOLVER]);
         let step = &schema["properties"]["step"]["items"]["oneOf"][0];
         assert_eq!(step["properties"]["pass"]["const"], "solver");
-        assert_eq!(step["properties"]["scheme"]["properties"]["symmetric"]["default"], false);
+        assert_eq!(
+            step["properties"]["scheme"]["oneOf"][0]["properties"]["symmetric"]["default"],
+            false
+        );
         for key in ["percdamp", "block", "sites", "keep", "id", "after"] {
             assert!(step["properties"].get(key).is_some(), "{key}");
         }

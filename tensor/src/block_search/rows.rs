@@ -183,3 +183,77 @@ impl Rows<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{block_search::quantize, rng::Rng};
+
+    const ROWS: usize = 21;
+    const COLUMNS: usize = 512;
+
+    fn weights() -> Vec<f32> {
+        let mut x = Rng::new(11).normals(ROWS * COLUMNS);
+        // A long tail, a row of zeros, one of ones, one that is never below zero.
+        x.iter_mut().step_by(37).for_each(|v| *v *= 6.0);
+        x[COLUMNS..2 * COLUMNS].fill(0.0);
+        x[2 * COLUMNS..3 * COLUMNS].fill(1.0);
+        x[3 * COLUMNS..4 * COLUMNS].iter_mut().for_each(|v| *v = v.abs() + 0.1);
+        x
+    }
+
+    fn loss(found: &BlockQuantized, x: &[f32], h: Option<&[f32]>) -> f64 {
+        let values = found.dequantize();
+        let pairs = values.iter().zip(x).enumerate();
+        pairs
+            .map(|(i, (a, b))| {
+                f64::from(a - b).powi(2) * h.map_or(1.0, |h| f64::from(h[i % COLUMNS]))
+            })
+            .sum()
+    }
+
+    #[test]
+    fn the_search_is_below_the_range_and_importance_is_heeded() {
+        let x = weights();
+        let h: Vec<f32> = Rng::new(2).normals(COLUMNS).iter().map(|v| (2.0 * v).exp()).collect();
+        for block in BlockType::ALL {
+            let ranged = quantize(block, &x, ROWS, COLUMNS);
+            let plain = search(block, &x, ROWS, COLUMNS, None);
+            let weighed = search(block, &x, ROWS, COLUMNS, Some(&h));
+            plain.check().unwrap();
+            weighed.check().unwrap();
+            assert!(loss(&plain, &x, None) < loss(&ranged, &x, None), "{block}");
+            assert!(loss(&weighed, &x, Some(&h)) < loss(&plain, &x, Some(&h)), "{block}");
+            let row = |r: usize| plain.dequantize().row(r).to_vec();
+            assert!(row(1).iter().all(|&v| v == 0.0), "{block} keeps a row of zeros");
+            assert!(row(2).iter().all(|&v| (v - 1.0).abs() < 0.02), "{block} a row of ones");
+        }
+    }
+
+    #[test]
+    fn bits_depend_neither_on_threads_nor_on_neighbours() {
+        let x = weights();
+        for block in BlockType::ALL {
+            let run = |threads: usize, rows: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| search(block, &x[..rows * COLUMNS], rows, COLUMNS, None))
+            };
+            let whole = run(2, ROWS);
+            assert_eq!(whole, run(1, ROWS));
+            assert_eq!(run(1, 5).codes, whole.codes[..5 * COLUMNS]);
+        }
+    }
+
+    #[test]
+    fn weights_beyond_a_half_and_importance_without_any_stay_finite() {
+        let huge = vec![1e30f32; 256];
+        let tiny = vec![1e-30f32; 256];
+        for block in BlockType::ALL {
+            for x in [&huge, &tiny] {
+                let found = search(block, x, 1, 256, Some(&[0.0; 256]));
+                found.check().unwrap();
+                assert!(found.dequantize().iter().all(|v| v.is_finite()), "{block}");
+            }
+        }
+    }
+}

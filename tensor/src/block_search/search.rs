@@ -224,8 +224,14 @@ impl<S: Simd> Moments<S> {
             min = above.select(zero, min);
         }
         let error = self.xx - scale * sums.lx + min * self.x;
+        // Equal codes are a slope alone.
         let good = floor.below(determinant);
-        Fit { scale, min, error: good.select(error, infinite), ll: sums.ll }
+        Fit {
+            scale: good.select(scale, alone),
+            min: good.select(min, zero),
+            error: good.select(error, self.xx - alone * sums.lx),
+            ll: sums.ll,
+        }
     }
 }
 
