@@ -3,7 +3,7 @@
 
 Squared error and seconds (one thread) of Attar's search for ggml's block types against ggml's own quantizer on linears of a
 checkpoint: without importance (error unweighted) and with the same importance h for both (error weighted by h, seeded and long-tailed).
-Errors are ggml's divided by nothing: summed over tensors. Exit 1 when Attar's weighted error is above ggml's for a type.
+Ratios are of sums over tensors, Attar's to ggml's. Exit 1 when Attar's weighted error is above ggml's for a type.
 """
 import argparse, ctypes, json, subprocess, tempfile, time
 from pathlib import Path

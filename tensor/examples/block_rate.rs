@@ -1,5 +1,6 @@
 //! block_rate TYPE ROWS COLUMNS WEIGHT.f32 [IMPORTANCE.f32]: seconds and weighted squared error of the search for a
 //! block type on raw little-endian floats; one line of JSON. `bench/block_search.py` compares it with ggml's.
+#![allow(clippy::print_stdout, reason = "an example prints its result")]
 
 use std::{error::Error, fs, time::Instant};
 
