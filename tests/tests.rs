@@ -1,6 +1,7 @@
 //! The command line as scripts use it, on the demo model.
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
+mod gguf;
 mod headers;
 mod memory;
 mod provenance;

@@ -242,7 +242,8 @@ impl BlockType {
     /// 32, of at least as many bits. `None` for types that have such blocks themselves.
     pub const fn fallback(self) -> Option<Self> {
         match self {
-            Self::Q2K | Self::Q3K | Self::Iq4Xs => Some(Self::Iq4Nl),
+            Self::Q2K | Self::Q3K => Some(Self::Q40),
+            Self::Iq4Xs => Some(Self::Iq4Nl),
             Self::Q4K => Some(Self::Q50),
             Self::Q5K => Some(Self::Q51),
             Self::Q6K => Some(Self::Q80),
