@@ -3,7 +3,9 @@
 
 use std::{fs, path::Path, sync::OnceLock};
 
-use attar_formats::{Checkpoint, Tokenizer, artifact, corpus, pytorch, quant_config, safetensors};
+use attar_formats::{
+    Checkpoint, Tokenizer, artifact, corpus, gguf, pytorch, quant_config, safetensors,
+};
 use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::TensorSource;
 use serde_json::{Value, json};
@@ -37,6 +39,8 @@ pub(crate) const TARGETS: &[Target] = &[
     Target { name: "ids", run: ids, per_byte: 64, constant: 4 * KIB },
     Target { name: "gate", run: gate, per_byte: 1024, constant: 64 * KIB },
     Target { name: "manifest", run: manifest, per_byte: 512, constant: 512 * KIB },
+    // The header, config.json and the tokenizer made of it.
+    Target { name: "gguf", run: gguf, per_byte: 2048, constant: 64 * MIB },
     Target { name: "pytorch", run: pytorch, per_byte: 128, constant: 64 * KIB },
 ];
 
@@ -47,7 +51,7 @@ pub(crate) const TARGETS: &[Target] = &[
 pub(crate) fn check(name: &str, input: &[u8]) -> usize {
     let target = TARGETS.iter().find(|target| target.name == name).expect("a known target");
     folder();
-    if name == "tokenizer" {
+    if name == "tokenizer" || name == "gguf" {
         pass_over_panics_of_libraries();
     }
     MEMORY.reset_peak_usage();
@@ -78,6 +82,31 @@ fn put(name: &str, bytes: &[u8]) -> std::path::PathBuf {
     let path = folder().join(name);
     fs::write(&path, bytes).expect("a temporary file can be written");
     path
+}
+
+/// The header by itself within 16 bytes for each byte, then the whole as a checkpoint.
+fn gguf(input: &[u8]) {
+    let before = MEMORY.current_usage();
+    let parsed = gguf::reader::parse(input);
+    let taken = MEMORY.peak_usage().saturating_sub(before);
+    let allowed = 16 * input.len() + 16 * KIB;
+    assert!(taken <= allowed, "gguf header: {taken} bytes, allowed {allowed}");
+    let Ok(header) = parsed else { return };
+    for tensor in &header.tensors {
+        assert_eq!(input[tensor.start..tensor.start + tensor.length].len(), tensor.length);
+    }
+    let path = put("model.gguf", input);
+    let Ok(checkpoint) = Checkpoint::open(&path) else { return };
+    let _ = Decoder::read(checkpoint.config(), &checkpoint);
+    for header in checkpoint.headers() {
+        let view = checkpoint.read(&header.name).expect("what has a header can be read");
+        assert_eq!(view.bytes().len(), header.bytes());
+        let _ = checkpoint.read_row(&header.name, 0);
+    }
+    let _ = quant_config::parse(checkpoint.config());
+    if let Ok(tokenizer) = checkpoint.tokenizer() {
+        let _ = tokenizer.encode("Once upon a time");
+    }
 }
 
 fn safetensors(input: &[u8]) {

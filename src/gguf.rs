@@ -127,6 +127,13 @@ fn params_of(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<(Params, Vec
     if spec.family == "qwen3" && spec.qkv_bias {
         return Err("qwen3 with biases of attention has no place in GGUF".into());
     }
+    if spec.family == "qwen2" && spec.heads * spec.head_dim != spec.hidden {
+        return Err(format!(
+            "GGUF's qwen2 has query rows as many as the model is wide, not {} for {}",
+            spec.heads * spec.head_dim,
+            spec.hidden
+        ));
+    }
     let config = checkpoint.config();
     let named = config.get("_name_or_path").and_then(Value::as_str).unwrap_or_default();
     let named = named.trim_end_matches('/').rsplit('/').next().unwrap_or_default();

@@ -5,9 +5,12 @@ use serde_json::{Map, Value as Json, json};
 use super::{
     names::ROPE_FREQS,
     reader::Header,
-    value::{Metadata, Value},
+    value::{Array, Kind, Metadata, Value},
 };
 use crate::brief;
+
+/// Our own key: factor, low, high and original of Llama 3's scaling, f64.
+const LLAMA3: &str = "attar.rope.llama3";
 
 /// How rotary frequencies are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -153,7 +156,13 @@ impl Params {
         out.put_u32(key("rope.dimension_count"), self.head_dim);
         out.put_f32(key("rope.freq_base"), self.theta);
         match self.rope {
-            Rope::Plain | Rope::Llama3 { .. } => {}
+            Rope::Plain => {}
+            // Runtimes read the divisors; this lets us read the numbers behind them.
+            Rope::Llama3 { factor, low, high, original } => {
+                let numbers = [factor, low, high, original];
+                let bytes = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+                out.put(LLAMA3, Value::Array(Array::Numbers { kind: Kind::F64, bytes }));
+            }
             Rope::Linear { factor } => {
                 out.put_text(key("rope.scaling.type"), "linear");
                 out.put_f32(key("rope.scaling.factor"), factor);
@@ -242,7 +251,7 @@ impl Params {
         };
         let scaling = metadata.get(&key("rope.scaling.type")).and_then(Value::text);
         let rope = match (scaling, divisors) {
-            (None | Some("none"), Some(divisors)) => llama3(divisors, theta, head_dim)?,
+            (None | Some("none"), Some(divisors)) => llama3(metadata, divisors, theta, head_dim)?,
             (None | Some("none"), None) => Rope::Plain,
             (Some("linear"), None) => Rope::Linear { factor: factor()? },
             (Some("yarn"), None) => {
@@ -332,7 +341,12 @@ impl Params {
 }
 
 /// The numbers behind Llama 3's divisors, if they are those of a published model.
-fn llama3(divisors: &[f32], theta: f64, head_dim: usize) -> Result<Rope, String> {
+fn llama3(
+    metadata: &Metadata,
+    divisors: &[f32],
+    theta: f64,
+    head_dim: usize,
+) -> Result<Rope, String> {
     let factor = divisors.iter().fold(1.0f32, |a, &b| a.max(b));
     let mut params = Params {
         family: "llama".into(),
@@ -350,11 +364,20 @@ fn llama3(divisors: &[f32], theta: f64, head_dim: usize) -> Result<Rope, String>
         rope: Rope::Plain,
         window: None,
     };
-    let mut originals = vec![8192.0];
-    // Small models scale smaller contexts.
-    originals.extend((5..20).map(|power| f64::from(1u32 << power)));
-    for original in originals {
-        let (factor, low, high) = (f64::from(factor), 1.0, 4.0);
+    let mut candidates = Vec::new();
+    if let Some(Value::Array(Array::Numbers { kind: Kind::F64, bytes })) = metadata.get(LLAMA3) {
+        let number = |b: &[u8]| b.try_into().map_or(0.0, f64::from_le_bytes);
+        let numbers: Vec<f64> = bytes.chunks_exact(8).map(number).collect();
+        if let &[factor, low, high, original] = numbers.as_slice()
+            && low > 0.0
+            && high > low
+        {
+            candidates.push((factor, low, high, original));
+        }
+    }
+    let originals = std::iter::once(8192.0).chain((5..20).map(|power| f64::from(1u32 << power)));
+    candidates.extend(originals.map(|original| (f64::from(factor), 1.0, 4.0, original)));
+    for (factor, low, high, original) in candidates {
         params.rope = Rope::Llama3 { factor, low, high, original };
         let ours = params.rope_divisors().unwrap_or_default();
         let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * b.abs();

@@ -94,7 +94,9 @@ for name in ["f32", "f16", "bf16"] + BLOCKS:
     file = make(name)
     error, same = logits(file)
     theirs = perplexity(file)
-    own = ours(file, "--text", cut, "--max-windows", WINDOWS)["perplexity"]
+    # llama-perplexity puts the beginning-of-sequence token into the first slot of each window when the file asks for it.
+    adds = GGUFReader(file).fields["tokenizer.ggml.add_bos_token"].contents()
+    own = ours(file, "--text", cut, "--max-windows", WINDOWS, *(["--bos"] if adds else []))["perplexity"]
     # What llama.cpp's own dequantizer makes of each tensor is what `attar convert` to f32 writes.
     plain = out / f"{name}-f32"
     if not plain.exists():

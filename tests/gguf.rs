@@ -1,0 +1,202 @@
+//! GGUF through the command line: written, read back, refused, and laid out anew.
+
+use std::{fs, path::Path};
+
+use attar_formats::{
+    Checkpoint,
+    gguf::{GgmlType, GgufFile},
+};
+use attar_tensor::TensorSource;
+use serde_json::Value;
+
+use crate::{attar, compress, data, model, refusals::copy};
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn perplexity(path: &Path) -> f64 {
+    let (val, path) = (text(&data("tinystories_val.txt")), text(path));
+    let args = ["eval", &path, "--text", &val, "--context", "256", "--max-windows", "6", "--json"];
+    let (code, stdout, error) = attar(&args);
+    assert_eq!(code, 0, "{error}");
+    serde_json::from_str::<Value>(&stdout).unwrap()["perplexity"].as_f64().unwrap()
+}
+
+/// The demo model's rows divide by 128, not by 256: the plan says what stands in.
+#[test]
+fn rows_that_blocks_do_not_divide_fall_back_loudly() {
+    let (code, plan, error) = attar(&["plan", &model(), "--preset", "rtn", "--layout", "q4_k"]);
+    assert_eq!(code, 0, "{error}");
+    assert!(plan.contains("q4_k (gguf)"), "{plan}");
+    assert!(plan.contains("rows of 384 are no multiple of the 256"), "{plan}");
+    assert!(plan.contains("stored as q5_0"), "{plan}");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let (code, said, error) = compress("rtn", &out, &["--layout", "q4_k"]);
+    assert_eq!(code, 0, "{error}");
+    assert!(said.contains("stored as q5_0"), "{said}");
+    let file = GgufFile::open(&out.join("model.gguf")).unwrap();
+    let tensors = &file.header().tensors;
+    let down = tensors.iter().find(|t| t.name == "blk.1.ffn_down.weight").unwrap();
+    assert_eq!((down.ty, down.dims.as_slice()), (GgmlType(6), &[384, 128][..]));
+    // One file beside manifest and report, nothing of the source directory.
+    let mut names: Vec<String> = fs::read_dir(&out)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["attar_manifest.json", "model.gguf", "report.html", "report.json"]);
+}
+
+#[test]
+fn a_file_verifies_evaluates_runs_and_is_compressed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("q8");
+    let (code, _, error) = compress("rtn", &out, &["--layout", "q8_0"]);
+    assert_eq!(code, 0, "{error}");
+    let (code, said, error) = attar(&["verify", &text(&out), "--source", &model()]);
+    assert_eq!(code, 0, "{said}{error}");
+    assert!(said.contains("kernel cpu-blocks on q8_0 (14 linears)"), "{said}");
+    let file = out.join("model.gguf");
+    let plain = perplexity(Path::new(&model()));
+    assert!((perplexity(&file) / plain - 1.0).abs() < 2e-3);
+    let (code, said, error) =
+        attar(&["run", &text(&file), "--prompt", "Once upon a time", "--tokens", "8"]);
+    assert_eq!(code, 0, "{error}");
+    assert!(said.starts_with("Once upon a time"), "{said}");
+    let (code, said, error) = attar(&["inspect", &text(&file)]);
+    assert_eq!(code, 0, "{error}");
+    assert!(said.contains("layout q8_0"), "{said}");
+    // As a source: its numbers are the reference, and the plan says that they are rounded already.
+    let again = dir.path().join("again");
+    let args = ["compress", &text(&file), "--preset", "rtn-w4", "--out", &text(&again)];
+    let (code, said, error) = attar(&args);
+    assert_eq!(code, 0, "{error}");
+    assert!(said.contains("the source is quantized itself (14 in q8_0)"), "{said}");
+    assert!(again.join("tokenizer.json").exists() && again.join("config.json").exists());
+    assert!(perplexity(&again) < 1.3 * plain);
+    // A bit of a code flips: the manifest tells.
+    let mut bytes = fs::read(&file).unwrap();
+    let last = bytes.len() - 100;
+    bytes[last] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    assert_eq!(attar(&["verify", &text(&out)]).0, 1);
+}
+
+/// Symmetric 4-bit codes of gptq carry over to q4_0, whose scale is repeated within a group.
+#[test]
+fn affine_codes_carry_over_between_containers() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("both");
+    let layouts = ["--layout", "gptq", "--layout", "q4_0"];
+    let (code, _, error) = compress("gptq-w4", &out, &layouts);
+    assert_eq!(code, 0, "{error}");
+    let (a, b) = (perplexity(&out.join("gptq")), perplexity(&out.join("q4_0")));
+    assert!((a / b - 1.0).abs() < 1e-6, "{a} {b}");
+    let convert = |from: &Path, layout: &str, to: &str| {
+        let to = dir.path().join(to);
+        let args = ["convert", &text(from), "--layout", layout, "--out", &text(&to)];
+        let (code, said, error) = attar(&args);
+        assert_eq!(code, 0, "{error}");
+        (to, said)
+    };
+    let (q4, said) = convert(&out.join("gptq"), "q4_0", "q4");
+    assert!(said.contains("exact: all 14 quantized linears carry over"), "{said}");
+    assert_eq!(
+        fs::read(q4.join("model.gguf")).unwrap(),
+        fs::read(out.join("q4_0/model.gguf")).unwrap()
+    );
+    let (back, said) = convert(&q4, "compressed-tensors", "back");
+    assert!(said.contains("exact: all 14"), "{said}");
+    assert!((perplexity(&back) / a - 1.0).abs() < 1e-6);
+    let (_, said) = convert(&out.join("gptq"), "q8_0", "wide");
+    assert!(said.contains("exact: all 14"), "{said}");
+    let (_, said) = convert(&q4, "q4_k", "rounded");
+    assert!(said.contains("not exact: 14 linears were rounded anew"), "{said}");
+    // Asymmetric codes of 4 bits fit the 5 of q5_0, not those of q4_0.
+    let awq = dir.path().join("awq");
+    let (code, _, error) = compress("awq-w4", &awq, &["--layout", "awq"]);
+    assert_eq!(code, 0, "{error}");
+    let (_, said) = convert(&awq, "q5_0", "five");
+    assert!(said.contains("exact: all 14"), "{said}");
+    let (_, said) = convert(&awq, "q4_0", "four");
+    assert!(said.contains("not exact: 14"), "{said}");
+    // Plain numbers, both ways.
+    let (plain, said) = convert(Path::new(&model()), "f32", "f32");
+    assert!(said.contains("exact"), "{said}");
+    let (a, b) = (Checkpoint::open(Path::new(&model())), Checkpoint::open(&plain));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    for header in b.headers() {
+        let (a, b) = (a.read(&header.name).unwrap(), b.read(&header.name).unwrap());
+        assert_eq!(a.to_f32().unwrap(), b.to_f32().unwrap(), "{}", header.name);
+    }
+}
+
+#[test]
+fn what_a_file_cannot_hold_is_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let refuse = |args: &[&str], word: &str| {
+        let model = model();
+        let mut all = vec!["plan", &model];
+        all.extend(args);
+        let (code, _, error) = attar(&all);
+        assert_eq!(code, 2, "{error}");
+        assert!(error.contains(word), "wanted {word:?} in: {error}");
+    };
+    refuse(&["--preset", "rtn-w4", "--layout", "q4_k"], "leave `scheme` away");
+    refuse(&["--preset", "awq-w4", "--layout", "q4_0"], "asymmetric codes need one bit more");
+    refuse(&["--preset", "rtn", "--layout", "q4_k", "--layout", "gptq"], "scales of their own");
+    refuse(&["--preset", "rtn", "--layout", "gptq"], "has no scheme");
+    let recipe = dir.path().join("r.toml");
+    let emit =
+        "[[step]]\npass = \"rtn\"\n[[emit]]\nlayout = \"q4_0\"\ncontainer = \"safetensors\"\n";
+    fs::write(&recipe, emit).unwrap();
+    refuse(&["--recipe", &text(&recipe)], "lies in container gguf");
+    // A tokenizer that GGUF has no name for.
+    let other = dir.path().join("model");
+    copy(&other);
+    let path = other.join("tokenizer.json");
+    let json = fs::read_to_string(&path).unwrap();
+    fs::write(&path, json.replace("\"Prepend\"", "\"Append\"")).unwrap();
+    let args = ["plan", &text(&other), "--preset", "rtn", "--layout", "q8_0"];
+    let (code, _, error) = attar(&args);
+    assert_eq!(code, 2);
+    assert!(error.contains("no GGUF name is known for its normalizer"), "{error}");
+    // A file that is cut off.
+    let out = dir.path().join("out");
+    assert_eq!(compress("rtn", &out, &["--layout", "q8_0"]).0, 0);
+    let file = out.join("model.gguf");
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+    let (code, _, error) = attar(&["inspect", &text(&file)]);
+    assert_eq!(code, 2);
+    assert!(error.contains("cut off"), "{error}");
+}
+
+/// `gguf-rs` as a second reader, for the types that it sizes rightly.
+#[test]
+fn another_reader_finds_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    for layout in ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"] {
+        let out = dir.path().join(layout);
+        let (code, _, error) = compress("rtn", &out, &["--layout", layout]);
+        assert_eq!(code, 0, "{error}");
+        let path = out.join("model.gguf");
+        let ours = GgufFile::open(&path).unwrap();
+        let mut container = gguf_rs::get_gguf_container(&text(&path)).unwrap();
+        let theirs = container.decode().unwrap();
+        assert_eq!(theirs.num_tensor() as usize, ours.header().tensors.len());
+        assert_eq!(theirs.metadata().len(), ours.header().metadata.0.len());
+        let first = ours.header().tensors.iter().map(|tensor| tensor.start).min().unwrap();
+        for (tensor, other) in ours.header().tensors.iter().zip(theirs.tensors()) {
+            assert_eq!(tensor.name, other.name);
+            assert_eq!(tensor.ty.0, other.kind);
+            assert_eq!(tensor.length as u64, other.size, "{}", tensor.name);
+            assert_eq!((tensor.start - first) as u64, other.offset);
+            let dims: Vec<u64> = tensor.dims.iter().map(|&dim| dim as u64).collect();
+            let shape = other.shape.iter().copied().take(dims.len()).collect::<Vec<u64>>();
+            assert_eq!(shape, dims, "{}", tensor.name);
+        }
+    }
+}
