@@ -55,11 +55,11 @@ fn matmul(c: &mut Criterion) {
         let packed = layout.pack(&quantized(bits), DType::F16).expect("the layout stores this");
         let mut group = c.benchmark_group(format!("matmul-w{bits}"));
         group.sample_size(10);
-        let usable = |kernel: &&Box<dyn Kernel>| {
+        let usable = |kernel: &&dyn Kernel| {
             let fits = kernel.supports(packed.scheme, FEATURES, 1);
             kernel.backend() == Backend::Cpu && kernel.supported() && fits
         };
-        for kernel in layout.kernels().iter().filter(usable) {
+        for kernel in layout.kernels().iter().map(|kernel| &**kernel).filter(usable) {
             let prepared = kernel.prepare(&packed).expect("the packed bytes are sound");
             for m in [1, 4, 16, 256] {
                 let (x, out) = (&x[..m * FEATURES], &mut out[..m * FEATURES]);

@@ -100,8 +100,10 @@ pub(crate) struct Options<'a> {
     pub(crate) cache_limit: Option<u64>,
     /// Progress as JSON lines.
     pub(crate) json_progress: bool,
-    /// The kernel bundle is wanted; where the library lies when not beside this program.
-    pub(crate) kernels: Option<Option<&'a Path>>,
+    /// The kernel bundle is wanted.
+    pub(crate) kernels: bool,
+    /// Where its library lies when not beside this program.
+    pub(crate) library: Option<&'a Path>,
 }
 
 impl<'a> Options<'a> {
@@ -114,7 +116,8 @@ impl<'a> Options<'a> {
             checkpoint_every: Duration::from_secs(30),
             cache_limit: None,
             json_progress: false,
-            kernels: None,
+            kernels: false,
+            library: None,
         }
     }
 }
@@ -315,8 +318,8 @@ fn default_scratch(out: &Path) -> PathBuf {
 pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, Report)>, Error> {
     let trace = Trace::new(options.json_progress);
     let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
-    if let Some(library) = options.kernels {
-        bundle::check_library(library)?;
+    if options.kernels {
+        bundle::check_library(options.library)?;
     }
     if let Some(reports) = finished(job, options, &trace)? {
         if options.scratch.is_none() && scratch.exists() {
@@ -393,8 +396,8 @@ fn finished(
         if options.measure.is_some() && report.eval.is_none() {
             return Ok(None);
         }
-        if let (Some(library), false) = (options.kernels, bundle::exists(&folder)) {
-            trace.run(Phase::Seal, "kernels", || bundle::write(&folder, library)).0?;
+        if options.kernels && !bundle::exists(&folder) {
+            trace.run(Phase::Seal, "kernels", || bundle::write(&folder, options.library)).0?;
         }
         reports.push((folder, report));
     }
@@ -489,8 +492,8 @@ fn produce(
             std::fs::write(&page, attar_eval::html::page(&report))
                 .map_err(|error| format!("{}: {error}", page.display()))?;
             trace.end(Phase::Seal, what, begun);
-            if let Some(library) = options.kernels {
-                trace.run(Phase::Seal, "kernels", || bundle::write(&folder, library)).0?;
+            if options.kernels {
+                trace.run(Phase::Seal, "kernels", || bundle::write(&folder, options.library)).0?;
             }
             reports.push((options.out.join(emit.dir.as_deref().unwrap_or("")), report));
         }

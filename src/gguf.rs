@@ -95,7 +95,7 @@ pub(crate) fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<()
     let unknown: Vec<String> = names.filter_map(|name| name_of(name).err()).collect();
     match unknown.as_slice() {
         [] => Ok(()),
-        [first, rest @ ..] if rest.is_empty() => Err(first.clone().into()),
+        [first] => Err(first.clone().into()),
         [first, rest @ ..] => Err(format!("{first} (and {} more)", rest.len()).into()),
     }
 }

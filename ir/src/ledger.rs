@@ -81,7 +81,7 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
         match &tensor.origin {
             Origin::Source(name) => copies.entry(name).or_default().push(tensor.header()),
             Origin::Coded { tensor: name, .. } => {
-                copies.entry(name).or_default().push(tensor.header())
+                copies.entry(name).or_default().push(tensor.header());
             }
             Origin::Part { site, .. } => parts.entry(site).or_default().push(tensor.header()),
         }

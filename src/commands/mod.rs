@@ -75,7 +75,8 @@ fn compress(args: &Compress, threads: Option<usize>) -> Result<bool, Error> {
         checkpoint_every: every,
         cache_limit: args.cache_limit,
         json_progress: args.progress == ProgressArg::Json,
-        kernels: args.kernels.then_some(args.kernels_library.as_deref()),
+        kernels: args.kernels,
+        library: args.kernels_library.as_deref(),
         ..Options::new(&args.out)
     };
     let reports = compile::compile(&job, &options)?;

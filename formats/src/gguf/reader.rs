@@ -224,7 +224,7 @@ pub fn parse(file: &[u8]) -> Result<Header, String> {
                 dim.ok_or_else(|| fail("has a dimension of 0 or beyond this machine".into()))?;
             elements = elements
                 .checked_mul(dim)
-                .filter(|&n| n <= isize::MAX as usize)
+                .filter(|&n| isize::try_from(n).is_ok())
                 .ok_or_else(|| fail("has dimensions whose product overflows".into()))?;
             dims.push(dim);
         }
@@ -236,7 +236,7 @@ pub fn parse(file: &[u8]) -> Result<Header, String> {
                     fail(format!("has rows of {}, no multiple of the {size} of {ty}", dims[0]))
                 })?;
                 row.checked_mul(elements / dims[0])
-                    .filter(|&n| n <= isize::MAX as usize)
+                    .filter(|&n| isize::try_from(n).is_ok())
                     .ok_or_else(|| fail("takes more bytes than there can be".into()))?
             }
         };

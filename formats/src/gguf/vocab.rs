@@ -110,11 +110,10 @@ fn kind_of(tokenizer: &Json) -> Result<Kind, String> {
         match regex {
             _ if digits && byte_level(second, true) => Some(Words::Digits),
             Some(regex) if byte_level(second, false) => {
-                let known = PRE.iter().find_map(|(words, ..)| match words {
+                PRE.iter().find_map(|(words, ..)| match words {
                     Words::Regex(known) if *known == regex => Some(words.clone()),
                     _ => None,
-                });
-                known
+                })
             }
             _ => None,
         }
@@ -332,7 +331,10 @@ pub fn to_metadata(sources: &Sources, vocab: usize) -> Result<Metadata, String> 
     out.put(name("add_eos_token"), Value::Bool(adds("add_eos_token", "eos_token", false)));
     let template = sources.template.clone().or_else(|| {
         let value = config.get("chat_template")?;
-        value.as_str().or_else(|| value.as_array().and_then(default_template)).map(str::to_owned)
+        value
+            .as_str()
+            .or_else(|| value.as_array().and_then(|list| default_template(list)))
+            .map(str::to_owned)
     });
     if let Some(template) = template {
         out.put_text("tokenizer.chat_template", template);
@@ -341,14 +343,14 @@ pub fn to_metadata(sources: &Sources, vocab: usize) -> Result<Metadata, String> 
 }
 
 /// The template called `default` of several, else the first.
-fn default_template(list: &Vec<Json>) -> Option<&str> {
+fn default_template(list: &[Json]) -> Option<&str> {
     let default = |t: &&Json| t.get("name").and_then(Json::as_str) == Some("default");
     list.iter().find(default).or_else(|| list.first())?.get("template")?.as_str()
 }
 
 /// Whether the post-processor puts a token before (or behind) a text.
 fn template_has(tokenizer: &Json, token: &str, first: bool) -> bool {
-    fn find<'a>(value: &'a Json) -> Option<&'a Vec<Json>> {
+    fn find(value: &Json) -> Option<&Vec<Json>> {
         if of_type(value, "TemplateProcessing").is_some() {
             return value.get("single")?.as_array();
         }

@@ -169,9 +169,10 @@ impl Prepared for Dense {
             }
             return;
         }
-        let arranged: Vec<Vec<f32>> = match self.deinterleaves() {
-            true => x.chunks_exact(columns).map(arrange).collect(),
-            false => x.chunks_exact(columns).map(<[f32]>::to_vec).collect(),
+        let arranged: Vec<Vec<f32>> = if self.deinterleaves() {
+            x.chunks_exact(columns).map(arrange).collect()
+        } else {
+            x.chunks_exact(columns).map(<[f32]>::to_vec).collect()
         };
         let output = Output { start: out.as_mut_ptr(), rows };
         (0..rows).into_par_iter().with_min_len(least).for_each_init(Vec::new, |scratch, row| {

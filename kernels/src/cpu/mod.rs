@@ -323,6 +323,9 @@ impl CpuLinear {
             let start = Output { start: panel.as_mut_ptr(), rows: panel_rows };
             let len = panel.len();
             (0..count.div_ceil(ROWS)).into_par_iter().for_each(|tile| {
+                // A closure that names the pointer alone would capture it alone, and pointers do not
+                // travel between threads.
+                #[allow(clippy::redundant_locals, reason = "captures the whole of it")]
                 let start = start;
                 // SAFETY: tiles write the columns `tile * 16 ..` of the panel, which overlap with those of
                 // no other; the slice ends where the panel does.

@@ -194,7 +194,7 @@ impl Tile<'_> {
                 grid.scale = work.scales[g * rows + r];
             }
         }
-        Ok(Errors::of(&work.error, &work.residual, rows, &factor.added))
+        Ok(Errors::of(work.error, work.residual, rows, &factor.added))
     }
 }
 

@@ -171,7 +171,7 @@ impl Ggml {
             );
         }
         let group = scheme.group_size(linear.in_features);
-        if group % self.block.size() != 0 {
+        if !group.is_multiple_of(self.block.size()) {
             return refuse(
                 "it has one scale for every 32 columns; use a group size that is a multiple of 32",
             );
