@@ -1,165 +1,477 @@
-//! AVX2 and FMA: `M` tokens at a time, eight codes per register.
+//! AVX2 and FMA: half a tile, 8 rows, are the lanes of a register.
 //!
-//! Per group `sum (code - zero) * x = sum code * x - zero * sum x`; the sums of `x` are made once per
-//! call, so that a weight costs one conversion and one FMA per token.
+//! Codes of up to 4 bits are multiplied as unsigned by signed bytes; the 16-bit sums of a block cannot
+//! overflow (8 products of pairs, each at most 2 · 15 · 127). Codes of 8 bits are widened to 16 bits first.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadl_epi64, _mm_movehdup_ps,
-    _mm_movehl_ps, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_srli_epi32, _mm256_storeu_ps,
-    _mm256_sub_ps,
+    __m256, __m256i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi16,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_fmsub_ps,
+    _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi16, _mm256_slli_epi32,
+    _mm256_srai_epi16, _mm256_srai_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
+    _mm256_xor_si256,
 };
 
-use super::rows::{Activations, BLOCK, Rows};
+use super::input::{ByteChunk, FloatChunk};
+use super::tiles::{BLOCK, Offset, QUAD, ROWS, ScaleType, Shape};
 
-const HALF: usize = BLOCK / 2;
+/// Rows of a half tile.
+const HALF: usize = ROWS / 2;
+/// How far ahead of the codes being multiplied memory is asked for.
+const AHEAD: usize = 4096;
 
-/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop
-/// holds one kind of block.
-#[target_feature(enable = "avx2,fma")]
-pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
-    rows: &Rows,
-    row: usize,
-    input: &Activations,
-    token: usize,
-) -> [f32; M] {
-    let groups = rows.groups();
-    let x = token_blocks::<M>(input, token, rows.places());
-    let codes = rows.row_codes(row);
-    let (nibbles, bytes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let mut totals = [_mm256_setzero_ps(); M];
-    let mut shifts = [0.0f32; M];
-    // Counters and plain loops: an iterator or a closure that is not inlined into a function with a
-    // target feature keeps the sums in memory, which costs more than the products.
-    let (mut group, mut block) = (0, 0);
-    while group < groups {
-        let mut sums = [[_mm256_setzero_ps(); 4]; M];
-        let end = rows.group_blocks[group + 1] as usize;
-        while block < end {
-            let weights =
-                if NIBBLES { nibble_block(&nibbles[block]) } else { byte_block(&bytes[block]) };
-            let mut i = 0;
-            while i < M {
-                let x = &x[i][block];
-                sums[i][0] = _mm256_fmadd_ps(weights[0], load(&x[0]), sums[i][0]);
-                sums[i][1] = _mm256_fmadd_ps(weights[1], load(&x[1]), sums[i][1]);
-                sums[i][2] = _mm256_fmadd_ps(weights[2], load(&x[2]), sums[i][2]);
-                sums[i][3] = _mm256_fmadd_ps(weights[3], load(&x[3]), sums[i][3]);
-                i += 1;
+/// Writes a block once for each number, so that arrays of registers are indexed by constants.
+macro_rules! unroll {
+    ($i:ident in [$($n:literal)*] $body:block) => {{ $({ let $i: usize = $n; $body })* }};
+}
+
+/// Checks once what the loops below rely on.
+fn check(shape: &Shape, tile: &[u8], bits: u8) {
+    assert_eq!(shape.bits, bits, "the kernel is for this width");
+    assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
+}
+
+/// Eight floats of the type of the scales, from row `row` on.
+///
+/// # Safety
+/// `at` begins sixteen of them, and `row + 8` is at most 16.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn floats(scale: ScaleType, at: *const u8, row: usize) -> __m256 {
+    // SAFETY: the caller's promise; no load needs alignment.
+    unsafe {
+        match scale {
+            ScaleType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(at.add(2 * row).cast())),
+            ScaleType::Bf16 => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                _mm_loadu_si128(at.add(2 * row).cast()),
+            ))),
+            ScaleType::F32 => _mm256_loadu_ps(at.add(4 * row).cast()),
+        }
+    }
+}
+
+/// Scales, and zero points or minima, behind the blocks of a group, from row `row` on.
+///
+/// # Safety
+/// `at` is where they begin, and `row + 8` is at most 16.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn scales(shape: &Shape, at: *const u8, row: usize) -> (__m256, __m256) {
+    // SAFETY: the caller's promise; no load needs alignment.
+    unsafe {
+        let behind = at.add(shape.scale_bytes());
+        let offset = match shape.offset {
+            Offset::Middle => _mm256_set1_ps(shape.middle()),
+            Offset::Byte => {
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(behind.add(row).cast())))
             }
-            block += 1;
-        }
-        let scale = _mm256_set1_ps(scales[group]);
-        let shift = scales[group] * zeros[group];
-        let mut i = 0;
-        while i < M {
-            let [a, b, c, d] = sums[i];
-            let sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
-            totals[i] = _mm256_fmadd_ps(sum, scale, totals[i]);
-            shifts[i] += shift * input.sums[(token + i) * groups + group];
-            i += 1;
-        }
-        group += 1;
+            Offset::Word => _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(
+                behind.add(2 * row).cast(),
+            ))),
+            Offset::Minimum => floats(shape.scale, behind, row),
+        };
+        (floats(shape.scale, at, row), offset)
     }
-    let mut out = [0.0; M];
-    let mut i = 0;
-    while i < M {
-        out[i] = horizontal_sum(totals[i]) - shifts[i];
-        i += 1;
-    }
-    out
 }
 
-/// The activations of `M` tokens, cut into blocks of four quarters.
-#[inline]
-fn token_blocks<const M: usize>(
-    input: &Activations,
-    token: usize,
-    places: usize,
-) -> [&[[[f32; 8]; 4]]; M] {
-    std::array::from_fn(|i| {
-        let x = &input.x[(token + i) * places..(token + i + 1) * places];
-        x.as_chunks::<8>().0.as_chunks::<4>().0
-    })
-}
-
-/// The 32 codes of a block of 16 bytes as floats, in the order of columns.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn nibble_block(codes: &[u8; HALF]) -> [__m256; 4] {
-    let mask = _mm256_set1_epi32(15);
-    let first = widen(codes.first_chunk().expect("a block has sixteen bytes"));
-    let second = widen(codes.last_chunk().expect("a block has sixteen bytes"));
-    [
-        _mm256_cvtepi32_ps(_mm256_and_si256(first, mask)),
-        _mm256_cvtepi32_ps(_mm256_and_si256(second, mask)),
-        _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(first)),
-        _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(second)),
-    ]
-}
-
-/// The 32 codes of a block of 32 bytes as floats.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn byte_block(codes: &[u8; BLOCK]) -> [__m256; 4] {
-    let quarters = codes.as_chunks::<8>().0;
-    [
-        _mm256_cvtepi32_ps(widen(&quarters[0])),
-        _mm256_cvtepi32_ps(widen(&quarters[1])),
-        _mm256_cvtepi32_ps(widen(&quarters[2])),
-        _mm256_cvtepi32_ps(widen(&quarters[3])),
-    ]
-}
-
-/// Eight bytes to eight 32-bit integers.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen(bytes: &[u8; 8]) -> __m256i {
-    // SAFETY: the load reads eight bytes, which the array has, and needs no alignment.
-    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) })
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load(values: &[f32; 8]) -> __m256 {
-    // SAFETY: the load reads eight floats, which the array has, and needs no alignment.
-    unsafe { _mm256_loadu_ps(values.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn horizontal_sum(v: __m256) -> f32 {
-    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-}
-
-/// Writes the weights of one row, in the order of places; the same bits as the scalar version.
-#[target_feature(enable = "avx2,fma")]
-pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
-    let codes = rows.row_codes(row);
-    let (nibbles, codes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
-    let out = out.as_chunks_mut::<8>().0.as_chunks_mut::<4>().0;
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    for group in 0..rows.groups() {
-        let (scale, zero) = (_mm256_set1_ps(scales[group]), _mm256_set1_ps(zeros[group]));
-        let mut block = rows.group_blocks[group] as usize;
-        while block < rows.group_blocks[group + 1] as usize {
-            let weights = if rows.nibbles {
-                nibble_block(&nibbles[block])
-            } else {
-                byte_block(&codes[block])
+/// Calls macro `$each(quad, codes)` for the quads of the half block at `$at`; codes are bytes of at most
+/// 4 bits, four of each of eight rows.
+macro_rules! each_quad {
+    ($bits:ident, $at:expr, $each:ident) => {{
+        let at = $at;
+        macro_rules! load {
+            ($vector:expr) => {
+                _mm256_loadu_si256(at.add($vector * QUAD).cast())
             };
-            let mut quarter = 0;
-            while quarter < 4 {
-                let weight = _mm256_mul_ps(_mm256_sub_ps(weights[quarter], zero), scale);
-                // SAFETY: the store writes eight floats, which the quarter has.
-                unsafe { _mm256_storeu_ps(out[block][quarter].as_mut_ptr(), weight) };
-                quarter += 1;
+        }
+        if $bits == 4 {
+            let mask = _mm256_set1_epi8(15);
+            unroll!(j in [0 1 2 3] {
+                let v = load!(j);
+                $each!(j, _mm256_and_si256(v, mask));
+                $each!(j + 4, _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+            });
+        } else if $bits == 2 {
+            let mask = _mm256_set1_epi8(3);
+            unroll!(j in [0 1] {
+                let v = load!(j);
+                $each!(j, _mm256_and_si256(v, mask));
+                $each!(j + 2, _mm256_and_si256(_mm256_srli_epi16::<2>(v), mask));
+                $each!(j + 4, _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+                $each!(j + 6, _mm256_and_si256(_mm256_srli_epi16::<6>(v), mask));
+            });
+        } else {
+            let (mask, bit, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4), load!(2));
+            macro_rules! join {
+                ($quad:expr, $low:expr, $high:expr) => {
+                    $each!($quad, _mm256_or_si256(
+                        _mm256_and_si256($low, mask), _mm256_and_si256($high, bit)))
+                };
             }
-            block += 1;
+            let (a, b) = (load!(0), load!(1));
+            join!(0, a, _mm256_slli_epi16::<2>(high));
+            join!(1, b, _mm256_slli_epi16::<1>(high));
+            join!(2, _mm256_srli_epi16::<2>(a), high);
+            join!(3, _mm256_srli_epi16::<2>(b), _mm256_srli_epi16::<1>(high));
+            join!(4, _mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<2>(high));
+            join!(5, _mm256_srli_epi16::<4>(b), _mm256_srli_epi16::<3>(high));
+            join!(6, _mm256_srli_epi16::<6>(a), _mm256_srli_epi16::<4>(high));
+            join!(7, _mm256_srli_epi16::<6>(b), _mm256_srli_epi16::<5>(high));
+        }
+    }};
+}
+
+/// Adds to `dots` the products of half a block, rows from `row` on, with `M` tokens.
+///
+/// # Safety
+/// `at` begins a whole block of `BITS`, `q` 32 bytes for each of the tokens; `row + 8` is at most 16.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn half_block<const BITS: u8, const M: usize>(
+    at: *const u8,
+    row: usize,
+    q: *const i8,
+    dots: &mut [__m256i; M],
+) {
+    macro_rules! x {
+        ($quad:expr, $t:expr) => {
+            _mm256_set1_epi32(q.add(($quad * M + $t) * 4).cast::<i32>().read_unaligned())
+        };
+    }
+    // SAFETY: by the caller's promise all loads are within the block and the bytes of the tokens.
+    unsafe {
+        let at = at.add(4 * row);
+        if BITS == 8 {
+            let even = _mm256_set1_epi16(255);
+            unroll!(quad in [0 1 2 3 4 5 6 7] {
+                let v = _mm256_loadu_si256(at.add(quad * QUAD).cast());
+                let (a, b) = (_mm256_and_si256(v, even), _mm256_srli_epi16::<8>(v));
+                unroll!(t in [0 1 2 3] { if t < M {
+                    let x = x!(quad, t);
+                    // Signed bytes in even places, then in odd ones, as 16 bits.
+                    let xa = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+                    let xb = _mm256_srai_epi16::<8>(x);
+                    let pairs =
+                        _mm256_add_epi32(_mm256_madd_epi16(a, xa), _mm256_madd_epi16(b, xb));
+                    dots[t] = _mm256_add_epi32(dots[t], pairs);
+                } });
+            });
+        } else {
+            let mut pairs = [_mm256_setzero_si256(); M];
+            macro_rules! add {
+                ($quad:expr, $codes:expr) => {{
+                    let codes = $codes;
+                    unroll!(t in [0 1 2 3] { if t < M {
+                        let products = _mm256_maddubs_epi16(codes, x!($quad, t));
+                        pairs[t] = _mm256_add_epi16(pairs[t], products);
+                    } });
+                }};
+            }
+            each_quad!(BITS, at, add);
+            let one = _mm256_set1_epi16(1);
+            unroll!(t in [0 1 2 3] { if t < M {
+                dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs[t], one));
+            } });
+        }
+    }
+}
+
+/// The 16 rows of a tile times `M` tokens of bytes. With `PER_TOKEN` all scales of a token are one.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
+    shape: &Shape,
+    tile: &[u8],
+    input: ByteChunk<'_>,
+    out: &mut [[f32; ROWS]],
+) {
+    check(shape, tile, BITS);
+    assert_eq!(input.q.len(), shape.places() * M);
+    assert_eq!(input.scales.len(), shape.blocks() * M);
+    assert_eq!(input.sums.len(), shape.groups() * M);
+    if M <= 2 {
+        // Both halves at once: one pass over the tile.
+        halves::<BITS, M, PER_TOKEN, 2>(shape, tile, input, 0, out);
+    } else {
+        halves::<BITS, M, PER_TOKEN, 1>(shape, tile, input, 0, out);
+        halves::<BITS, M, PER_TOKEN, 1>(shape, tile, input, HALF, out);
+    }
+}
+
+/// `HALVES` halves of a tile from row `first` on.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: usize>(
+    shape: &Shape,
+    tile: &[u8],
+    input: ByteChunk<'_>,
+    first: usize,
+    out: &mut [[f32; ROWS]],
+) {
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
+    let mut totals = [[_mm256_setzero_ps(); M]; HALVES];
+    for group in 0..shape.groups() {
+        let mut sums = [[_mm256_setzero_ps(); M]; HALVES];
+        let mut all = [[_mm256_setzero_si256(); M]; HALVES];
+        let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        while blocks > 0 {
+            blocks -= 1;
+            if M == 1 {
+                let mut line = 0;
+                while line < block_bytes {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
+                    line += 64;
+                }
+            }
+            // SAFETY: by the checks of the caller the tile holds `block_bytes` for each block, and `q`
+            // and `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
+            unsafe {
+                unroll!(h in [0 1] { if h < HALVES {
+                    let mut dots = if PER_TOKEN { all[h] } else { [_mm256_setzero_si256(); M] };
+                    half_block::<BITS, M>(at, first + h * HALF, q, &mut dots);
+                    if PER_TOKEN {
+                        all[h] = dots;
+                    } else {
+                        unroll!(t in [0 1 2 3] { if t < M {
+                            let scale = _mm256_set1_ps(*a.add(t));
+                            sums[h][t] =
+                                _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, sums[h][t]);
+                        } });
+                    }
+                } });
+                at = at.add(block_bytes);
+                q = q.add(BLOCK * M);
+                a = a.add(M);
+            }
+        }
+        unroll!(h in [0 1] { if h < HALVES {
+            // SAFETY: scales and offsets stand behind the blocks of a group.
+            let (scale, offset) = unsafe { scales(shape, at, first + h * HALF) };
+            unroll!(t in [0 1 2 3] { if t < M {
+                if PER_TOKEN {
+                    let scale = _mm256_set1_ps(input.scales[t]);
+                    sums[h][t] = _mm256_mul_ps(_mm256_cvtepi32_ps(all[h][t]), scale);
+                }
+                let x = _mm256_set1_ps(input.sums[group * M + t]);
+                let (sum, total) = (sums[h][t], totals[h][t]);
+                totals[h][t] = if shape.offset == Offset::Minimum {
+                    _mm256_fnmadd_ps(offset, x, _mm256_fmadd_ps(sum, scale, total))
+                } else {
+                    _mm256_fmadd_ps(_mm256_fnmadd_ps(offset, x, sum), scale, total)
+                };
+            } });
+        } });
+        // SAFETY: as above; at most one past the end of the tile.
+        at = unsafe { at.add(shape.scale_bytes() + shape.offset_bytes()) };
+    }
+    store(&totals, first, out);
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store<const M: usize, const HALVES: usize>(
+    totals: &[[__m256; M]; HALVES],
+    first: usize,
+    out: &mut [[f32; ROWS]],
+) {
+    unroll!(h in [0 1] { if h < HALVES {
+        unroll!(t in [0 1 2 3] { if t < M {
+            let to = &mut out[t][first + h * HALF..first + (h + 1) * HALF];
+            // SAFETY: the store writes eight floats, which `to` has.
+            unsafe { _mm256_storeu_ps(to.as_mut_ptr(), totals[h][t]) };
+        } });
+    } });
+}
+
+/// Calls macro `$each(place, weights)` for the 32 places of the half block at `$at`; weights are codes
+/// less their middle, of eight rows.
+macro_rules! each_place {
+    ($bits:ident, $at:expr, $each:ident) => {{
+        let at = $at;
+        macro_rules! signed {
+            ($shift:literal, $top:literal, $v:expr) => {
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<$top>(_mm256_slli_epi32::<$shift>($v)))
+            };
+        }
+        macro_rules! load {
+            ($vector:expr) => {
+                _mm256_loadu_si256(at.add($vector * QUAD).cast())
+            };
+        }
+        if $bits == 8 {
+            let flip = _mm256_set1_epi8(-128);
+            unroll!(quad in [0 1 2 3 4 5 6 7] {
+                let v = _mm256_xor_si256(load!(quad), flip);
+                $each!(4 * quad, signed!(24, 24, v));
+                $each!(4 * quad + 1, signed!(16, 24, v));
+                $each!(4 * quad + 2, signed!(8, 24, v));
+                $each!(4 * quad + 3, signed!(0, 24, v));
+            });
+        } else if $bits == 4 {
+            let flip = _mm256_set1_epi8(-120);
+            unroll!(j in [0 1 2 3] {
+                let v = _mm256_xor_si256(load!(j), flip);
+                $each!(4 * j, signed!(28, 28, v));
+                $each!(4 * (j + 4), signed!(24, 28, v));
+                $each!(4 * j + 1, signed!(20, 28, v));
+                $each!(4 * (j + 4) + 1, signed!(16, 28, v));
+                $each!(4 * j + 2, signed!(12, 28, v));
+                $each!(4 * (j + 4) + 2, signed!(8, 28, v));
+                $each!(4 * j + 3, signed!(4, 28, v));
+                $each!(4 * (j + 4) + 3, signed!(0, 28, v));
+            });
+        } else if $bits == 2 {
+            let flip = _mm256_set1_epi8(-86);
+            unroll!(j in [0 1] {
+                let v = _mm256_xor_si256(load!(j), flip);
+                $each!(4 * j, signed!(30, 30, v));
+                $each!(4 * (j + 2), signed!(28, 30, v));
+                $each!(4 * (j + 4), signed!(26, 30, v));
+                $each!(4 * (j + 6), signed!(24, 30, v));
+                $each!(4 * j + 1, signed!(22, 30, v));
+                $each!(4 * (j + 2) + 1, signed!(20, 30, v));
+                $each!(4 * (j + 4) + 1, signed!(18, 30, v));
+                $each!(4 * (j + 6) + 1, signed!(16, 30, v));
+                $each!(4 * j + 2, signed!(14, 30, v));
+                $each!(4 * (j + 2) + 2, signed!(12, 30, v));
+                $each!(4 * (j + 4) + 2, signed!(10, 30, v));
+                $each!(4 * (j + 6) + 2, signed!(8, 30, v));
+                $each!(4 * j + 3, signed!(6, 30, v));
+                $each!(4 * (j + 2) + 3, signed!(4, 30, v));
+                $each!(4 * (j + 4) + 3, signed!(2, 30, v));
+                $each!(4 * (j + 6) + 3, signed!(0, 30, v));
+            });
+        } else {
+            let flip = _mm256_set1_epi8(4);
+            macro_rules! widen {
+                ($quad:expr, $codes:expr) => {{
+                    let v = _mm256_xor_si256($codes, flip);
+                    $each!(4 * $quad, signed!(29, 29, v));
+                    $each!(4 * $quad + 1, signed!(21, 29, v));
+                    $each!(4 * $quad + 2, signed!(13, 29, v));
+                    $each!(4 * $quad + 3, signed!(5, 29, v));
+                }};
+            }
+            each_quad!($bits, at, widen);
+        }
+    }};
+}
+
+/// The 16 rows of a tile times `M` tokens of f32; each token has `4 / M` sums, at least one.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn exact<const BITS: u8, const M: usize>(
+    shape: &Shape,
+    tile: &[u8],
+    input: FloatChunk<'_>,
+    out: &mut [[f32; ROWS]],
+) {
+    check(shape, tile, BITS);
+    assert_eq!(input.x.len(), shape.places() * M);
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let middle = _mm256_set1_ps(shape.middle());
+    let (mut at, mut x) = (tile.as_ptr(), input.x.as_ptr());
+    let mut totals = [[_mm256_setzero_ps(); M]; 2];
+    for group in 0..shape.groups() {
+        let blocks = (shape.group_blocks[group + 1] - shape.group_blocks[group]) as usize;
+        // SAFETY: by the checks above a group is its blocks, its scales and its offsets, and `x` holds 32
+        // floats of each of the `M` tokens for each block.
+        unsafe {
+            let behind = at.add(blocks * block_bytes);
+            let mut sums = [[[_mm256_setzero_ps(); 4]; M]; 2];
+            let mut block = 0;
+            while block < blocks {
+                let (at, x) = (at.add(block * block_bytes), x.add(block * BLOCK * M));
+                if M == 1 {
+                    let mut line = 0;
+                    while line < block_bytes {
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
+                        line += 64;
+                    }
+                }
+                unroll!(h in [0 1] {
+                    macro_rules! add {
+                        ($place:expr, $weights:expr) => {{
+                            let (place, weights) = ($place, $weights);
+                            let chain = if M >= 4 { 0 } else { place % (4 / M) };
+                            unroll!(t in [0 1 2 3] { if t < M {
+                                let x = _mm256_set1_ps(*x.add(place * M + t));
+                                sums[h][t][chain] = _mm256_fmadd_ps(weights, x, sums[h][t][chain]);
+                            } });
+                        }};
+                    }
+                    each_place!(BITS, at.add(4 * h * HALF), add);
+                });
+                block += 1;
+            }
+            x = x.add(blocks * BLOCK * M);
+            unroll!(h in [0 1] {
+                let (scale, offset) = scales(shape, behind, h * HALF);
+                unroll!(t in [0 1 2 3] { if t < M {
+                    let [a, b, c, d] = sums[h][t];
+                    let sum = if M >= 4 {
+                        a
+                    } else {
+                        _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d))
+                    };
+                    let x = _mm256_set1_ps(input.sums[group * M + t]);
+                    let total = totals[h][t];
+                    totals[h][t] = if shape.offset == Offset::Minimum {
+                        let sum = _mm256_fmadd_ps(middle, x, sum);
+                        _mm256_fnmadd_ps(offset, x, _mm256_fmadd_ps(sum, scale, total))
+                    } else {
+                        let sum = _mm256_fnmadd_ps(_mm256_sub_ps(offset, middle), x, sum);
+                        _mm256_fmadd_ps(sum, scale, total)
+                    };
+                } });
+            });
+            at = behind.add(shape.scale_bytes() + shape.offset_bytes());
+        }
+    }
+    store(&totals, 0, out);
+}
+
+/// Writes the weights of a tile as f32, `to[place * stride + row]`; the same bits as the scalar version.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn dequantize<const BITS: u8>(
+    shape: &Shape,
+    tile: &[u8],
+    to: &mut [f32],
+    stride: usize,
+) {
+    check(shape, tile, BITS);
+    assert!(shape.places() == 0 || to.len() >= (shape.places() - 1) * stride + ROWS);
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let middle = _mm256_set1_ps(shape.middle());
+    let (mut at, mut to) = (tile.as_ptr(), to.as_mut_ptr());
+    for group in 0..shape.groups() {
+        let blocks = (shape.group_blocks[group + 1] - shape.group_blocks[group]) as usize;
+        // SAFETY: by the checks above a group is its blocks, its scales and its offsets, and `to` holds
+        // sixteen floats at each place.
+        unsafe {
+            let behind = at.add(blocks * block_bytes);
+            unroll!(h in [0 1] {
+                let (scale, offset) = scales(shape, behind, h * HALF);
+                let shift = _mm256_sub_ps(offset, middle);
+                for block in 0..blocks {
+                    let to = to.add(block * BLOCK * stride + h * HALF);
+                    macro_rules! write {
+                        ($place:expr, $weights:expr) => {{
+                            let weights = $weights;
+                            let weight = if shape.offset == Offset::Minimum {
+                                _mm256_fmsub_ps(_mm256_add_ps(weights, middle), scale, offset)
+                            } else {
+                                _mm256_mul_ps(_mm256_sub_ps(weights, shift), scale)
+                            };
+                            _mm256_storeu_ps(to.add($place * stride), weight);
+                        }};
+                    }
+                    each_place!(BITS, at.add(block * block_bytes + 4 * h * HALF), write);
+                }
+            });
+            to = to.wrapping_add(blocks * BLOCK * stride);
+            at = behind.add(shape.scale_bytes() + shape.offset_bytes());
         }
     }
 }

@@ -1,156 +1,382 @@
-//! AVX-512 F: sixteen codes per register; a 4-bit code is an index into a table of the sixteen weights
-//! of its group, so that decoding is one permutation and products are those of the exact weights.
+//! AVX-512: 16 rows of a tile are the lanes of a register. The byte kernels need VNNI as well.
+//!
+//! Nothing is summed across lanes. A block costs, besides unpacking its codes once, 8 byte dot products,
+//! one conversion and one FMA for each token; scales are applied once per group.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm_loadu_si128, _mm512_add_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_reduce_add_ps,
-    _mm512_set1_ps, _mm512_setr_ps, _mm512_setzero_ps, _mm512_srli_epi32, _mm512_storeu_ps,
-    _mm512_sub_ps,
+    __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fmsub_ps,
+    _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_xor_si512,
 };
 
-use super::rows::{Activations, BLOCK, Rows};
+use super::input::{ByteChunk, FloatChunk};
+use super::tiles::{BLOCK, Offset, QUAD, QUADS, ROWS, ScaleType, Shape};
 
-const HALF: usize = BLOCK / 2;
+/// Writes a block once for each number, so that arrays of registers are indexed by constants.
+macro_rules! unroll {
+    ($i:ident in [$($n:literal)*] $body:block) => {{ $({ let $i: usize = $n; $body })* }};
+}
 
-/// `W[row] · x[token + i]` for `i` in `0..M`; `NIBBLES` is `rows.nibbles`, a constant so that the loop
-/// holds one kind of block.
-#[target_feature(enable = "avx512f")]
-pub(crate) fn dot<const M: usize, const NIBBLES: bool>(
-    rows: &Rows,
-    row: usize,
-    input: &Activations,
-    token: usize,
-) -> [f32; M] {
-    let x = token_blocks::<M>(input, token, rows.places());
-    let codes = rows.row_codes(row);
-    let (nibbles, bytes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let mut sums = [[_mm512_setzero_ps(); 2]; M];
-    // Counters and plain loops: an iterator or a closure that is not inlined into a function with a
-    // target feature keeps the sums in memory, which costs more than the products.
-    let (mut group, mut block) = (0, 0);
-    while group < scales.len() {
-        let weights = Weights::new(scales[group], zeros[group]);
-        group += 1;
-        let end = rows.group_blocks[group] as usize;
-        while block < end {
-            let halves = if NIBBLES {
-                weights.nibbles(&nibbles[block])
-            } else {
-                weights.bytes(&bytes[block])
-            };
-            let mut i = 0;
-            while i < M {
-                let [low, high] = &x[i][block];
-                sums[i][0] = _mm512_fmadd_ps(halves[0], load(low), sums[i][0]);
-                sums[i][1] = _mm512_fmadd_ps(halves[1], load(high), sums[i][1]);
-                i += 1;
+/// How far ahead of the codes being multiplied memory is asked for.
+const AHEAD: usize = 4096;
+
+/// Checks once what the loops below rely on.
+fn check(shape: &Shape, tile: &[u8], bits: u8) {
+    assert_eq!(shape.bits, bits, "the kernel is for this width");
+    assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
+}
+
+/// The codes of a block as quads of unsigned bytes.
+///
+/// # Safety
+/// `at` begins a whole block.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn quads<const BITS: u8>(at: *const u8) -> [__m512i; QUADS] {
+    macro_rules! load {
+        ($vector:expr) => {
+            // SAFETY: a block of `BITS` is as many vectors of 64 bytes as are read here.
+            unsafe { _mm512_loadu_si512(at.add($vector * QUAD).cast()) }
+        };
+    }
+    let mut quads = [_mm512_setzero_si512(); QUADS];
+    if BITS == 8 {
+        unroll!(q in [0 1 2 3 4 5 6 7] { quads[q] = load!(q); });
+    } else if BITS == 4 {
+        let mask = _mm512_set1_epi8(15);
+        unroll!(j in [0 1 2 3] {
+            let v = load!(j);
+            quads[j] = _mm512_and_si512(v, mask);
+            quads[j + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask);
+        });
+    } else {
+        let mask = _mm512_set1_epi8(3);
+        unroll!(j in [0 1] {
+            let v = load!(j);
+            quads[j] = _mm512_and_si512(v, mask);
+            quads[j + 2] = _mm512_and_si512(_mm512_srli_epi16::<2>(v), mask);
+            quads[j + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask);
+            quads[j + 6] = _mm512_and_si512(_mm512_srli_epi16::<6>(v), mask);
+        });
+        if BITS == 3 {
+            let (high, bit) = (load!(2), _mm512_set1_epi8(4));
+            macro_rules! join {
+                ($quad:literal, $high:expr) => {
+                    // 0xf8 is a | (b & c).
+                    quads[$quad] = _mm512_ternarylogic_epi32::<0xf8>(quads[$quad], $high, bit);
+                };
             }
-            block += 1;
+            join!(0, _mm512_slli_epi16::<2>(high));
+            join!(1, _mm512_slli_epi16::<1>(high));
+            join!(2, high);
+            join!(3, _mm512_srli_epi16::<1>(high));
+            join!(4, _mm512_srli_epi16::<2>(high));
+            join!(5, _mm512_srli_epi16::<3>(high));
+            join!(6, _mm512_srli_epi16::<4>(high));
+            join!(7, _mm512_srli_epi16::<5>(high));
         }
     }
-    let mut out = [0.0; M];
-    let mut i = 0;
-    while i < M {
-        out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
+    quads
+}
+
+/// Sixteen floats of the type of the scales.
+///
+/// # Safety
+/// `at` begins as many bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn floats(scale: ScaleType, at: *const u8) -> __m512 {
+    // SAFETY: the caller's promise; no load needs alignment.
+    unsafe {
+        match scale {
+            ScaleType::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
+            ScaleType::Bf16 => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(
+                _mm256_loadu_si256(at.cast()),
+            ))),
+            ScaleType::F32 => _mm512_loadu_ps(at.cast()),
+        }
+    }
+}
+
+/// Scales, and zero points or minima, behind the blocks of a group.
+///
+/// # Safety
+/// `at` is where they begin.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn scales(shape: &Shape, middle: __m512, at: *const u8) -> (__m512, __m512) {
+    // SAFETY: the caller's promise; no load needs alignment.
+    unsafe {
+        let behind = at.add(shape.scale_bytes());
+        let offset = match shape.offset {
+            Offset::Middle => middle,
+            Offset::Byte => {
+                _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(behind.cast())))
+            }
+            Offset::Word => {
+                _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(behind.cast())))
+            }
+            Offset::Minimum => floats(shape.scale, behind),
+        };
+        (floats(shape.scale, at), offset)
+    }
+}
+
+/// The 16 rows of a tile times `M` tokens of bytes. With `PER_TOKEN` all scales of a token are one.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
+    shape: &Shape,
+    tile: &[u8],
+    input: ByteChunk<'_>,
+    out: &mut [[f32; ROWS]],
+) {
+    check(shape, tile, BITS);
+    assert_eq!(input.q.len(), shape.places() * M);
+    assert_eq!(input.scales.len(), shape.blocks() * M);
+    assert_eq!(input.sums.len(), shape.groups() * M);
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let behind = shape.scale_bytes() + shape.offset_bytes();
+    let middle = _mm512_set1_ps(shape.middle());
+    let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
+    let mut totals = [_mm512_setzero_ps(); M];
+    for group in 0..shape.groups() {
+        let mut sums = [_mm512_setzero_ps(); M];
+        let mut dots = [_mm512_setzero_si512(); M];
+        let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        while blocks > 0 {
+            blocks -= 1;
+            if M == 1 {
+                let mut line = 0;
+                while line < block_bytes {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
+                    line += 64;
+                }
+            }
+            // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `q` and
+            // `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
+            unsafe {
+                let weights = quads::<BITS>(at);
+                unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+                    let mut dot = if PER_TOKEN { dots[t] } else { _mm512_setzero_si512() };
+                    unroll!(quad in [0 1 2 3 4 5 6 7] {
+                        let x = q.add((quad * M + t) * 4).cast::<i32>().read_unaligned();
+                        dot = _mm512_dpbusd_epi32(dot, weights[quad], _mm512_set1_epi32(x));
+                    });
+                    if PER_TOKEN {
+                        dots[t] = dot;
+                    } else {
+                        let scale = _mm512_set1_ps(*a.add(t));
+                        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sums[t]);
+                    }
+                } });
+                at = at.add(block_bytes);
+                q = q.add(BLOCK * M);
+                a = a.add(M);
+            }
+        }
+        // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
+        let (scale, offset) = unsafe { scales(shape, middle, at) };
+        unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+            if PER_TOKEN {
+                let scale = _mm512_set1_ps(input.scales[t]);
+                sums[t] = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), scale);
+            }
+            let x = _mm512_set1_ps(input.sums[group * M + t]);
+            totals[t] = if shape.offset == Offset::Minimum {
+                _mm512_fnmadd_ps(offset, x, _mm512_fmadd_ps(sums[t], scale, totals[t]))
+            } else {
+                _mm512_fmadd_ps(_mm512_fnmadd_ps(offset, x, sums[t]), scale, totals[t])
+            };
+        } });
+        // SAFETY: as above; at most one past the end of the tile.
+        at = unsafe { at.add(behind) };
+    }
+    store(&totals, out);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store<const M: usize>(totals: &[__m512; M], out: &mut [[f32; ROWS]]) {
+    unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+        // SAFETY: the store writes sixteen floats, which an element of `out` has.
+        unsafe { _mm512_storeu_ps(out[t].as_mut_ptr(), totals[t]) };
+    } });
+}
+
+/// Codes less their middle, by the low four bits of a lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn centred<const BITS: u8>() -> __m512 {
+    let mut table = [0.0f32; 16];
+    let mut i = 0u8;
+    while i < 16 {
+        let mask = if BITS == 8 { 0 } else { (1 << BITS) - 1 };
+        table[i as usize] = f32::from(i & mask) - f32::from(1u8 << (BITS - 1));
         i += 1;
     }
-    out
+    // SAFETY: the table has sixteen floats.
+    unsafe { _mm512_loadu_ps(table.as_ptr()) }
 }
 
-/// The activations of `M` tokens, cut into blocks of two halves.
-#[inline]
-fn token_blocks<const M: usize>(
-    input: &Activations,
-    token: usize,
-    places: usize,
-) -> [&[[[f32; HALF]; 2]]; M] {
-    std::array::from_fn(|i| {
-        let x = &input.x[(token + i) * places..(token + i + 1) * places];
-        x.as_chunks::<HALF>().0.as_chunks::<2>().0
-    })
-}
-
-/// The map from codes to weights of one group.
-struct Weights {
-    table: __m512,
-    scale: __m512,
-    zero: __m512,
-}
-
-impl Weights {
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn new(scale: f32, zero: f32) -> Self {
-        let (scale, zero) = (_mm512_set1_ps(scale), _mm512_set1_ps(zero));
-        let codes = _mm512_setr_ps(
-            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
-        );
-        Self { table: _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale), scale, zero }
-    }
-
-    /// The permutation reads only the low four bits of an index, so that no mask is needed.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn nibbles(&self, codes: &[u8; HALF]) -> [__m512; 2] {
-        let codes = widen(codes);
-        [
-            _mm512_permutexvar_ps(codes, self.table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), self.table),
-        ]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn bytes(&self, codes: &[u8; BLOCK]) -> [__m512; 2] {
-        let (low, high) = codes.split_at(HALF);
-        let low = _mm512_cvtepi32_ps(widen(low.try_into().expect("half a block")));
-        let high = _mm512_cvtepi32_ps(widen(high.try_into().expect("half a block")));
-        [
-            _mm512_mul_ps(_mm512_sub_ps(low, self.zero), self.scale),
-            _mm512_mul_ps(_mm512_sub_ps(high, self.zero), self.scale),
-        ]
-    }
-}
-
-/// Sixteen bytes to sixteen 32-bit integers.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn widen(bytes: &[u8; HALF]) -> __m512i {
-    // SAFETY: the load reads sixteen bytes, which the array has, and needs no alignment.
-    _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(values: &[f32; HALF]) -> __m512 {
-    // SAFETY: the load reads sixteen floats, which the array has, and needs no alignment.
-    unsafe { _mm512_loadu_ps(values.as_ptr()) }
-}
-
-/// Writes the weights of one row, in the order of places; the same bits as the scalar version.
-#[target_feature(enable = "avx512f")]
-pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
-    let codes = rows.row_codes(row);
-    let (nibbles, codes) = (codes.as_chunks::<HALF>().0, codes.as_chunks::<BLOCK>().0);
-    let out = out.as_chunks_mut::<HALF>().0.as_chunks_mut::<2>().0;
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    for group in 0..rows.groups() {
-        let weights = Weights::new(scales[group], zeros[group]);
-        let mut block = rows.group_blocks[group] as usize;
-        while block < rows.group_blocks[group + 1] as usize {
-            let halves = if rows.nibbles {
-                weights.nibbles(&nibbles[block])
-            } else {
-                weights.bytes(&codes[block])
+/// Calls macro `$each(place, weights)` for the 32 places of the block at `$at`; weights are codes less
+/// their middle, sixteen rows of them.
+macro_rules! each_place {
+    ($bits:ident, $at:ident, $table:ident, $each:ident) => {{
+        macro_rules! load {
+            ($vector:expr) => {
+                _mm512_loadu_si512($at.add($vector * QUAD).cast())
             };
-            let out = &mut out[block];
-            // SAFETY: the stores write sixteen floats each, which the two halves have.
-            unsafe {
-                _mm512_storeu_ps(out[0].as_mut_ptr(), halves[0]);
-                _mm512_storeu_ps(out[1].as_mut_ptr(), halves[1]);
+        }
+        macro_rules! code {
+            ($v:expr) => {
+                _mm512_permutexvar_ps($v, $table)
+            };
+        }
+        if $bits == 8 {
+            let flip = _mm512_set1_epi8(-128);
+            macro_rules! byte {
+                ($v:expr) => {
+                    _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>($v))
+                };
             }
-            block += 1;
+            unroll!(quad in [0 1 2 3 4 5 6 7] {
+                let v = _mm512_xor_si512(load!(quad), flip);
+                $each!(4 * quad, byte!(_mm512_slli_epi32::<24>(v)));
+                $each!(4 * quad + 1, byte!(_mm512_slli_epi32::<16>(v)));
+                $each!(4 * quad + 2, byte!(_mm512_slli_epi32::<8>(v)));
+                $each!(4 * quad + 3, byte!(v));
+            });
+        } else if $bits == 4 {
+            unroll!(j in [0 1 2 3] {
+                let v = load!(j);
+                $each!(4 * j, code!(v));
+                $each!(4 * (j + 4), code!(_mm512_srli_epi32::<4>(v)));
+                $each!(4 * j + 1, code!(_mm512_srli_epi32::<8>(v)));
+                $each!(4 * (j + 4) + 1, code!(_mm512_srli_epi32::<12>(v)));
+                $each!(4 * j + 2, code!(_mm512_srli_epi32::<16>(v)));
+                $each!(4 * (j + 4) + 2, code!(_mm512_srli_epi32::<20>(v)));
+                $each!(4 * j + 3, code!(_mm512_srli_epi32::<24>(v)));
+                $each!(4 * (j + 4) + 3, code!(_mm512_srli_epi32::<28>(v)));
+            });
+        } else {
+            let weights = quads::<$bits>($at);
+            unroll!(quad in [0 1 2 3 4 5 6 7] {
+                let v = weights[quad];
+                $each!(4 * quad, code!(v));
+                $each!(4 * quad + 1, code!(_mm512_srli_epi32::<8>(v)));
+                $each!(4 * quad + 2, code!(_mm512_srli_epi32::<16>(v)));
+                $each!(4 * quad + 3, code!(_mm512_srli_epi32::<24>(v)));
+            });
+        }
+    }};
+}
+
+/// The 16 rows of a tile times `M` tokens of f32; each token has `4 / M` sums, at least one.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn exact<const BITS: u8, const M: usize>(
+    shape: &Shape,
+    tile: &[u8],
+    input: FloatChunk<'_>,
+    out: &mut [[f32; ROWS]],
+) {
+    check(shape, tile, BITS);
+    assert_eq!(input.x.len(), shape.places() * M);
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let behind = shape.scale_bytes() + shape.offset_bytes();
+    let (middle, table) = (_mm512_set1_ps(shape.middle()), centred::<BITS>());
+    let (mut at, mut x) = (tile.as_ptr(), input.x.as_ptr());
+    let mut totals = [_mm512_setzero_ps(); M];
+    for group in 0..shape.groups() {
+        let mut sums = [[_mm512_setzero_ps(); 4]; M];
+        let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        while blocks > 0 {
+            blocks -= 1;
+            if M == 1 {
+                let mut line = 0;
+                while line < block_bytes {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
+                    line += 64;
+                }
+            }
+            // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `x` holds 32
+            // floats of each of the `M` tokens for each block.
+            unsafe {
+                macro_rules! add {
+                    ($place:expr, $weights:expr) => {{
+                        let (place, weights) = ($place, $weights);
+                        let chain = if M >= 4 { 0 } else { place % (4 / M) };
+                        unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+                            let x = _mm512_set1_ps(*x.add(place * M + t));
+                            sums[t][chain] = _mm512_fmadd_ps(weights, x, sums[t][chain]);
+                        } });
+                    }};
+                }
+                each_place!(BITS, at, table, add);
+                at = at.add(block_bytes);
+                x = x.add(BLOCK * M);
+            }
+        }
+        // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
+        let (scale, offset) = unsafe { scales(shape, middle, at) };
+        unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+            let [a, b, c, d] = sums[t];
+            let sum = if M >= 4 { a } else { _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)) };
+            let x = _mm512_set1_ps(input.sums[group * M + t]);
+            totals[t] = if shape.offset == Offset::Minimum {
+                let sum = _mm512_fmadd_ps(middle, x, sum);
+                _mm512_fnmadd_ps(offset, x, _mm512_fmadd_ps(sum, scale, totals[t]))
+            } else {
+                let sum = _mm512_fnmadd_ps(_mm512_sub_ps(offset, middle), x, sum);
+                _mm512_fmadd_ps(sum, scale, totals[t])
+            };
+        } });
+        // SAFETY: as above; at most one past the end of the tile.
+        at = unsafe { at.add(behind) };
+    }
+    store(&totals, out);
+}
+
+/// Writes the weights of a tile as f32, `to[place * stride + row]`; the same bits as the scalar version.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn dequantize<const BITS: u8>(
+    shape: &Shape,
+    tile: &[u8],
+    to: &mut [f32],
+    stride: usize,
+) {
+    check(shape, tile, BITS);
+    assert!(shape.places() == 0 || to.len() >= (shape.places() - 1) * stride + ROWS);
+    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let (middle, table) = (_mm512_set1_ps(shape.middle()), centred::<BITS>());
+    let (mut at, mut to) = (tile.as_ptr(), to.as_mut_ptr());
+    for group in 0..shape.groups() {
+        let blocks = (shape.group_blocks[group + 1] - shape.group_blocks[group]) as usize;
+        // SAFETY: by the checks above a group is its blocks, its scales and its offsets, and `to` holds
+        // sixteen floats at each place.
+        unsafe {
+            let (scale, offset) = scales(shape, middle, at.add(blocks * block_bytes));
+            let shift = _mm512_sub_ps(offset, middle);
+            for _ in 0..blocks {
+                macro_rules! write {
+                    ($place:expr, $weights:expr) => {{
+                        let weights = $weights;
+                        let weight = if shape.offset == Offset::Minimum {
+                            _mm512_fmsub_ps(_mm512_add_ps(weights, middle), scale, offset)
+                        } else {
+                            _mm512_mul_ps(_mm512_sub_ps(weights, shift), scale)
+                        };
+                        _mm512_storeu_ps(to.add($place * stride), weight);
+                    }};
+                }
+                each_place!(BITS, at, table, write);
+                at = at.add(block_bytes);
+                to = to.wrapping_add(BLOCK * stride);
+            }
+            at = at.add(shape.scale_bytes() + shape.offset_bytes());
         }
     }
 }

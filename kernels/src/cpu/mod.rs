@@ -1,110 +1,128 @@
-//! One CPU kernel for every layout: codes stay packed at 4 or 8 bits in memory and are decoded in
-//! registers, `x` and the sums are f32.
+//! The CPU kernels: one packed form for every layout ([`tiles`](self)), two ways to multiply by it, each
+//! for several instruction sets.
 //!
-//! Below [`TILE_TOKENS`] tokens the codes are multiplied directly, a row of the weight at a time
-//! (decoding text is one token). From there on rows are decoded once into f32 and handed to the matrix
-//! product of `attar_tensor::linalg`: a tile of rows per task while tokens are few, a panel of rows
-//! shared by tasks that split the tokens from [`PANEL_TOKENS`] on. An order of columns costs one gather
-//! of `x` per call.
+//! *Exact* kernels multiply f32 activations by codes that are widened in registers. *Fast* kernels round
+//! activations to bytes, with a scale for each 32 of them (or for each token: W8A8), and multiply bytes;
+//! their integer sums are exact and their f32 steps the same everywhere, so that one fast kernel gives
+//! the same bits on every instruction set and for any number of tokens.
+//!
+//! Up to [`PANEL_TOKENS`] tokens a tile of 16 rows is multiplied directly, tile after tile; weights are
+//! read from memory once. Exact products of more tokens decode a panel of rows into f32 once and hand it
+//! to the matrix product of `attar_tensor::linalg`; fast ones keep to the tiles, whose codes then come from
+//! the first-level cache, and take the tokens in portions that stay in the second. An order of columns
+//! costs one gather of `x` per call.
 //!
 //! Work is cut into fixed tiles of rows; each output is the work of one task in one order, so that the
 //! number of threads does not change a bit.
 
-use attar_tensor::linalg::{gemm_nt, isa as isa_in_use};
+use attar_tensor::linalg::{gemm_nn, isa as isa_in_use};
 use attar_tensor::{LayoutError, PackedLinear, QuantScheme, QuantizedLinear};
 use rayon::prelude::*;
 
 use crate::layout;
-use crate::spec::{Kernel, Prepared, check_sizes, within_use};
+use crate::spec::{Activations, Kernel, Prepared, check_sizes, within_use};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod buffer;
+mod input;
 mod isa;
-mod rows;
 mod scalar;
+mod tiles;
 
+use input::{ByteChunk, Bytes, CHUNK, Chunk, FloatChunk, Floats};
 pub use isa::Isa;
-use rows::{Activations, Rows};
+use tiles::{ROWS, Tiles};
 
 /// Tokens from which decoding rows into f32 pays.
-pub const TILE_TOKENS: usize = 8;
-/// Tokens from which tasks split the tokens instead of the rows.
-pub const PANEL_TOKENS: usize = 64;
-/// Rows that one task multiplies.
-const ROWS_PER_TASK: usize = 32;
-/// Bytes of f32 weights that one task decodes at a time, about half a second-level cache.
-const TILE_BYTES: usize = 1 << 19;
+pub const PANEL_TOKENS: usize = 16;
 /// Bytes of f32 weights that one panel takes at most.
 const PANEL_BYTES: usize = 4 << 20;
-/// Multiplications below which a second thread costs more than it brings.
-const SERIAL_WORK: usize = 1 << 17;
+/// Bytes of rounded activations that are multiplied by all tiles before the next ones are.
+const PORTION_BYTES: usize = 1 << 20;
+/// Bytes of tiles that are worth a task.
+const TASK_BYTES: usize = 64 << 10;
 
-/// The CPU kernel of one instruction set.
+/// The CPU kernel of one instruction set and one kind of activations.
 #[derive(Debug, Clone, Copy)]
 pub struct CpuKernel {
     /// What it is written for.
     pub isa: Isa,
+    /// What it does to activations.
+    pub activations: Activations,
 }
 
-/// The CPU kernels of this build, slowest first.
+/// The CPU kernels of this build, slowest first for each kind of activations.
 pub fn kernels() -> Vec<Box<dyn Kernel>> {
-    Isa::ALL.iter().map(|&isa| Box::new(CpuKernel { isa }) as Box<dyn Kernel>).collect()
+    let kinds = [Activations::F32, Activations::Int8, Activations::Int8PerToken];
+    let kernels = kinds
+        .iter()
+        .flat_map(|&activations| Isa::ALL.iter().map(move |&isa| CpuKernel { isa, activations }));
+    kernels.map(|kernel| Box::new(kernel) as Box<dyn Kernel>).collect()
 }
 
-/// Prepares codes that were never packed with the kernel of the instruction set in use.
+/// Prepares codes that were never packed with the exact kernel of the instruction set in use.
 pub fn prepare(weight: &QuantizedLinear) -> Box<dyn Prepared> {
-    Box::new(CpuLinear { rows: Rows::new(weight), isa: isa_in_use() })
+    let kernel = CpuKernel { isa: isa_in_use(), activations: Activations::F32 };
+    Box::new(CpuLinear { tiles: Tiles::new(weight), kernel })
 }
 
 impl Kernel for CpuKernel {
     fn name(&self) -> &'static str {
-        isa::kernel_name(self.isa)
+        isa::kernel_name(self.isa, self.activations)
+    }
+
+    fn activations(&self) -> Activations {
+        self.activations
     }
 
     fn instructions(&self) -> &'static str {
-        self.isa.name()
+        isa::instructions(self.isa, self.activations)
     }
 
     fn supported(&self) -> bool {
-        self.isa.supported()
+        isa::supported(self.isa, self.activations)
     }
 
     fn in_use(&self) -> bool {
         within_use(self.isa)
     }
 
-    fn supports(&self, _: QuantScheme, _: usize, _: usize) -> bool {
-        true
+    fn supports(&self, scheme: QuantScheme, _: usize, _: usize) -> bool {
+        match self.activations {
+            Activations::F32 | Activations::Int8 => true,
+            Activations::Int8PerToken => scheme.bits == 8 && scheme.symmetric,
+        }
     }
 
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
         // Every call below relies on this check.
         assert!(self.supported(), "{} does not run on this machine", self.name());
-        let rows = Rows::new(&layout::unpack(packed)?);
-        Ok(Box::new(CpuLinear { rows, isa: self.isa }))
+        let tiles = Tiles::new(&layout::unpack(packed)?);
+        Ok(Box::new(CpuLinear { tiles, kernel: *self }))
     }
 }
 
-/// A linear in the order of the CPU kernels. `isa` is supported by this machine.
+/// A linear in the order of the CPU kernels. The kernel is supported by this machine.
 #[derive(Debug)]
 struct CpuLinear {
-    rows: Rows,
-    isa: Isa,
+    tiles: Tiles,
+    kernel: CpuKernel,
 }
 
 impl Prepared for CpuLinear {
     fn out_features(&self) -> usize {
-        self.rows.out_features
+        self.tiles.shape.out_features
     }
 
     fn in_features(&self) -> usize {
-        self.rows.in_features
+        self.tiles.shape.in_features
     }
 
     fn resident_bytes(&self) -> usize {
-        self.rows.resident_bytes()
+        self.tiles.resident_bytes()
     }
 
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
@@ -112,148 +130,241 @@ impl Prepared for CpuLinear {
         if m == 0 || out.is_empty() {
             return;
         }
-        if self.rows.places() == 0 {
-            out.fill(0.0);
-        } else if m < TILE_TOKENS {
-            self.multiply_rows(&self.rows.arrange(x, m), m, out);
+        if self.kernel.activations != Activations::F32 {
+            self.multiply_bytes(x, m, out);
+        } else if m < PANEL_TOKENS {
+            self.multiply_floats(x, m, out);
         } else {
-            let arranged = self.rows.order.as_ref().map(|_| self.rows.arrange(x, m).x);
-            let x = arranged.as_deref().unwrap_or(x);
-            if m < PANEL_TOKENS {
-                self.multiply_tiles(x, m, out);
-            } else {
-                self.multiply_panels(x, m, out);
+            self.multiply_panels(x, m, out);
+        }
+    }
+}
+
+/// `out [m, rows]`, of which each task writes rows of its own.
+#[derive(Clone, Copy)]
+struct Output {
+    start: *mut f32,
+    rows: usize,
+}
+
+// SAFETY: tasks write disjoint elements, see `store`.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Writes the rows of a tile for the tokens of a chunk.
+    ///
+    /// # Safety
+    /// The chunk's tokens lie within the output, and no other task writes the rows of this tile.
+    unsafe fn store(self, tile: usize, chunk: Chunk, values: &[[f32; ROWS]; CHUNK]) {
+        let first = tile * ROWS;
+        let count = ROWS.min(self.rows - first);
+        for (t, values) in values[..chunk.count].iter().enumerate() {
+            // SAFETY: `count` rows from `first` on are within the row of the token, by the caller's
+            // promise.
+            unsafe {
+                let to = self.start.add((chunk.first + t) * self.rows + first);
+                std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
             }
         }
     }
 }
 
 impl CpuLinear {
-    /// Few tokens: each row of codes is read once from memory and multiplied by all tokens.
-    fn multiply_rows(&self, input: &Activations, m: usize, out: &mut [f32]) {
-        let rows = self.rows.out_features;
-        if m == 1 {
-            let tasks = out.par_chunks_mut(ROWS_PER_TASK).enumerate();
-            let min = if rows * self.rows.places() < SERIAL_WORK { usize::MAX } else { 1 };
-            tasks.with_min_len(min).for_each(|(task, out)| {
-                for (i, out) in out.iter_mut().enumerate() {
-                    self.dots(task * ROWS_PER_TASK + i, input, 1, std::slice::from_mut(out));
+    /// Calls `work` for every tile, several at a time.
+    fn for_each_tile(&self, work: impl Fn(usize) + Sync + Send) {
+        let shape = &self.tiles.shape;
+        let least = TASK_BYTES.div_ceil(shape.tile_bytes().max(1));
+        (0..shape.tiles()).into_par_iter().with_min_len(least).for_each(work);
+    }
+
+    /// Most tokens that the kernel takes at once.
+    fn chunk(&self) -> usize {
+        match (self.kernel.isa, self.kernel.activations) {
+            (Isa::Scalar, _) => 1,
+            (Isa::Avx2, _) => 4,
+            (Isa::Avx512, _) => CHUNK,
+        }
+    }
+
+    fn multiply_floats(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let shape = &self.tiles.shape;
+        let input = Floats::new(shape, x, m, self.chunk());
+        let output = Output { start: out.as_mut_ptr(), rows: shape.out_features };
+        self.for_each_tile(|tile| {
+            for &chunk in &input.chunks {
+                let mut values = [[0.0f32; ROWS]; CHUNK];
+                self.exact(tile, input.chunk(shape, chunk), chunk.count, &mut values);
+                // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
+                unsafe { output.store(tile, chunk, &values) };
+            }
+        });
+    }
+
+    fn multiply_bytes(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let shape = &self.tiles.shape;
+        let (rows, columns) = (shape.out_features, shape.in_features);
+        let portion = (PORTION_BYTES / shape.places().max(1)).next_multiple_of(CHUNK);
+        for (x, out) in x.chunks(portion * columns).zip(out.chunks_mut(portion * rows)) {
+            let m = m.min(out.len() / rows);
+            let CpuKernel { isa, activations } = self.kernel;
+            let input = Bytes::new(shape, (x, m), self.chunk(), activations, isa);
+            let output = Output { start: out.as_mut_ptr(), rows };
+            self.for_each_tile(|tile| {
+                for &chunk in &input.chunks {
+                    let mut values = [[0.0f32; ROWS]; CHUNK];
+                    self.fast(tile, input.chunk(shape, chunk), chunk.count, &mut values);
+                    // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
+                    unsafe { output.store(tile, chunk, &values) };
                 }
             });
-            return;
-        }
-        let mut by_row = vec![0.0f32; rows * m];
-        let min = if m * rows * self.rows.places() < SERIAL_WORK { usize::MAX } else { 1 };
-        by_row.par_chunks_mut(ROWS_PER_TASK * m).enumerate().with_min_len(min).for_each(
-            |(task, by_row)| {
-                for (i, out) in by_row.chunks_exact_mut(m).enumerate() {
-                    self.dots(task * ROWS_PER_TASK + i, input, m, out);
-                }
-            },
-        );
-        transpose_into(&by_row, m, out);
-    }
-
-    /// One row times `m` tokens.
-    fn dots(&self, row: usize, input: &Activations, m: usize, out: &mut [f32]) {
-        let rows = &self.rows;
-        let mut token = 0;
-        #[cfg(target_arch = "x86_64")]
-        {
-            // Takes as many of the first number of tokens as there are, then of the next.
-            macro_rules! take {
-                ($isa:ident: $($count:literal)*) => {{$(
-                    while m - token >= $count {
-                        // SAFETY: `prepare` made sure that this machine has the instruction set.
-                        let sums = unsafe {
-                            if rows.nibbles {
-                                $isa::dot::<$count, true>(rows, row, input, token)
-                            } else {
-                                $isa::dot::<$count, false>(rows, row, input, token)
-                            }
-                        };
-                        out[token..token + $count].copy_from_slice(&sums);
-                        token += $count;
-                    }
-                )*}};
-            }
-            match self.isa {
-                Isa::Avx2 => take!(avx2: 2 1),
-                Isa::Avx512 => take!(avx512: 4 2 1),
-                Isa::Scalar => {}
-            }
-        }
-        while token < m {
-            out[token] = scalar::dot(rows, row, input, token);
-            token += 1;
         }
     }
 
-    /// More tokens: each task decodes a tile of rows that stays in its cache. `x` is in the order of
-    /// places.
-    fn multiply_tiles(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        let (rows, places) = (self.rows.out_features, self.rows.places());
-        let tile_rows = (TILE_BYTES / (4 * places)).clamp(16, 64);
-        let mut by_row = vec![0.0f32; rows * m];
-        by_row.par_chunks_mut(tile_rows * m).enumerate().for_each_init(
-            || vec![0.0f32; tile_rows * places],
-            |tile, (task, by_row)| {
-                let count = by_row.len() / m;
-                let tile = &mut tile[..count * places];
-                for (i, weights) in tile.chunks_exact_mut(places).enumerate() {
-                    self.dequantize(task * tile_rows + i, weights);
-                }
-                gemm_nt((count, m, places), 1.0, (tile, places), (x, places), false, (by_row, m));
-            },
-        );
-        transpose_into(&by_row, m, out);
-    }
-
-    /// Many tokens: a panel of rows at a time becomes f32. `x` is in the order of places.
+    /// Many tokens: a panel of rows at a time becomes f32, `[places, panel rows]`.
     fn multiply_panels(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        let (rows, places) = (self.rows.out_features, self.rows.places());
-        let panel_rows = (PANEL_BYTES / (4 * places)).next_multiple_of(ROWS_PER_TASK).min(rows);
+        let shape = &self.tiles.shape;
+        let (rows, places) = (shape.out_features, shape.places());
+        let placed = input::place_all(shape, x, m);
+        let x = placed.as_deref().unwrap_or(x);
+        let panel_rows = (PANEL_BYTES / (4 * places.max(1))).next_multiple_of(ROWS);
+        let panel_rows = panel_rows.min(rows.next_multiple_of(ROWS));
         let mut panel = vec![0.0f32; panel_rows * places];
         // Depends on `m` alone: enough tasks for many threads, enough tokens to pay for packing.
         let tokens = (m / 8).next_multiple_of(16).clamp(32, 256);
         for first in (0..rows).step_by(panel_rows) {
             let count = panel_rows.min(rows - first);
-            let panel = &mut panel[..count * places];
-            panel
-                .par_chunks_mut(places)
-                .enumerate()
-                .with_min_len(ROWS_PER_TASK)
-                .for_each(|(i, weights)| self.dequantize(first + i, weights));
+            let start = Output { start: panel.as_mut_ptr(), rows: panel_rows };
+            let len = panel.len();
+            (0..count.div_ceil(ROWS)).into_par_iter().for_each(|tile| {
+                let start = start;
+                // SAFETY: tiles write the columns `tile * 16 ..` of the panel, which overlap with those of
+                // no other; the slice ends where the panel does.
+                let to = unsafe {
+                    let skip = tile * ROWS;
+                    std::slice::from_raw_parts_mut(start.start.add(skip), len - skip)
+                };
+                self.dequantize(first / ROWS + tile, to, start.rows);
+            });
             let panel = &*panel;
             out.par_chunks_mut(tokens * rows).zip(x.par_chunks(tokens * places)).for_each(
                 |(out, x)| {
                     let m = x.len() / places;
                     let out = (&mut out[first..], rows);
-                    gemm_nt((m, count, places), 1.0, (x, places), (panel, places), false, out);
+                    gemm_nn((m, count, places), 1.0, (x, places), (panel, panel_rows), false, out);
                 },
             );
         }
     }
+}
 
-    fn dequantize(&self, row: usize, weights: &mut [f32]) {
-        match self.isa {
+/// Calls a kernel with the width and the number of tokens as constants.
+macro_rules! with_constants {
+    ($bits:expr, $count:expr, $call:ident, [$($m:literal)*]) => {
+        match ($bits, $count) {
+            $((2, $m) => $call!(2, $m), (3, $m) => $call!(3, $m), (4, $m) => $call!(4, $m),
+              (8, $m) => $call!(8, $m),)*
+            _ => unreachable!("chunks and widths are those listed"),
+        }
+    };
+}
+
+impl CpuLinear {
+    fn exact(&self, tile: usize, x: FloatChunk<'_>, count: usize, out: &mut [[f32; ROWS]; CHUNK]) {
+        let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
+        match self.kernel.isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `prepare` made sure that this machine has the instruction set.
-            Isa::Avx2 => unsafe { avx2::dequantize(&self.rows, row, weights) },
+            Isa::Avx512 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        unsafe { avx512::exact::<$bits, $m>(shape, tile, x, out) }
+                    };
+                }
+                with_constants!(shape.bits, count, call, [1 2 4 8]);
+            }
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx512 => unsafe { avx512::dequantize(&self.rows, row, weights) },
-            _ => scalar::dequantize(&self.rows, row, weights),
+            Isa::Avx2 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: as above.
+                        unsafe { avx2::exact::<$bits, $m>(shape, tile, x, out) }
+                    };
+                }
+                with_constants!(shape.bits, count, call, [1 2 4]);
+            }
+            _ => out[0] = scalar::exact(shape, tile, x),
+        }
+    }
+
+    fn fast(&self, tile: usize, x: ByteChunk<'_>, count: usize, out: &mut [[f32; ROWS]; CHUNK]) {
+        let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
+        let per_token = self.kernel.activations == Activations::Int8PerToken;
+        match self.kernel.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        unsafe {
+                            if $bits == 8 && per_token {
+                                avx512::fast::<$bits, $m, { $bits == 8 }>(shape, tile, x, out);
+                            } else {
+                                avx512::fast::<$bits, $m, false>(shape, tile, x, out);
+                            }
+                        }
+                    };
+                }
+                with_constants!(shape.bits, count, call, [1 2 4 8]);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: as above.
+                        unsafe {
+                            if $bits == 8 && per_token {
+                                avx2::fast::<$bits, $m, { $bits == 8 }>(shape, tile, x, out);
+                            } else {
+                                avx2::fast::<$bits, $m, false>(shape, tile, x, out);
+                            }
+                        }
+                    };
+                }
+                with_constants!(shape.bits, count, call, [1 2 4]);
+            }
+            _ => out[0] = scalar::fast(shape, tile, x, per_token),
+        }
+    }
+
+    fn dequantize(&self, tile: usize, to: &mut [f32], stride: usize) {
+        let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
+        match self.kernel.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        unsafe { avx512::dequantize::<$bits>(shape, tile, to, stride) }
+                    };
+                }
+                with_constants!(shape.bits, 1, call, [1]);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: as above.
+                        unsafe { avx2::dequantize::<$bits>(shape, tile, to, stride) }
+                    };
+                }
+                with_constants!(shape.bits, 1, call, [1]);
+            }
+            _ => scalar::dequantize(shape, tile, to, stride),
         }
     }
 }
 
-/// `[rows, m]` to `out [m, rows]`.
-fn transpose_into(by_row: &[f32], m: usize, out: &mut [f32]) {
-    let rows = by_row.len() / m;
-    for (token, out) in out.chunks_exact_mut(rows).enumerate() {
-        for (row, out) in out.iter_mut().enumerate() {
-            *out = by_row[row * m + token];
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -1,66 +1,148 @@
-//! The plain kernel: what every other one is measured against for readability.
+//! The plain kernels: what every other one is measured against for readability.
 
-use super::rows::{Activations, BLOCK, Rows};
+use super::input::{ByteChunk, FloatChunk};
+use super::tiles::{BLOCK, Offset, QUAD, QUADS, ROWS, Shape, read_scales, unpack_block};
 
-/// `W[row] · x[token]`.
-pub(crate) fn dot(rows: &Rows, row: usize, input: &Activations, token: usize) -> f32 {
-    let places = rows.places();
-    let x = &input.x[token * places..(token + 1) * places];
-    let codes = rows.row_codes(row);
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = rows.block_bytes();
-    let mut total = 0.0f32;
-    for group in 0..rows.groups() {
-        let (first, end) =
-            (rows.group_blocks[group] as usize, rows.group_blocks[group + 1] as usize);
-        let zero = zeros[group];
-        let mut sum = 0.0f32;
-        for block in first..end {
-            let codes = &codes[block * bytes..(block + 1) * bytes];
-            let x = &x[block * BLOCK..(block + 1) * BLOCK];
-            sum += dot_block(codes, x, rows.nibbles, zero);
+/// Calls `block(codes, index of the block)` and `group(scales, offsets, index of the group)` in the order
+/// of the stream.
+fn walk(
+    shape: &Shape,
+    mut tile: &[u8],
+    mut block: impl FnMut(&[[u8; QUAD]; QUADS], usize),
+    mut group: impl FnMut(&[f32; ROWS], &[f32; ROWS], usize),
+) {
+    let mut quads = [[0u8; QUAD]; QUADS];
+    for at in 0..shape.groups() {
+        for index in shape.group_blocks[at]..shape.group_blocks[at + 1] {
+            unpack_block(shape.bits, tile, &mut quads);
+            block(&quads, index as usize);
+            tile = &tile[shape.block_bytes()..];
         }
-        total += sum * scales[group];
-    }
-    total
-}
-
-fn dot_block(codes: &[u8], x: &[f32], nibbles: bool, zero: f32) -> f32 {
-    if nibbles {
-        let (low, high) = x.split_at(BLOCK / 2);
-        codes
-            .iter()
-            .zip(low.iter().zip(high))
-            .map(|(&byte, (&low, &high))| {
-                (f32::from(byte & 15) - zero) * low + (f32::from(byte >> 4) - zero) * high
-            })
-            .sum()
-    } else {
-        codes.iter().zip(x).map(|(&code, &x)| (f32::from(code) - zero) * x).sum()
+        let (scales, offsets) = read_scales(shape, tile);
+        group(&scales, &offsets, at);
+        tile = &tile[shape.scale_bytes() + shape.offset_bytes()..];
     }
 }
 
-/// Writes the weights of one row, in the order of places.
-pub(crate) fn dequantize(rows: &Rows, row: usize, out: &mut [f32]) {
-    let codes = rows.row_codes(row);
-    let (scales, zeros) = (rows.row_scales(row), rows.row_zeros(row));
-    let bytes = rows.block_bytes();
-    for group in 0..rows.groups() {
-        let (scale, zero) = (scales[group], zeros[group]);
-        for block in rows.group_blocks[group] as usize..rows.group_blocks[group + 1] as usize {
-            let codes = &codes[block * bytes..(block + 1) * bytes];
-            let out = &mut out[block * BLOCK..(block + 1) * BLOCK];
-            if rows.nibbles {
-                let (low, high) = out.split_at_mut(BLOCK / 2);
-                for ((&byte, low), high) in codes.iter().zip(low).zip(high) {
-                    *low = (f32::from(byte & 15) - zero) * scale;
-                    *high = (f32::from(byte >> 4) - zero) * scale;
-                }
-            } else {
-                for (&code, out) in codes.iter().zip(out) {
-                    *out = (f32::from(code) - zero) * scale;
+/// The 16 rows of a tile times one token of bytes.
+pub(crate) fn fast(
+    shape: &Shape,
+    tile: &[u8],
+    input: ByteChunk<'_>,
+    per_token: bool,
+) -> [f32; ROWS] {
+    let mut totals = [0.0f32; ROWS];
+    let sums = std::cell::Cell::new([0.0f32; ROWS]);
+    let dots = std::cell::Cell::new([0i32; ROWS]);
+    walk(
+        shape,
+        tile,
+        |quads, block| {
+            let q = input.q[block * BLOCK..(block + 1) * BLOCK].as_chunks::<4>().0;
+            let mut dot = if per_token { dots.get() } else { [0i32; ROWS] };
+            for (codes, q) in quads.iter().zip(q) {
+                for (dot, codes) in dot.iter_mut().zip(codes.as_chunks::<4>().0) {
+                    for (&code, &q) in codes.iter().zip(q) {
+                        *dot += i32::from(code) * i32::from(q);
+                    }
                 }
             }
-        }
+            if per_token {
+                dots.set(dot);
+                return;
+            }
+            let mut sum = sums.get();
+            for (sum, &dot) in sum.iter_mut().zip(&dot) {
+                *sum = (dot as f32).mul_add(input.scales[block], *sum);
+            }
+            sums.set(sum);
+        },
+        |scales, offsets, group| {
+            let mut sum = sums.take();
+            if per_token {
+                for (sum, dot) in sum.iter_mut().zip(dots.take()) {
+                    *sum = dot as f32 * input.scales[0];
+                }
+            }
+            for row in 0..ROWS {
+                totals[row] = finish(
+                    shape.offset,
+                    totals[row],
+                    sum[row],
+                    (scales[row], offsets[row]),
+                    input.sums[group],
+                );
+            }
+        },
+    );
+    totals
+}
+
+/// Adds one group: `sum` is over its codes, `x` over its activations.
+fn finish(offset: Offset, total: f32, sum: f32, (scale, offset_of_row): (f32, f32), x: f32) -> f32 {
+    if offset == Offset::Minimum {
+        (-offset_of_row).mul_add(x, sum.mul_add(scale, total))
+    } else {
+        (-offset_of_row).mul_add(x, sum).mul_add(scale, total)
     }
+}
+
+/// The 16 rows of a tile times one token of f32.
+pub(crate) fn exact(shape: &Shape, tile: &[u8], input: FloatChunk<'_>) -> [f32; ROWS] {
+    let mut totals = [0.0f32; ROWS];
+    let sums = std::cell::Cell::new([0.0f32; ROWS]);
+    let middle = shape.middle();
+    walk(
+        shape,
+        tile,
+        |quads, block| {
+            let x = input.x[block * BLOCK..(block + 1) * BLOCK].as_chunks::<4>().0;
+            let mut sum = sums.get();
+            for (codes, x) in quads.iter().zip(x) {
+                for (sum, codes) in sum.iter_mut().zip(codes.as_chunks::<4>().0) {
+                    let products = codes.iter().zip(x).map(|(&c, &x)| (f32::from(c) - middle) * x);
+                    *sum += products.sum::<f32>();
+                }
+            }
+            sums.set(sum);
+        },
+        |scales, offsets, group| {
+            let (sum, x) = (sums.take(), input.sums[group]);
+            for row in 0..ROWS {
+                totals[row] += if shape.offset == Offset::Minimum {
+                    (sum[row] + middle * x) * scales[row] - offsets[row] * x
+                } else {
+                    (sum[row] - (offsets[row] - middle) * x) * scales[row]
+                };
+            }
+        },
+    );
+    totals
+}
+
+/// Writes the weights of a tile as f32, `to[place * stride + row]`.
+pub(crate) fn dequantize(shape: &Shape, tile: &[u8], to: &mut [f32], stride: usize) {
+    let mut codes = Vec::with_capacity(shape.places());
+    let codes = std::cell::RefCell::new(&mut codes);
+    walk(
+        shape,
+        tile,
+        |quads, _| codes.borrow_mut().push(*quads),
+        |scales, offsets, group| {
+            let first = shape.group_blocks[group] as usize * BLOCK;
+            for (block, quads) in codes.borrow_mut().drain(..).enumerate() {
+                for place in 0..BLOCK {
+                    let to = &mut to[(first + block * BLOCK + place) * stride..][..ROWS];
+                    for (row, to) in to.iter_mut().enumerate() {
+                        let code = f32::from(quads[place / 4][4 * row + place % 4]);
+                        *to = if shape.offset == Offset::Minimum {
+                            code.mul_add(scales[row], -offsets[row])
+                        } else {
+                            (code - offsets[row]) * scales[row]
+                        };
+                    }
+                }
+            }
+        },
+    );
 }

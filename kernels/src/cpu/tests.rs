@@ -1,0 +1,181 @@
+//! Every CPU kernel on every case, and what is promised about bits.
+
+use attar_tensor::DType;
+use rayon::prelude::*;
+
+use super::*;
+use crate::cases::{self, Input, Judge, TOKENS};
+use crate::layout::{CtPacked, Layout};
+
+fn supported() -> Vec<CpuKernel> {
+    let kinds = [Activations::F32, Activations::Int8, Activations::Int8PerToken];
+    let all = kinds.iter().flat_map(|&a| Isa::ALL.map(|isa| CpuKernel { isa, activations: a }));
+    all.filter(Kernel::supported).collect()
+}
+
+fn linear(kernel: CpuKernel, weight: &QuantizedLinear) -> CpuLinear {
+    CpuLinear { tiles: Tiles::new(weight), kernel }
+}
+
+#[test]
+fn every_kernel_gets_every_case_right() {
+    let kernels = supported();
+    let failures: Vec<String> = (cases::all().into_par_iter())
+        .flat_map_iter(|case| {
+            let weight = case.weight();
+            let judge = Judge::new(&weight);
+            let (rows, columns) = (case.out_features, case.in_features);
+            let most = TOKENS[TOKENS.len() - 1];
+            let mut failures = Vec::new();
+            for input in Input::ALL {
+                let x = input.activations(most, columns, 3);
+                let expected = judge.expect(&x);
+                for &kernel in &kernels {
+                    if !kernel.supports(weight.scheme, columns, 1) {
+                        continue;
+                    }
+                    let bounds = judge.bounds(&x, kernel.activations);
+                    let linear = linear(kernel, &weight);
+                    for m in TOKENS {
+                        // The plain kernels are slow.
+                        if kernel.isa == Isa::Scalar && m > 33 {
+                            continue;
+                        }
+                        let mut got = vec![f32::NAN; m * rows];
+                        linear.matmul(&x[..m * columns], m, &mut got);
+                        let found = judge.compare(&got, &expected, &bounds);
+                        if !found.within(kernel.activations, kernel.tolerance()) {
+                            let name = kernel.name();
+                            failures.push(format!("{name} m {m} {case} {input:?}: {found:?}"));
+                        }
+                    }
+                }
+            }
+            failures
+        })
+        .collect();
+    let shown = &failures[..failures.len().min(30)];
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), shown.join("\n"));
+}
+
+#[test]
+fn fast_kernels_give_the_same_bits_everywhere() {
+    for case in cases::all().into_iter().filter(|case| case.values == cases::Values::Plain) {
+        let weight = case.weight();
+        let x = Input::Outliers.activations(19, case.in_features, 5);
+        for activations in [Activations::Int8, Activations::Int8PerToken] {
+            let mut expected: Option<Vec<u32>> = None;
+            for kernel in supported().into_iter().filter(|k| k.activations == activations) {
+                if !kernel.supports(weight.scheme, case.in_features, 1) {
+                    continue;
+                }
+                let linear = linear(kernel, &weight);
+                let mut all = vec![0.0f32; 19 * case.out_features];
+                linear.matmul(&x, 19, &mut all);
+                // One token at a time, too.
+                let mut one = vec![0.0f32; case.out_features];
+                linear.matmul(&x[18 * case.in_features..], 1, &mut one);
+                assert_eq!(one, all[18 * case.out_features..], "{} {case}", kernel.name());
+                let bits: Vec<u32> = all.iter().map(|y| y.to_bits()).collect();
+                let expected = expected.get_or_insert_with(|| bits.clone());
+                assert!(&bits == expected, "{} {case}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn dequantized_panels_are_the_weights_to_the_bit() {
+    for case in cases::all() {
+        let weight = case.weight();
+        let expected = weight.dequantize();
+        for kernel in supported().into_iter().filter(|k| k.activations == Activations::F32) {
+            let linear = linear(kernel, &weight);
+            let shape = &linear.tiles.shape;
+            let stride = ROWS + 3;
+            let mut to = vec![0.0f32; shape.places() * stride];
+            for tile in 0..shape.tiles() {
+                linear.dequantize(tile, &mut to, stride);
+                for place in 0..shape.places() {
+                    let column = shape.order.as_ref().map_or(place, |o| o[place] as usize);
+                    for row in (0..ROWS).filter(|row| tile * ROWS + row < shape.out_features) {
+                        if column < shape.in_features {
+                            let want = expected[[tile * ROWS + row, column]];
+                            let got = to[place * stride + row];
+                            assert_eq!(got.to_bits(), want.to_bits(), "{} {case}", kernel.name());
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_activation_that_is_not_finite_is_lost() {
+    let weight = cases::all()[1].weight();
+    for kernel in supported() {
+        if !kernel.supports(weight.scheme, weight.in_features, 1) {
+            continue;
+        }
+        let linear = linear(kernel, &weight);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = vec![1.0f32; weight.in_features];
+            x[3] = bad;
+            let mut out = vec![0.0f32; weight.out_features];
+            linear.matmul(&x, 1, &mut out);
+            assert!(out.iter().any(|y| !y.is_finite()), "{} {bad}", kernel.name());
+        }
+        let mut out = vec![1.0f32; weight.out_features];
+        linear.matmul(&vec![1e-38; weight.in_features], 1, &mut out);
+        assert!(out.iter().all(|y| y.abs() < 1e-30), "{}", kernel.name());
+    }
+}
+
+#[test]
+fn minima_are_subtracted() {
+    let case = cases::all()[0];
+    let weight = case.weight();
+    let minima: Vec<f32> = weight.scales.iter().map(|scale| scale * 8.0).collect();
+    let x = Input::Gaussian.activations(17, case.in_features, 5);
+    for kernel in supported() {
+        if !kernel.supports(weight.scheme, case.in_features, 1) {
+            continue;
+        }
+        let with_minima = CpuLinear {
+            tiles: Tiles::from_affine(&tiles::Affine {
+                bits: case.bits,
+                out_features: case.out_features,
+                in_features: case.in_features,
+                codes: &weight.codes,
+                scales: &weight.scales,
+                offsets: tiles::Offsets::Minima(&minima),
+                group_of: &|column| weight.group_of(column),
+            }),
+            kernel,
+        };
+        for m in [1, 17] {
+            let judge = Judge::new(&QuantizedLinear {
+                zeros: vec![8; weight.zeros.len()],
+                ..weight.clone()
+            });
+            let x = &x[..m * case.in_features];
+            let mut got = vec![0.0f32; m * case.out_features];
+            with_minima.matmul(x, m, &mut got);
+            let bounds = judge.bounds(x, kernel.activations);
+            let found = judge.compare(&got, &judge.expect(x), &bounds);
+            assert!(found.worst < 1.0, "{} {found:?}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn act_order_reads_the_packed_file() {
+    let case = cases::all().into_iter().find(|case| case.act_order).unwrap();
+    let packed = CtPacked.pack(&case.weight(), DType::F16).unwrap();
+    let x = Input::Gaussian.activations(2, case.in_features, 5);
+    let (mut a, mut b) = (vec![0.0; 2 * case.out_features], vec![0.0; 2 * case.out_features]);
+    crate::select(&packed).unwrap().matmul(&x, 2, &mut a);
+    prepare(&case.weight()).matmul(&x, 2, &mut b);
+    assert_eq!(a, b);
+}
