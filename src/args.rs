@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use attar_ir::target::TargetSpec;
+use attar_kernels::Activations;
 use attar_tensor::linalg::Isa;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+use crate::commands::run::Measured;
 
 /// A compression compiler for language models: quantizes Hugging Face checkpoints into artifacts that
 /// runtimes load, and measures what it cost.
@@ -283,6 +286,9 @@ pub(crate) struct Eval {
     /// Put the beginning-of-sequence token in the first slot of each window.
     #[arg(long)]
     pub(crate) bos: bool,
+    /// What the kernels of packed linears do to activations.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) activations: ActivationsArg,
     /// Write the logits of the first window (tensor `logits`, f32 [context, vocab]).
     #[arg(long)]
     pub(crate) dump_logits: Option<PathBuf>,
@@ -392,8 +398,8 @@ pub(crate) struct Run {
     /// Checkpoint or artifact.
     pub(crate) path: PathBuf,
     /// Text to continue.
-    #[arg(long)]
-    pub(crate) prompt: String,
+    #[arg(long, required_unless_present = "bench")]
+    pub(crate) prompt: Option<String>,
     /// Tokens to generate.
     #[arg(long, default_value_t = 64)]
     pub(crate) tokens: usize,
@@ -403,6 +409,37 @@ pub(crate) struct Run {
     /// Seed of the draw.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// What the kernels of packed linears do to activations.
+    #[arg(long, value_enum, default_value = "int8")]
+    pub(crate) activations: ActivationsArg,
+    /// Instead of text: measure the prefill of so many tokens and the decoding of so many others,
+    /// each from an empty cache.
+    #[arg(long, value_name = "PREFILL,DECODE", conflicts_with = "prompt")]
+    pub(crate) bench: Option<Measured>,
+    /// Repetitions of --bench; the fastest counts.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) repeat: usize,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What kernels do to activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationsArg {
+    /// Nothing: products and sums in f32.
+    F32,
+    /// Round them to bytes, one scale for each 32.
+    Int8,
+}
+
+impl From<ActivationsArg> for Activations {
+    fn from(arg: ActivationsArg) -> Self {
+        match arg {
+            ActivationsArg::F32 => Self::F32,
+            ActivationsArg::Int8 => Self::Int8,
+        }
+    }
 }
 
 #[derive(Debug, ClapArgs)]

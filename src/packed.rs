@@ -1,13 +1,19 @@
 //! An opened checkpoint or artifact whose linears multiply: packed ones through their kernel, dense ones
 //! in f32.
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use attar_formats::{Checkpoint, quant_config};
 use attar_ir::Site;
-use attar_kernels::{Prepared, layout::SUFFIXES};
+use attar_kernels::cpu::dense::Dense;
+use attar_kernels::{Activations, Prepared, layout::SUFFIXES};
 use attar_model::{Decoder, LinearOp, ModelError, WeightSource};
 use attar_tensor::{LayoutId, PackedLinear, TensorSource};
+use serde::Serialize;
 
 use crate::Error;
 
@@ -16,7 +22,22 @@ use crate::Error;
 pub(crate) struct Opened {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) decoder: Decoder,
+    /// What its kernels do to activations.
+    pub(crate) activations: Activations,
+    /// Whether dense weights stay in memory in the type of their file, to be read at its speed; otherwise
+    /// they become f32.
+    pub(crate) resident: bool,
+    /// Kernels taken so far, with the linears and the bytes of each.
+    kernels: Mutex<BTreeMap<&'static str, Taken>>,
     quant: Option<quant_config::Parsed>,
+}
+
+/// What a kernel was taken for.
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+pub(crate) struct Taken {
+    pub(crate) linears: usize,
+    /// In memory; a token reads all of them.
+    pub(crate) bytes: usize,
 }
 
 impl Opened {
@@ -31,7 +52,14 @@ impl Opened {
         };
         let decoder = Decoder::read_with(checkpoint.config(), &checkpoint, &is_quantized)
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self { checkpoint, decoder, quant })
+        Ok(Self {
+            checkpoint,
+            decoder,
+            activations: Activations::F32,
+            resident: false,
+            kernels: Mutex::default(),
+            quant,
+        })
     }
 
     /// Name of the layout, when anything is quantized.
@@ -92,6 +120,18 @@ impl Opened {
         }))
     }
 
+    fn took(&self, kernel: &'static str, bytes: usize) {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = kernels.entry(kernel).or_default();
+        taken.linears += 1;
+        taken.bytes += bytes;
+    }
+
+    /// Kernels taken so far.
+    pub(crate) fn taken(&self) -> BTreeMap<&'static str, Taken> {
+        self.kernels.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Bits per weight over the linears of the decoder blocks (and the head when it is quantized), all
     /// parts counted.
     pub(crate) fn bits_per_weight(&self) -> f64 {
@@ -128,9 +168,20 @@ impl WeightSource for Opened {
         let fail = |reason: String| ModelError::Tensor { name: site.name.clone(), reason };
         match self.packed(site).map_err(|error| fail(error.to_string()))? {
             Some(packed) => {
-                let kernel =
-                    attar_kernels::select(&packed).map_err(|error| fail(error.to_string()))?;
+                let (name, kernel) = attar_kernels::select_kernel(&packed, self.activations)
+                    .map_err(|error| fail(error.to_string()))?;
+                self.took(name, kernel.resident_bytes());
                 Ok(Box::new(Kernel(kernel)))
+            }
+            None if self.resident => {
+                let name = decoder.weight_tensor(site);
+                let view = self.checkpoint.read(&name)?;
+                let dense = Dense::new(&view).ok_or_else(|| {
+                    fail(format!("has dtype {}, no float that a kernel reads", view.dtype()))
+                })?;
+                self.checkpoint.release(&name);
+                self.took(dense.name(), dense.resident_bytes());
+                Ok(Box::new(Kernel(Box::new(dense))))
             }
             None => self.checkpoint.linear(decoder, site),
         }

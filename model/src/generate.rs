@@ -66,6 +66,15 @@ impl<'a> Generator<'a> {
         })
     }
 
+    /// Forgets everything that was run.
+    pub fn clear(&mut self) {
+        self.length = 0;
+        for (keys, values) in &mut self.cache {
+            keys.clear();
+            values.clear();
+        }
+    }
+
     /// Positions left.
     pub fn remaining(&self) -> usize {
         self.rope.positions() - self.length

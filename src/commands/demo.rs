@@ -6,7 +6,7 @@ use attar_eval::Score;
 use attar_formats::{CorpusSource, Tokenizer, corpus};
 use attar_model::Sampling;
 
-use super::continue_text;
+use super::run::continue_text;
 use crate::{
     Error,
     args::{Demo, Promise, What},
@@ -83,7 +83,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
         "-",
         "-"
     );
-    let mut texts = vec![("original", continue_text(&original, PROMPT, 48, greedy)?)];
+    let mut texts = vec![("original", continue_text(&original, PROMPT, 48, greedy)?.text)];
     for preset in ["rtn-w4", "awq-w4", "gptq-w4", "rtn-w3", "awq-w3", "gptq-w3"] {
         let out = args.out.join(preset);
         if out.exists() {
@@ -126,7 +126,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             100.0 * eval.top1_agreement.unwrap_or(f64::NAN)
         );
         if preset.ends_with("w4") && preset != "awq-w4" || preset == "gptq-w3" {
-            texts.push((preset, continue_text(&model, PROMPT, 48, greedy)?));
+            texts.push((preset, continue_text(&model, PROMPT, 48, greedy)?.text));
         }
     }
     say!();

@@ -34,7 +34,8 @@ pub(crate) fn line(eval: &Evaluation) -> String {
 }
 
 pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
-    let model = Opened::open(&args.path)?;
+    let mut model = Opened::open(&args.path)?;
+    model.activations = args.activations.into();
     let reference = args.reference.as_deref().map(Opened::open).transpose()?;
     let spec = &model.decoder.spec;
     if args.context < 2 || args.context > spec.context {
@@ -83,6 +84,9 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
             out["source_bytes"] = json!(reference.checkpoint.file_bytes()?);
         }
         out["layout"] = json!(model.layout());
+        out["activations"] = json!(model.activations);
+        out["relative_error_bound"] = json!(super::run::bound(model.activations));
+        out["kernels"] = json!(model.taken().keys().collect::<Vec<_>>());
         say!("{}", serde_json::to_string_pretty(&out)?);
     } else {
         say!("{}", line(&eval));

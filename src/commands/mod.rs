@@ -7,17 +7,17 @@ mod evaluate;
 mod explain;
 mod inspect;
 mod reproduce;
+pub(crate) mod run;
 mod targets;
 
 use attar_eval::{Policy, Report};
 use attar_formats::{Checkpoint, artifact};
 use attar_ir::plan;
-use attar_model::{Generator, Sampling};
 use serde_json::json;
 
 use crate::{
     Error,
-    args::{Args, Command, Compress, Emit, Gate, Plan, ProgressArg, Run, Verify},
+    args::{Args, Command, Compress, Emit, Gate, Plan, ProgressArg, Verify},
     bundle,
     compile::{self, Measure, Options},
     contract, measure,
@@ -44,7 +44,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Diff(args) => diff::diff(&args),
         Command::Reproduce(reproduction) => reproduce::reproduce(&reproduction, args.isa),
         Command::Gate(args) => gate(&args),
-        Command::Run(args) => generate(&args),
+        Command::Run(args) => run::generate(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Cache(args) => cache::cache(&args),
         Command::Targets(args) => targets::targets(&args),
@@ -243,50 +243,6 @@ fn gate(args: &Gate) -> Result<bool, Error> {
         say!("{}", verdict.table());
     }
     Ok(verdict.pass)
-}
-
-/// Continues a prompt.
-pub(crate) fn continue_text(
-    model: &Opened,
-    prompt: &str,
-    tokens: usize,
-    sampling: Sampling,
-) -> Result<String, Error> {
-    let tokenizer = attar_formats::Tokenizer::open(model.checkpoint.folder())?;
-    let mut ids = tokenizer.encode(prompt)?;
-    if ids.is_empty() {
-        ids.push(tokenizer.bos.ok_or("an empty prompt needs a model with a bos token")?);
-    }
-    let limit = (ids.len() + tokens).min(model.decoder.spec.context);
-    if ids.len() >= limit {
-        return Err(format!(
-            "the prompt has {} tokens, the model's context is {}",
-            ids.len(),
-            model.decoder.spec.context
-        )
-        .into());
-    }
-    let mut generator = Generator::new(&model.decoder, model, limit, sampling)?;
-    let mut logits = generator.forward(&ids)?;
-    loop {
-        let next = generator.choose(&logits);
-        if tokenizer.eos.contains(&next) {
-            break;
-        }
-        ids.push(next);
-        if ids.len() >= limit || generator.remaining() == 0 {
-            break;
-        }
-        logits = generator.forward(&[next])?;
-    }
-    Ok(tokenizer.decode(&ids)?)
-}
-
-fn generate(args: &Run) -> Result<bool, Error> {
-    let model = Opened::open(&args.path)?;
-    let sampling = Sampling { temperature: args.temperature, seed: args.seed };
-    say!("{}", continue_text(&model, &args.prompt, args.tokens, sampling)?);
-    Ok(true)
 }
 
 fn passes(schema: bool) -> Result<bool, Error> {
