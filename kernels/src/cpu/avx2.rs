@@ -4,7 +4,7 @@
 //! overflow (8 products of pairs, each at most 2 · 15 · 127). Codes of 8 bits are widened to 16 bits first.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi16,
+    __m256, __m256i, _MM_HINT_T1, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi16,
     _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
     _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_fmsub_ps,
     _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
@@ -19,12 +19,25 @@ use super::tiles::{BLOCK, Offset, QUAD, ROWS, ScaleType, Shape};
 
 /// Rows of a half tile.
 const HALF: usize = ROWS / 2;
-/// How far ahead of the codes being multiplied memory is asked for.
-const AHEAD: usize = 4096;
+/// How far ahead of the codes being multiplied memory is asked for, into the second-level cache: the
+/// first has too few slots for lines on their way to keep memory busy. Every line has to be asked for,
+/// those of the scales too.
+const AHEAD: usize = 2048;
 
 /// Writes a block once for each number, so that arrays of registers are indexed by constants.
 macro_rules! unroll {
     ($i:ident in [$($n:literal)*] $body:block) => {{ $({ let $i: usize = $n; $body })* }};
+}
+
+/// Asks for what comes `AHEAD` bytes behind `at`.
+#[inline(always)]
+fn ask(at: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        // SAFETY: a prefetch reads nothing and never faults; the processor has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD + line).cast()) };
+        line += 64;
+    }
 }
 
 /// Checks once what the loops below rely on.
@@ -219,11 +232,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
-                let mut line = 0;
-                while line < block_bytes {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
-                    line += 64;
-                }
+                ask(at, block_bytes);
             }
             // SAFETY: by the checks of the caller the tile holds `block_bytes` for each block, and `q`
             // and `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
@@ -245,6 +254,9 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
                 q = q.add(BLOCK * M);
                 a = a.add(M);
             }
+        }
+        if M == 1 {
+            ask(at, 128);
         }
         unroll!(h in [0 1] { if h < HALVES {
             // SAFETY: scales and offsets stand behind the blocks of a group.
@@ -384,11 +396,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
             while block < blocks {
                 let (at, x) = (at.add(block * block_bytes), x.add(block * BLOCK * M));
                 if M == 1 {
-                    let mut line = 0;
-                    while line < block_bytes {
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
-                        line += 64;
-                    }
+                    ask(at, block_bytes);
                 }
                 unroll!(h in [0 1] {
                     macro_rules! add {
@@ -406,6 +414,9 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                 block += 1;
             }
             x = x.add(blocks * BLOCK * M);
+            if M == 1 {
+                ask(behind, 128);
+            }
             unroll!(h in [0 1] {
                 let (scale, offset) = scales(shape, behind, h * HALF);
                 unroll!(t in [0 1 2 3] { if t < M {

@@ -4,7 +4,7 @@
 //! one conversion and one FMA for each token; scales are applied once per group.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
+    __m512, __m512i, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
     _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
     _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fmsub_ps,
     _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps,
@@ -21,8 +21,21 @@ macro_rules! unroll {
     ($i:ident in [$($n:literal)*] $body:block) => {{ $({ let $i: usize = $n; $body })* }};
 }
 
-/// How far ahead of the codes being multiplied memory is asked for.
-const AHEAD: usize = 4096;
+/// How far ahead of the codes being multiplied memory is asked for, into the second-level cache: the
+/// first has too few slots for lines on their way to keep memory busy. Every line has to be asked for,
+/// those of the scales too.
+const AHEAD: usize = 2048;
+
+/// Asks for what comes `AHEAD` bytes behind `at`.
+#[inline(always)]
+fn ask(at: *const u8, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        // SAFETY: a prefetch reads nothing and never faults; the processor has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD + line).cast()) };
+        line += 64;
+    }
+}
 
 /// Checks once what the loops below rely on.
 fn check(shape: &Shape, tile: &[u8], bits: u8) {
@@ -150,11 +163,7 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
-                let mut line = 0;
-                while line < block_bytes {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
-                    line += 64;
-                }
+                ask(at, block_bytes);
             }
             // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `q` and
             // `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
@@ -177,6 +186,9 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
                 q = q.add(BLOCK * M);
                 a = a.add(M);
             }
+        }
+        if M == 1 {
+            ask(at, 128);
         }
         // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
         let (scale, offset) = unsafe { scales(shape, middle, at) };
@@ -296,11 +308,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
-                let mut line = 0;
-                while line < block_bytes {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast());
-                    line += 64;
-                }
+                ask(at, block_bytes);
             }
             // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `x` holds 32
             // floats of each of the `M` tokens for each block.
@@ -319,6 +327,9 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                 at = at.add(block_bytes);
                 x = x.add(BLOCK * M);
             }
+        }
+        if M == 1 {
+            ask(at, 128);
         }
         // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
         let (scale, offset) = unsafe { scales(shape, middle, at) };

@@ -187,7 +187,7 @@ impl Prepared for Dense {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m512, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps,
+        __m256, __m512, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps,
         _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
         _mm256_loadu_si256, _mm256_set1_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
         _mm256_storeu_ps, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtph_ps,
@@ -203,7 +203,7 @@ mod x86 {
     pub(super) const F16: u8 = 1;
     pub(super) const F32: u8 = 2;
     /// How far ahead memory is asked for.
-    const AHEAD: usize = 4096;
+    const AHEAD: usize = 2048;
 
     fn tail<const TYPE: u8>(from: &[u8], x: &[f32]) -> f32 {
         let at = |i: usize| match TYPE {
@@ -226,7 +226,10 @@ mod x86 {
             // SAFETY: a step is 32 weights of a row and as many activations, by the assertion.
             unsafe {
                 let (w, x) = (from.as_ptr().add(step * STEP * size), x.as_ptr().add(step * STEP));
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(AHEAD).cast());
+                if TYPE == F32 {
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(AHEAD + 64).cast());
+                }
                 let (a, b): (__m512, __m512) = match TYPE {
                     BF16 => {
                         let v = _mm512_loadu_si512(w.cast());
@@ -270,7 +273,10 @@ mod x86 {
             // SAFETY: a step is 32 weights of a row and as many activations, by the assertion.
             unsafe {
                 let (w, x) = (from.as_ptr().add(step * STEP * size), x.as_ptr().add(step * STEP));
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(AHEAD).cast());
+                if TYPE == F32 {
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(AHEAD + 64).cast());
+                }
                 // In the order of the activations: evens 0 to 7, 8 to 15, odds likewise.
                 let [a, b, c, d]: [__m256; 4] = match TYPE {
                     BF16 => {
