@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Gate(Gate),
     /// Generate text through the packed kernels.
     Run(Run),
+    /// Measure every kernel on every distinct shape of an artifact, beside what this machine can do.
+    Bench(Bench),
     /// Compress the embedded model with several passes and print size against accuracy.
     Demo(Demo),
     /// List, check or prune a work directory (`compress --scratch DIR`).
@@ -389,6 +391,29 @@ pub(crate) struct Gate {
     #[arg(long)]
     pub(crate) junit: Option<PathBuf>,
     /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Bench {
+    /// Artifact.
+    pub(crate) path: PathBuf,
+    /// Where kernels run.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) backend: String,
+    /// Numbers of tokens.
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16,128,512")]
+    pub(crate) m: Vec<usize>,
+    /// Copies of a weight are read in turn until they are this large, so that up to 16 tokens read
+    /// memory and not a cache; give more than the last-level cache.
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "640MiB")]
+    pub(crate) rotate: u64,
+    /// Exit 1 when the kernel that would be taken is slower than another one of the same activations by
+    /// more than noise (8 %).
+    #[arg(long)]
+    pub(crate) assert_chosen: bool,
+    /// Print one JSON object instead of text.
     #[arg(long)]
     pub(crate) json: bool,
 }

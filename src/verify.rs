@@ -28,6 +28,9 @@ pub(crate) struct KernelLine {
     pub(crate) linears: usize,
     pub(crate) worst_nmse: f64,
     pub(crate) max_nmse: f64,
+    /// Worst element in units of its bound.
+    pub(crate) worst: f64,
+    pub(crate) activations: attar_kernels::Activations,
 }
 
 /// Verifies an artifact; `every` runs the kernels on every linear, otherwise on the smallest of each
@@ -71,8 +74,13 @@ pub(crate) fn verify(
             for report in attar_kernels::verify(layout, &packed, seed)? {
                 if !report.ok {
                     result.problems.push(format!(
-                        "{}: kernel {} is off by nmse {:e}, allowed {:e}",
-                        site.name, report.kernel, report.nmse, report.tolerance.max_nmse
+                        "{}: kernel {} is off by nmse {:e}, allowed {:e}; worst element {:.3} of its \
+                         bound",
+                        site.name,
+                        report.kernel,
+                        report.nmse,
+                        report.tolerance.max_nmse,
+                        report.worst
                     ));
                 }
                 let id = layout.id().0;
@@ -80,6 +88,7 @@ pub(crate) fn verify(
                     Some(line) => {
                         line.linears += 1;
                         line.worst_nmse = line.worst_nmse.max(report.nmse);
+                        line.worst = line.worst.max(report.worst);
                     }
                     None => result.kernels.push(KernelLine {
                         kernel: report.kernel,
@@ -87,6 +96,8 @@ pub(crate) fn verify(
                         linears: 1,
                         worst_nmse: report.nmse,
                         max_nmse: report.tolerance.max_nmse,
+                        worst: report.worst,
+                        activations: report.activations,
                     }),
                 }
             }

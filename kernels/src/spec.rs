@@ -115,6 +115,12 @@ pub trait Prepared: std::fmt::Debug + Send + Sync {
     /// Bytes held in memory; one token reads all of them once.
     fn resident_bytes(&self) -> usize;
 
+    /// The same in other memory, so that a measurement can be kept from reading caches; `None` when the
+    /// kernel offers none.
+    fn duplicate(&self) -> Option<Box<dyn Prepared>> {
+        None
+    }
+
     /// `out [m, out_features] = x [m, in_features] · Wᵀ`, all row-major f32; `W` is the dequantized
     /// weight. The same bits on any number of threads.
     ///

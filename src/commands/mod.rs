@@ -1,5 +1,6 @@
 //! One file per subcommand that needs more than a screen; the short ones stand here.
 
+mod bench;
 mod cache;
 mod demo;
 mod diff;
@@ -44,6 +45,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Diff(args) => diff::diff(&args),
         Command::Reproduce(reproduction) => reproduce::reproduce(&reproduction, args.isa),
         Command::Gate(args) => gate(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run::generate(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Cache(args) => cache::cache(&args),
@@ -178,12 +180,13 @@ fn verify_artifact(args: &Verify) -> Result<bool, Error> {
         say!("{} quantized linears, {} dense", result.quantized, result.dense);
         for line in &result.kernels {
             say!(
-                "kernel {} on {} ({} linears): nmse {:.2e}, allowed {:.0e}",
+                "kernel {} on {} ({} linears): nmse {:.2e}, allowed {:.1e}; worst element {:.3} of its bound",
                 line.kernel,
                 line.layout,
                 line.linears,
                 line.worst_nmse,
-                line.max_nmse
+                line.max_nmse,
+                line.worst
             );
         }
         for problem in &result.problems {

@@ -102,6 +102,14 @@ impl Buffer {
     }
 }
 
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        let mut buffer = Self::new(self.len);
+        buffer.copy_from_slice(self);
+        buffer
+    }
+}
+
 impl Deref for Buffer {
     type Target = [u8];
 

@@ -30,6 +30,7 @@ mod buffer;
 pub mod dense;
 mod input;
 mod isa;
+pub mod roofline;
 mod scalar;
 mod tiles;
 
@@ -124,6 +125,10 @@ impl Prepared for CpuLinear {
 
     fn resident_bytes(&self) -> usize {
         self.tiles.resident_bytes()
+    }
+
+    fn duplicate(&self) -> Option<Box<dyn Prepared>> {
+        Some(Box::new(Self { tiles: self.tiles.clone(), kernel: self.kernel }))
     }
 
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {

@@ -118,7 +118,7 @@ impl Shape {
 }
 
 /// A linear as tiles.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Tiles {
     pub(crate) shape: Shape,
     data: Buffer,

@@ -1,0 +1,218 @@
+//! `attar bench`: every kernel on every distinct shape of an artifact, beside what the machine can do.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use attar_kernels::{
+    Activations, Backend, Kernel, Prepared, choose,
+    cpu::roofline::{self, Roofline},
+};
+use attar_tensor::{PackedLinear, rng::Rng};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{Error, args::Bench, packed::Opened, progress};
+
+/// Seconds that one case is measured at least.
+const SECONDS: f64 = 0.2;
+/// Passes over all copies at least.
+const PASSES: usize = 3;
+/// By how much the chosen kernel may seem slower than another one before it counts.
+const NOISE: f64 = 0.08;
+
+/// One kernel on one shape and number of tokens.
+#[derive(Debug, Serialize)]
+struct Line {
+    out_features: usize,
+    in_features: usize,
+    scheme: String,
+    m: usize,
+    kernel: &'static str,
+    activations: Activations,
+    /// True when `select` takes it for these activations.
+    chosen: bool,
+    microseconds: f64,
+    /// Packed weights read per second.
+    gb_per_s: f64,
+    gflop_per_s: f64,
+    /// Least time that memory or arithmetic allow over the time taken.
+    roofline: f64,
+}
+
+/// Least seconds of a product: `prepared` read once, or `2 m n k` operations.
+fn least(prepared: &dyn Prepared, m: usize, activations: Activations, peak: &Roofline) -> f64 {
+    let rate = match activations {
+        Activations::F32 => peak.f32_gflop_per_s,
+        Activations::Int8 | Activations::Int8PerToken => peak.int8_gop_per_s,
+    };
+    let operations = 2 * m * prepared.out_features() * prepared.in_features();
+    let read = prepared.resident_bytes() as f64 / peak.read_gb_per_s;
+    read.max(operations as f64 / rate) / 1e9
+}
+
+/// Seconds of one product, the fastest pass over all copies.
+fn time(copies: &[Box<dyn Prepared>], m: usize) -> f64 {
+    let (rows, columns) = (copies[0].out_features(), copies[0].in_features());
+    let x = Rng::new(m as u64).normals(m * columns);
+    let mut out = vec![0.0f32; m * rows];
+    let (mut best, mut passes) = (f64::MAX, 0);
+    let all = Instant::now();
+    while passes < PASSES || all.elapsed().as_secs_f64() < SECONDS {
+        let started = Instant::now();
+        copies.iter().for_each(|copy| copy.matmul(&x, m, &mut out));
+        best = best.min(started.elapsed().as_secs_f64() / copies.len() as f64);
+        passes += 1;
+    }
+    std::hint::black_box(out);
+    best
+}
+
+fn lines(
+    packed: &PackedLinear,
+    kernels: &[Box<dyn Kernel>],
+    args: &Bench,
+    peak: &Roofline,
+) -> Result<Vec<Line>, Error> {
+    let mut lines = Vec::new();
+    for kernel in kernels {
+        let usable = kernel.backend() == Backend::Cpu && kernel.supported() && kernel.in_use();
+        let fits = |m: &&usize| kernel.supports(packed.scheme, packed.in_features, **m);
+        let tokens: Vec<usize> = args.m.iter().filter(fits).copied().collect();
+        if !usable || tokens.is_empty() {
+            continue;
+        }
+        let mut copies = vec![kernel.prepare(packed)?];
+        // Without copies a small weight would be read from a cache.
+        let wanted = (args.rotate as usize).div_ceil(copies[0].resident_bytes().max(1));
+        while copies.len() < wanted {
+            let Some(copy) = copies[0].duplicate() else { break };
+            copies.push(copy);
+        }
+        let chosen = choose(kernels, packed, kernel.activations())
+            .is_some_and(|chosen| chosen.name() == kernel.name());
+        for m in tokens {
+            // Many tokens are not bound by memory, and the plain kernels are slow.
+            let count = if m <= 16 && !kernel.name().contains("scalar") { copies.len() } else { 1 };
+            let copies = &copies[..count];
+            let seconds = time(copies, m);
+            let operations = 2 * m * packed.out_features * packed.in_features;
+            lines.push(Line {
+                out_features: packed.out_features,
+                in_features: packed.in_features,
+                scheme: packed.scheme.label(),
+                m,
+                kernel: kernel.name(),
+                activations: kernel.activations(),
+                chosen,
+                microseconds: seconds * 1e6,
+                gb_per_s: copies[0].resident_bytes() as f64 / seconds / 1e9,
+                gflop_per_s: operations as f64 / seconds / 1e9,
+                roofline: least(&*copies[0], m, kernel.activations(), peak) / seconds,
+            });
+        }
+    }
+    Ok(lines)
+}
+
+/// Chosen kernels that another one of the same activations beats by more than noise.
+fn beaten(lines: &[Line]) -> Vec<String> {
+    let case = |line: &Line| {
+        (line.out_features, line.in_features, line.scheme.clone(), line.m, line.activations.name())
+    };
+    let mut out = Vec::new();
+    for chosen in lines.iter().filter(|line| line.chosen) {
+        for other in lines.iter().filter(|line| case(line) == case(chosen)) {
+            if chosen.microseconds > other.microseconds * (1.0 + NOISE) {
+                out.push(format!(
+                    "{}x{} {} m {}: {} takes {:.1} us, {} takes {:.1}",
+                    chosen.out_features,
+                    chosen.in_features,
+                    chosen.scheme,
+                    chosen.m,
+                    chosen.kernel,
+                    chosen.microseconds,
+                    other.kernel,
+                    other.microseconds
+                ));
+            }
+        }
+    }
+    out
+}
+
+pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
+    if args.backend != "cpu" {
+        return Err(format!("--backend {}: this command measures cpu", args.backend).into());
+    }
+    let model = Opened::open(&args.path)?;
+    let mut shapes = BTreeMap::new();
+    for site in model.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+        if let Some(scheme) = model.scheme_of(site) {
+            let key = (site.out_features, site.in_features, scheme.label());
+            shapes.entry(key).or_insert(site);
+        }
+    }
+    if shapes.is_empty() {
+        return Err(format!("{}: nothing is quantized", args.path.display()).into());
+    }
+    let peak = roofline::measure((args.rotate as usize).max(64 << 20));
+    let bar = progress::bar(shapes.len(), "measuring");
+    let mut all = Vec::new();
+    for site in shapes.values() {
+        let packed = model.packed(site)?.ok_or("a site with a scheme is packed")?;
+        let kernels = attar_kernels::layout_of(&packed)?.kernels();
+        all.extend(lines(&packed, &kernels, args, &peak)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let beaten = if args.assert_chosen { beaten(&all) } else { Vec::new() };
+    if args.json {
+        let out = json!({
+            "roofline": peak,
+            "threads": rayon::current_num_threads(),
+            "isa": attar_tensor::linalg::isa().name(),
+            "rotated_bytes": args.rotate,
+            "noise_margin": NOISE,
+            "beaten": beaten,
+            "lines": all,
+        });
+        say!("{}", serde_json::to_string_pretty(&out)?);
+    } else {
+        say!(
+            "{} threads, {}: {:.2} GB/s read, {:.0} GFLOP/s f32, {:.0} Gop/s int8",
+            rayon::current_num_threads(),
+            attar_tensor::linalg::isa(),
+            peak.read_gb_per_s,
+            peak.f32_gflop_per_s,
+            peak.int8_gop_per_s
+        );
+        say!(
+            "{:>14} {:<18} {:>4} {:<22} {:>12} {:>8} {:>9} {:>9}",
+            "shape",
+            "scheme",
+            "m",
+            "kernel",
+            "us",
+            "GB/s",
+            "GFLOP/s",
+            "roofline"
+        );
+        for line in &all {
+            let shape = format!("{}x{}", line.out_features, line.in_features);
+            let name = format!("{}{}", if line.chosen { "*" } else { " " }, line.kernel);
+            say!(
+                "{shape:>14} {:<18} {:>4} {name:<22} {:>12.1} {:>8.2} {:>9.1} {:>7.1} %",
+                line.scheme,
+                line.m,
+                line.microseconds,
+                line.gb_per_s,
+                line.gflop_per_s,
+                100.0 * line.roofline
+            );
+        }
+        say!("* taken for its activations");
+    }
+    for line in &beaten {
+        eprintln!("BEATEN {line}");
+    }
+    Ok(beaten.is_empty())
+}
