@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use attar_kernels::LAYOUTS;
+use attar_kernels::{Backend, Kernel, LAYOUTS};
 use attar_tensor::rng::Rng;
 use attar_tensor::{DType, Granularity, QuantScheme, QuantizedLinear, ScaleGrid};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -51,11 +51,15 @@ fn matmul(c: &mut Criterion) {
     let layout = attar_kernels::layout("compressed-tensors").expect("the layout is listed");
     let x = Rng::new(2).normals(256 * FEATURES);
     let mut out = vec![0.0f32; 256 * FEATURES];
-    for bits in [3, 4, 8] {
+    for bits in [2, 3, 4, 8] {
         let packed = layout.pack(&quantized(bits), DType::F16).expect("the layout stores this");
         let mut group = c.benchmark_group(format!("matmul-w{bits}"));
         group.sample_size(10);
-        for kernel in layout.kernels().iter().filter(|kernel| kernel.supported()) {
+        let usable = |kernel: &&Box<dyn Kernel>| {
+            let fits = kernel.supports(packed.scheme, FEATURES, 1);
+            kernel.backend() == Backend::Cpu && kernel.supported() && fits
+        };
+        for kernel in layout.kernels().iter().filter(usable) {
             let prepared = kernel.prepare(&packed).expect("the packed bytes are sound");
             for m in [1, 4, 16, 256] {
                 let (x, out) = (&x[..m * FEATURES], &mut out[..m * FEATURES]);

@@ -158,6 +158,13 @@ pub(crate) fn bound(activations: Activations) -> f64 {
     activations.tolerance().max_nmse.sqrt()
 }
 
+/// Runs `work` on a thread of the pool: handing each product over to another thread costs more than a small
+/// one takes.
+fn in_pool<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    // An error that crosses threads is its text.
+    Ok(rayon::scope(|_| work().map_err(|error| error.to_string()))?)
+}
+
 pub(crate) fn generate(args: &Run) -> Result<bool, Error> {
     let mut model = Opened::open(&args.path)?;
     model.activations = args.activations.into();
@@ -165,11 +172,12 @@ pub(crate) fn generate(args: &Run) -> Result<bool, Error> {
     let (text, prefill, decode) = match (&args.prompt, args.bench) {
         (Some(prompt), None) => {
             let sampling = Sampling { temperature: args.temperature, seed: args.seed };
-            let done = continue_text(&model, prompt, args.tokens, sampling)?;
+            let work = || continue_text(&model, prompt, args.tokens, sampling);
+            let done = in_pool(work)?;
             (Some(done.text), done.prefill, done.decode)
         }
         (_, Some(what)) => {
-            let (prefill, decode) = measure(&model, what, args.repeat)?;
+            let (prefill, decode) = in_pool(|| measure(&model, what, args.repeat))?;
             (None, prefill, decode)
         }
         (None, None) => return Err("give --prompt or --bench".into()),

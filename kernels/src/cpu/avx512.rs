@@ -10,7 +10,8 @@ use std::arch::x86_64::{
     _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps,
     _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
     _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
-    _mm512_storeu_ps, _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_xor_si512,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
+    _mm512_xor_si512,
 };
 
 use super::input::{ByteChunk, FloatChunk};
@@ -121,7 +122,7 @@ unsafe fn floats(scale: ScaleType, at: *const u8) -> __m512 {
 /// `at` is where they begin.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn scales(shape: &Shape, middle: __m512, at: *const u8) -> (__m512, __m512) {
+pub(crate) unsafe fn scales(shape: &Shape, middle: __m512, at: *const u8) -> (__m512, __m512) {
     // SAFETY: the caller's promise; no load needs alignment.
     unsafe {
         let behind = at.add(shape.scale_bytes());
@@ -389,5 +390,28 @@ pub(crate) fn dequantize<const BITS: u8>(
             }
             at = at.add(shape.scale_bytes() + shape.offset_bytes());
         }
+    }
+}
+
+/// Writes the codes of a tile as bytes, quad after quad.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn unpack<const BITS: u8>(shape: &Shape, tile: &[u8], to: &mut [u8]) {
+    check(shape, tile, BITS);
+    assert_eq!(to.len(), shape.places() * ROWS);
+    let (mut at, mut to) = (0, to.as_chunks_mut::<{ QUADS * QUAD }>().0.iter_mut());
+    for group in 0..shape.groups() {
+        for _ in shape.group_blocks[group]..shape.group_blocks[group + 1] {
+            let to = to.next().expect("there is room for every block");
+            // SAFETY: by the checks above a whole block begins at `at`, and eight stores of 64 bytes are
+            // the room of a block.
+            unsafe {
+                let codes = quads::<BITS>(tile.as_ptr().add(at));
+                unroll!(quad in [0 1 2 3 4 5 6 7] {
+                    _mm512_storeu_si512(to.as_mut_ptr().add(quad * QUAD).cast(), codes[quad]);
+                });
+            }
+            at += shape.block_bytes();
+        }
+        at += shape.scale_bytes() + shape.offset_bytes();
     }
 }

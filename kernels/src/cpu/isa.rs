@@ -26,7 +26,7 @@ pub(crate) const fn instructions(isa: Isa, activations: Activations) -> &'static
         (Isa::Scalar, _) => "baseline",
         (Isa::Avx2, _) => "avx2, fma",
         (Isa::Avx512, Activations::F32) => "avx512 f, bw, dq, vl",
-        (Isa::Avx512, _) => "avx512 f, bw, dq, vl, vnni",
+        (Isa::Avx512, _) => "avx512 f, bw, dq, vl, vnni; amx int8 for many tokens where granted",
     }
 }
 

@@ -9,7 +9,8 @@
 //! Up to [`PANEL_TOKENS`] tokens a tile of 16 rows is multiplied directly, tile after tile; weights are
 //! read from memory once. Exact products of more tokens decode a panel of rows into f32 once and hand it
 //! to the matrix product of `attar_tensor::linalg`; fast ones keep to the tiles, whose codes then come from
-//! the first-level cache, and take the tokens in portions that stay in the second. An order of columns
+//! the first-level cache, and take the tokens in portions that stay in the second; on AMX codes become bytes
+//! once and are multiplied with 16 tokens at a time. An order of columns
 //! costs one gather of `x` per call.
 //!
 //! Work is cut into fixed tiles of rows; each output is the work of one task in one order, so that the
@@ -22,6 +23,8 @@ use rayon::prelude::*;
 use crate::layout;
 use crate::spec::{Activations, Kernel, Prepared, check_sizes, within_use};
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -40,6 +43,8 @@ use tiles::{ROWS, Tiles};
 
 /// Tokens from which decoding rows into f32 pays.
 pub const PANEL_TOKENS: usize = 16;
+/// Tokens from which AMX pays, where there is one.
+pub const TILE_TOKENS: usize = 32;
 /// Bytes of f32 weights that one panel takes at most.
 const PANEL_BYTES: usize = 4 << 20;
 /// Bytes of rounded activations that are multiplied by all tiles before the next ones are.
@@ -163,7 +168,7 @@ impl Output {
     ///
     /// # Safety
     /// The chunk's tokens lie within the output, and no other task writes the rows of this tile.
-    unsafe fn store(self, tile: usize, chunk: Chunk, values: &[[f32; ROWS]; CHUNK]) {
+    unsafe fn store(self, tile: usize, chunk: Chunk, values: &[[f32; ROWS]]) {
         let first = tile * ROWS;
         let count = ROWS.min(self.rows - first);
         for (t, values) in values[..chunk.count].iter().enumerate() {
@@ -175,6 +180,17 @@ impl Output {
             }
         }
     }
+}
+
+/// Calls a kernel with the width and the number of tokens as constants.
+macro_rules! with_constants {
+    ($bits:expr, $count:expr, $call:ident, [$($m:literal)*]) => {
+        match ($bits, $count) {
+            $((2, $m) => $call!(2, $m), (3, $m) => $call!(3, $m), (4, $m) => $call!(4, $m),
+              (8, $m) => $call!(8, $m),)*
+            _ => unreachable!("chunks and widths are those listed"),
+        }
+    };
 }
 
 impl CpuLinear {
@@ -215,6 +231,13 @@ impl CpuLinear {
         for (x, out) in x.chunks(portion * columns).zip(out.chunks_mut(portion * rows)) {
             let m = m.min(out.len() / rows);
             let CpuKernel { isa, activations } = self.kernel;
+            #[cfg(target_arch = "x86_64")]
+            let (x, m, out) = {
+                let many = if self.takes_tiles(m) { m / amx::TOKENS * amx::TOKENS } else { 0 };
+                let (first, rest) = out.split_at_mut(many * rows);
+                self.multiply_tiles(&x[..many * columns], many, first);
+                (&x[many * columns..], m - many, rest)
+            };
             let input = Bytes::new(shape, (x, m), self.chunk(), activations, isa);
             let output = Output { start: out.as_mut_ptr(), rows };
             self.for_each_tile(|tile| {
@@ -226,6 +249,60 @@ impl CpuLinear {
                 }
             });
         }
+    }
+
+    /// True when so many tokens of bytes are for AMX.
+    #[cfg(target_arch = "x86_64")]
+    fn takes_tiles(&self, m: usize) -> bool {
+        self.kernel.isa == Isa::Avx512 && m >= TILE_TOKENS && amx::granted()
+    }
+
+    /// A multiple of 16 tokens of bytes on AMX.
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_tiles(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        if m == 0 {
+            return;
+        }
+        let (shape, places) = (&self.tiles.shape, self.tiles.shape.places());
+        let CpuKernel { isa, activations } = self.kernel;
+        let input = Bytes::new(shape, (x, m), 1, activations, isa);
+        let sides: Vec<amx::Sides> = (0..m / amx::TOKENS)
+            .into_par_iter()
+            .map(|at| amx::Sides::new(shape, &input, at * amx::TOKENS))
+            .collect();
+        let output = Output { start: out.as_mut_ptr(), rows: shape.out_features };
+        let per_token = activations == Activations::Int8PerToken;
+        (0..shape.tiles()).into_par_iter().for_each_init(
+            || vec![0u8; places * ROWS],
+            |codes, tile| {
+                self.unpack(tile, codes);
+                let bytes = (self.tiles.tile(tile), &**codes);
+                amx::with_tiles(|| {
+                    for (at, sides) in sides.iter().enumerate() {
+                        let first = at * amx::TOKENS;
+                        let mut values = [[0.0f32; ROWS]; amx::TOKENS];
+                        let q = input.tokens(shape, first, amx::TOKENS);
+                        // SAFETY: the kernel is AVX-512's, and the tile registers are configured.
+                        unsafe { amx::fast(shape, bytes, q, sides, per_token, &mut values) };
+                        let chunk = Chunk { first, count: amx::TOKENS };
+                        // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
+                        unsafe { output.store(tile, chunk, &values) };
+                    }
+                });
+            },
+        );
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn unpack(&self, tile: usize, to: &mut [u8]) {
+        let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
+        macro_rules! call {
+            ($bits:literal, $m:literal) => {
+                // SAFETY: `prepare` made sure that this machine has the instruction set.
+                unsafe { avx512::unpack::<$bits>(shape, tile, to) }
+            };
+        }
+        with_constants!(shape.bits, 1, call, [1]);
     }
 
     /// Many tokens: a panel of rows at a time becomes f32, `[places, panel rows]`.
@@ -263,17 +340,6 @@ impl CpuLinear {
             );
         }
     }
-}
-
-/// Calls a kernel with the width and the number of tokens as constants.
-macro_rules! with_constants {
-    ($bits:expr, $count:expr, $call:ident, [$($m:literal)*]) => {
-        match ($bits, $count) {
-            $((2, $m) => $call!(2, $m), (3, $m) => $call!(3, $m), (4, $m) => $call!(4, $m),
-              (8, $m) => $call!(8, $m),)*
-            _ => unreachable!("chunks and widths are those listed"),
-        }
-    };
 }
 
 impl CpuLinear {
