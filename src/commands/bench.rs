@@ -58,7 +58,7 @@ fn time(copies: &[Box<dyn Prepared>], m: usize) -> f64 {
     let all = Instant::now();
     while passes < PASSES || all.elapsed().as_secs_f64() < SECONDS {
         let started = Instant::now();
-        for copy in &copies {
+        for copy in copies {
             copy.matmul(&x, m, &mut out);
         }
         best = best.min(started.elapsed().as_secs_f64() / copies.len() as f64);
