@@ -170,3 +170,17 @@ fn output_that_is_lost_is_no_success() {
     let status = command.arg("passes").stdout(full).stderr(std::process::Stdio::null());
     assert_eq!(status.status().unwrap().code(), Some(2));
 }
+
+#[test]
+fn a_machine_without_a_gpu_is_told_what_is_missing() {
+    let model = data("tinystories-656k").display().to_string();
+    let (code, text, error) = attar(&["verify", &model, "--backend", "cuda"]);
+    // Where there is a GPU, every kernel is run on the shared cases.
+    if code == 0 {
+        assert!(text.contains("attar_decode_w4_f16_8") && text.contains("verified"), "{text}");
+    } else {
+        assert_eq!(code, 2, "{text}{error}");
+        assert!(error.contains("driver") || error.contains("compute capability"), "{error}");
+        assert!(!error.contains("panicked"), "{error}");
+    }
+}
