@@ -360,6 +360,9 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
         return Ok(None);
     }
     let Some(packed) = source.packed(site)? else { return Ok(None) };
+    // Rows that the blocks asked for do not divide go into the type that stands in.
+    let own = to.own_scheme(site.in_features).and_then(QuantScheme::block);
+    let to: &'static dyn Layout = own.map_or(*to, |block| Ggml::new(block));
     let from = attar_kernels::layout_of(&packed)?;
     let fail = |error: attar_tensor::LayoutError| format!("{}: {error}", site.name);
     if from.id() == to.id() {
@@ -375,7 +378,7 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
             }
         }
     }
-    let packed = round(*to, packed.scheme, &expected).map_err(fail)?;
+    let packed = round(to, packed.scheme, &expected).map_err(fail)?;
     let found = attar_kernels::layout_of(&packed)?.dequantize(&packed).map_err(fail)?;
     Ok(Some(Relaid { packed, error: compare(&found, &expected) }))
 }

@@ -186,10 +186,10 @@ impl LayoutSpec for Ggml {
     }
 
     fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
-        check_multiple(self.id(), "in_features", linear.in_features, self.block.size())?;
         if let Some(error) = self.refuse(linear) {
             return Err(error);
         }
+        check_multiple(self.id(), "in_features", linear.in_features, self.block.size())?;
         let row = linear.in_features / self.block.size() * self.block.bytes();
         let shape = vec![linear.out_features, row];
         Ok(vec![PartHeader { suffix: BLOCKS, dtype: DType::U8, shape }])
