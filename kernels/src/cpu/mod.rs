@@ -266,9 +266,9 @@ impl CpuLinear {
         let (shape, places) = (&self.tiles.shape, self.tiles.shape.places());
         let CpuKernel { isa, activations } = self.kernel;
         let input = Bytes::new(shape, (x, m), 1, activations, isa);
-        let sides: Vec<amx::Sides> = (0..m / amx::TOKENS)
+        let tokens: Vec<amx::Sixteen> = (0..m / amx::TOKENS)
             .into_par_iter()
-            .map(|at| amx::Sides::new(shape, &input, at * amx::TOKENS))
+            .map(|at| amx::Sixteen::new(shape, &input, at * amx::TOKENS))
             .collect();
         let output = Output { start: out.as_mut_ptr(), rows: shape.out_features };
         let per_token = activations == Activations::Int8PerToken;
@@ -278,12 +278,11 @@ impl CpuLinear {
                 self.unpack(tile, codes);
                 let bytes = (self.tiles.tile(tile), &**codes);
                 amx::with_tiles(|| {
-                    for (at, sides) in sides.iter().enumerate() {
+                    for (at, tokens) in tokens.iter().enumerate() {
                         let first = at * amx::TOKENS;
                         let mut values = [[0.0f32; ROWS]; amx::TOKENS];
-                        let q = input.tokens(shape, first, amx::TOKENS);
                         // SAFETY: the kernel is AVX-512's, and the tile registers are configured.
-                        unsafe { amx::fast(shape, bytes, q, sides, per_token, &mut values) };
+                        unsafe { amx::fast(shape, bytes, tokens, per_token, &mut values) };
                         let chunk = Chunk { first, count: amx::TOKENS };
                         // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
                         unsafe { output.store(tile, chunk, &values) };
