@@ -430,6 +430,9 @@ pub(crate) struct Bench {
     /// memory and not a cache; give more than the last-level cache.
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "640MiB")]
     pub(crate) rotate: u64,
+    /// Seconds that each kernel is measured for at least.
+    #[arg(long, default_value_t = 0.2)]
+    pub(crate) seconds: f64,
     /// Exit 1 when the kernel that would be taken is slower than another one of the same activations by
     /// more than noise (8 %).
     #[arg(long)]

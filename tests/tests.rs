@@ -151,6 +151,43 @@ fn text_is_generated_through_the_packed_kernels() {
 }
 
 #[test]
+fn speeds_name_kernels_and_the_bound_of_their_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    assert_eq!(compress("rtn-w4", &out, &[]).0, 0);
+    let path = out.to_str().unwrap();
+    let json = |args: &[&str]| -> Value {
+        let (code, stdout, error) = attar(args);
+        assert_eq!(code, 0, "{error}");
+        serde_json::from_str(&stdout).unwrap()
+    };
+    let run = |activations: &str| {
+        json(&["run", path, "--bench", "40,3", "--json", "--activations", activations])
+    };
+    for (activations, bound) in [("int8", 1.2e-2), ("f32", 10f64.powf(-5.5))] {
+        let run = run(activations);
+        assert_eq!(run["activations"], activations);
+        assert!((run["relative_error_bound"].as_f64().unwrap() / bound - 1.0).abs() < 1e-9);
+        for (what, tokens) in [("prefill", 40), ("decode", 3)] {
+            assert_eq!(run[what]["tokens"], tokens);
+            assert!(run[what]["tokens_per_second"].as_f64().unwrap() > 0.0);
+        }
+        let kernels = run["kernels"].as_object().unwrap();
+        let fast = kernels.keys().filter(|name| name.ends_with("-int8")).count();
+        assert_eq!(fast, usize::from(activations == "int8"), "{kernels:?}");
+    }
+    let bench =
+        json(&["bench", path, "--m", "1,33", "--rotate", "1MiB", "--seconds", "0", "--json"]);
+    assert!(bench["roofline"]["read_gb_per_s"].as_f64().unwrap() > 0.0);
+    let lines = bench["lines"].as_array().unwrap();
+    let chosen: Vec<_> = lines.iter().filter(|line| line["chosen"] == true).collect();
+    assert!(!chosen.is_empty() && chosen.len() < lines.len(), "{lines:?}");
+    assert!(lines.iter().all(|line| line["microseconds"].as_f64().unwrap() > 0.0));
+    let (code, _, error) = attar(&["run", path, "--bench", "40"]);
+    assert!(code == 2 && error.contains("PREFILL,DECODE"), "{error}");
+}
+
+#[test]
 fn unsafe_code_stays_in_its_rooms() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut folders: Vec<PathBuf> =

@@ -379,10 +379,10 @@ impl Judge {
             let steps: Vec<f64> = (blocks.iter())
                 .map(|&(first, end)| (first..end).map(at).fold(0.0, f64::max) / 254.0 * 1.01)
                 .collect();
-            for row in 0..self.rows {
+            for (row, magnitudes) in magnitudes.iter().enumerate() {
                 let ranges = &self.ranges[row * groups..(row + 1) * groups];
                 let exact: f64 = ranges.iter().zip(&sums).map(|(r, s)| r.abs() * s).sum();
-                let rounded: f64 = magnitudes[row].iter().zip(&steps).map(|(w, s)| w * s).sum();
+                let rounded: f64 = magnitudes.iter().zip(&steps).map(|(w, s)| w * s).sum();
                 // The smallest f32: sums of denormals cannot be closer.
                 out.push(unit * exact + rounded + 2f64.powi(-149) * self.columns as f64);
             }

@@ -136,14 +136,14 @@ pub fn choose<'a>(
     packed: &PackedLinear,
     activations: Activations,
 ) -> Option<&'a dyn Kernel> {
-    let fits = |kernel: &&'a dyn Kernel| {
+    let fits = |kernel: &dyn Kernel| {
         kernel.backend() == Backend::Cpu
             && kernel.activations() == activations
             && kernel.supported()
             && kernel.in_use()
             && kernel.supports(packed.scheme, packed.in_features, 1)
     };
-    kernels.iter().map(|kernel| &**kernel).rfind(fits)
+    kernels.iter().map(|kernel| &**kernel).rfind(|kernel| fits(*kernel))
 }
 
 /// Prepares with the best exact CPU kernel of the instruction set in use.

@@ -26,6 +26,8 @@ pub struct Generator<'a> {
     blocks: Vec<BlockOps<'static>>,
     head: BlockOps<'static>,
     cache: Vec<(Vec<f32>, Vec<f32>)>,
+    /// Activations inside a block; fresh memory for each product costs page faults.
+    buffers: [Vec<f32>; 4],
     length: usize,
     rope: RopeTable,
     rng: Rng,
@@ -50,6 +52,7 @@ impl<'a> Generator<'a> {
         sampling: Sampling,
     ) -> Result<Self, ModelError> {
         let layers = decoder.spec.layers;
+        let cached = positions * decoder.spec.kv_heads * decoder.spec.head_dim;
         let blocks = (0..layers)
             .map(|index| BlockOps::load(decoder, index, source))
             .collect::<Result<_, _>>()?;
@@ -58,7 +61,10 @@ impl<'a> Generator<'a> {
             source,
             blocks,
             head: BlockOps::load(decoder, layers, source)?,
-            cache: vec![(Vec::new(), Vec::new()); layers],
+            cache: (0..layers)
+                .map(|_| (Vec::with_capacity(cached), Vec::with_capacity(cached)))
+                .collect(),
+            buffers: Default::default(),
             length: 0,
             rope: RopeTable::new(decoder.spec.rope, decoder.spec.head_dim, positions),
             rng: Rng::new(sampling.seed),
@@ -92,30 +98,34 @@ impl<'a> Generator<'a> {
         let spec = &self.decoder.spec;
         let (m, start) = (tokens.len(), self.length);
         let mut x = embed(self.decoder, self.source.tensors(), tokens)?;
+        let [h, q, k, v] = &mut self.buffers;
         for (index, (ops, (keys, values))) in self.blocks.iter().zip(&mut self.cache).enumerate() {
             let walk = Walk { decoder: self.decoder, index, rope: &self.rope };
             let out = |site: usize| self.decoder.block(index).sites[site].out_features;
-            let h = walk.norm(&ops.norms[0], &x);
-            let mut q = ops.apply(0, out(0), &h, m);
-            let mut k = ops.apply(1, out(1), &h, m);
-            let v = ops.apply(2, out(2), &h, m);
+            walk.norm_into(&ops.norms[0], &x, h);
+            ops.apply_into(0, out(0), h, m, q);
+            ops.apply_into(1, out(1), h, m, k);
+            ops.apply_into(2, out(2), h, m, v);
             let (qn, kn) = match &ops.qk_norm {
                 Some((q, k)) => (Some(q.as_slice()), Some(k.as_slice())),
                 None => (None, None),
             };
-            place_heads(spec, &self.rope, qn, start, out(0), &mut q);
-            place_heads(spec, &self.rope, kn, start, out(1), &mut k);
-            keys.extend_from_slice(&k);
-            values.extend_from_slice(&v);
-            let mut a = vec![0.0; q.len()];
-            attend(spec, spec.window[index], start, (&q, keys, values), &mut a);
-            for (x, y) in x.iter_mut().zip(ops.apply(3, out(3), &a, m)) {
+            place_heads(spec, &self.rope, qn, start, out(0), q);
+            place_heads(spec, &self.rope, kn, start, out(1), k);
+            keys.extend_from_slice(k);
+            values.extend_from_slice(v);
+            h.resize(q.len(), 0.0);
+            attend(spec, spec.window[index], start, (q, keys, values), h);
+            ops.apply_into(3, out(3), h, m, q);
+            for (x, y) in x.iter_mut().zip(&*q) {
                 *x += y;
             }
-            let h = walk.norm(&ops.norms[1], &x);
-            let mut gate = ops.apply(4, out(4), &h, m);
-            silu_mul(&mut gate, &ops.apply(5, out(5), &h, m));
-            for (x, y) in x.iter_mut().zip(ops.apply(6, out(6), &gate, m)) {
+            walk.norm_into(&ops.norms[1], &x, h);
+            ops.apply_into(4, out(4), h, m, q);
+            ops.apply_into(5, out(5), h, m, k);
+            silu_mul(q, k);
+            ops.apply_into(6, out(6), q, m, v);
+            for (x, y) in x.iter_mut().zip(&*v) {
                 *x += y;
             }
         }

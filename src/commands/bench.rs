@@ -12,8 +12,6 @@ use serde_json::json;
 
 use crate::{Error, args::Bench, packed::Opened, progress};
 
-/// Seconds that one case is measured at least.
-const SECONDS: f64 = 0.2;
 /// Passes over all copies at least.
 const PASSES: usize = 3;
 /// By how much the chosen kernel may seem slower than another one before it counts.
@@ -49,14 +47,14 @@ fn least(prepared: &dyn Prepared, m: usize, activations: Activations, peak: &Roo
     read.max(operations as f64 / rate) / 1e9
 }
 
-/// Seconds of one product, the fastest pass over all copies.
-fn time(copies: &[Box<dyn Prepared>], m: usize) -> f64 {
+/// Seconds of one product, the fastest pass over all copies of at least `seconds`.
+fn time(copies: &[Box<dyn Prepared>], m: usize, seconds: f64) -> f64 {
     let (rows, columns) = (copies[0].out_features(), copies[0].in_features());
     let x = Rng::new(m as u64).normals(m * columns);
     let mut out = vec![0.0f32; m * rows];
     let (mut best, mut passes) = (f64::MAX, 0);
     let all = Instant::now();
-    while passes < PASSES || all.elapsed().as_secs_f64() < SECONDS {
+    while passes < PASSES || all.elapsed().as_secs_f64() < seconds {
         let started = Instant::now();
         for copy in copies {
             copy.matmul(&x, m, &mut out);
@@ -95,7 +93,7 @@ fn lines(
             // Many tokens are not bound by memory, and the plain kernels are slow.
             let count = if m <= 16 && !kernel.name().contains("scalar") { copies.len() } else { 1 };
             let copies = &copies[..count];
-            let seconds = time(copies, m);
+            let seconds = time(copies, m, args.seconds);
             let operations = 2 * m * packed.out_features * packed.in_features;
             lines.push(Line {
                 out_features: packed.out_features,

@@ -169,17 +169,14 @@ impl Prepared for Dense {
             }
             return;
         }
-        let arranged: Vec<Vec<f32>> = if self.deinterleaves() {
-            x.chunks_exact(columns).map(arrange).collect()
-        } else {
-            x.chunks_exact(columns).map(<[f32]>::to_vec).collect()
-        };
+        let order = if self.deinterleaves() { arrange } else { <[f32]>::to_vec };
+        let arranged: Vec<Vec<f32>> = x.chunks_exact(columns).map(order).collect();
         let output = Output { start: out.as_mut_ptr(), rows };
         (0..rows).into_par_iter().with_min_len(least).for_each_init(Vec::new, |scratch, row| {
             for (token, x) in arranged.iter().enumerate() {
                 let value = self.dot(row, x, scratch);
                 // SAFETY: `out` is `[m, rows]`, and each row is one task's.
-                unsafe { *{ output }.start.add(token * rows + row) = value };
+                unsafe { *output.at(token * rows + row) = value };
             }
         });
     }

@@ -190,13 +190,6 @@ impl Bytes {
     }
 }
 
-impl Bytes {
-    /// The bytes of `count` tokens from `first` on, when chunks are single tokens: `[count, places]`.
-    pub(crate) fn tokens(&self, shape: &Shape, first: usize, count: usize) -> &[i8] {
-        &self.q[first * shape.places()..(first + count) * shape.places()]
-    }
-}
-
 /// Where a chunk of rounded tokens goes.
 struct Rounded<'a> {
     q: &'a mut [i8],

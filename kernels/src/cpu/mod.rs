@@ -166,6 +166,13 @@ unsafe impl Send for Output {}
 unsafe impl Sync for Output {}
 
 impl Output {
+    /// # Safety
+    /// The element lies within the output.
+    unsafe fn at(self, element: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.start.add(element) }
+    }
+
     /// Writes the rows of a tile for the tokens of a chunk.
     ///
     /// # Safety
@@ -177,7 +184,7 @@ impl Output {
             // SAFETY: `count` rows from `first` on are within the row of the token, by the caller's
             // promise.
             unsafe {
-                let to = self.start.add((chunk.first + t) * self.rows + first);
+                let to = self.at((chunk.first + t) * self.rows + first);
                 std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
             }
         }
@@ -268,9 +275,9 @@ impl CpuLinear {
         let (shape, places) = (&self.tiles.shape, self.tiles.shape.places());
         let CpuKernel { isa, activations } = self.kernel;
         let input = Bytes::new(shape, (x, m), 1, activations, isa);
-        let sides: Vec<amx::Sides> = (0..m / amx::TOKENS)
+        let tokens: Vec<amx::Sixteen> = (0..m / amx::TOKENS)
             .into_par_iter()
-            .map(|at| amx::Sides::new(shape, &input, at * amx::TOKENS))
+            .map(|at| amx::Sixteen::new(shape, &input, at * amx::TOKENS))
             .collect();
         let output = Output { start: out.as_mut_ptr(), rows: shape.out_features };
         let per_token = activations == Activations::Int8PerToken;
@@ -280,12 +287,11 @@ impl CpuLinear {
                 self.unpack(tile, codes);
                 let bytes = (self.tiles.tile(tile), &**codes);
                 amx::with_tiles(|| {
-                    for (at, sides) in sides.iter().enumerate() {
+                    for (at, tokens) in tokens.iter().enumerate() {
                         let first = at * amx::TOKENS;
                         let mut values = [[0.0f32; ROWS]; amx::TOKENS];
-                        let q = input.tokens(shape, first, amx::TOKENS);
                         // SAFETY: the kernel is AVX-512's, and the tile registers are configured.
-                        unsafe { amx::fast(shape, bytes, q, sides, per_token, &mut values) };
+                        unsafe { amx::fast(shape, bytes, tokens, per_token, &mut values) };
                         let chunk = Chunk { first, count: amx::TOKENS };
                         // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
                         unsafe { output.store(tile, chunk, &values) };
@@ -321,19 +327,10 @@ impl CpuLinear {
         for first in (0..rows).step_by(panel_rows) {
             let count = panel_rows.min(rows - first);
             let start = Output { start: panel.as_mut_ptr(), rows: panel_rows };
-            let len = panel.len();
             (0..count.div_ceil(ROWS)).into_par_iter().for_each(|tile| {
-                // A closure that names the pointer alone would capture it alone, and pointers do not
-                // travel between threads.
-                #[allow(clippy::redundant_locals, reason = "captures the whole of it")]
-                let start = start;
-                // SAFETY: tiles write the columns `tile * 16 ..` of the panel, which overlap with those of
-                // no other; the slice ends where the panel does.
-                let to = unsafe {
-                    let skip = tile * ROWS;
-                    std::slice::from_raw_parts_mut(start.start.add(skip), len - skip)
-                };
-                self.dequantize(first / ROWS + tile, to, start.rows);
+                // SAFETY: the panel is `[places, panel rows]`, and each tile writes sixteen columns of its
+                // own, which exist: panel rows are a multiple of sixteen and at least `count`.
+                unsafe { self.dequantize(first / ROWS + tile, start.at(tile * ROWS), start.rows) };
             });
             let panel = &*panel;
             out.par_chunks_mut(tokens * rows).zip(x.par_chunks(tokens * places)).for_each(
@@ -415,14 +412,20 @@ impl CpuLinear {
         }
     }
 
-    fn dequantize(&self, tile: usize, to: &mut [f32], stride: usize) {
+    /// Writes the weights of a tile as f32, `to[place * stride + row]`.
+    ///
+    /// # Safety
+    /// For each place sixteen floats from `to + place * stride` on may be written, and nobody else uses
+    /// them.
+    unsafe fn dequantize(&self, tile: usize, to: *mut f32, stride: usize) {
         let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
         match self.kernel.isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 macro_rules! call {
                     ($bits:literal, $m:literal) => {
-                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        // SAFETY: the caller's promise, and `prepare` made sure that this machine has the
+                        // instruction set.
                         unsafe { avx512::dequantize::<$bits>(shape, tile, to, stride) }
                     };
                 }
@@ -438,7 +441,8 @@ impl CpuLinear {
                 }
                 with_constants!(shape.bits, 1, call, [1]);
             }
-            _ => scalar::dequantize(shape, tile, to, stride),
+            // SAFETY: the caller's promise.
+            _ => unsafe { scalar::dequantize(shape, tile, to, stride) },
         }
     }
 }

@@ -121,7 +121,10 @@ pub(crate) fn exact(shape: &Shape, tile: &[u8], input: FloatChunk<'_>) -> [f32; 
 }
 
 /// Writes the weights of a tile as f32, `to[place * stride + row]`.
-pub(crate) fn dequantize(shape: &Shape, tile: &[u8], to: &mut [f32], stride: usize) {
+///
+/// # Safety
+/// For each place sixteen floats from `to + place * stride` on may be written, and nobody else uses them.
+pub(crate) unsafe fn dequantize(shape: &Shape, tile: &[u8], to: *mut f32, stride: usize) {
     let mut codes = Vec::with_capacity(shape.places());
     let codes = std::cell::RefCell::new(&mut codes);
     walk(
@@ -132,14 +135,17 @@ pub(crate) fn dequantize(shape: &Shape, tile: &[u8], to: &mut [f32], stride: usi
             let first = shape.group_blocks[group] as usize * BLOCK;
             for (block, quads) in codes.borrow_mut().drain(..).enumerate() {
                 for place in 0..BLOCK {
-                    let to = &mut to[(first + block * BLOCK + place) * stride..][..ROWS];
-                    for (row, to) in to.iter_mut().enumerate() {
+                    for row in 0..ROWS {
                         let code = f32::from(quads[place / 4][4 * row + place % 4]);
-                        *to = if shape.offset == Offset::Minimum {
+                        let weight = if shape.offset == Offset::Minimum {
                             code.mul_add(scales[row], -offsets[row])
                         } else {
                             (code - offsets[row]) * scales[row]
                         };
+                        // SAFETY: the caller's promise.
+                        unsafe {
+                            to.add((first + block * BLOCK + place) * stride + row).write(weight);
+                        }
                     }
                 }
             }

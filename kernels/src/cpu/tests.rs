@@ -102,7 +102,8 @@ fn dequantized_panels_are_the_weights_to_the_bit() {
             let stride = ROWS + 3;
             let mut to = vec![0.0f32; shape.places() * stride];
             for tile in 0..shape.tiles() {
-                linear.dequantize(tile, &mut to, stride);
+                // SAFETY: `to` is `[places, stride]`, and a stride is more than sixteen.
+                unsafe { linear.dequantize(tile, to.as_mut_ptr(), stride) };
                 for place in 0..shape.places() {
                     let column = shape.order.as_ref().map_or(place, |o| o[place] as usize);
                     for row in (0..ROWS).filter(|row| tile * ROWS + row < shape.out_features) {
