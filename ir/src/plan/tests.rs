@@ -442,7 +442,12 @@ fn refusals() {
         (
             "container",
             format!("{GPTQ_STEP}{EMIT}container = \"gguf\"\n"),
-            "unknown container `gguf`; known: safetensors",
+            "emit[0]: layout gptq lies in container safetensors, not in gguf",
+        ),
+        (
+            "unknown container",
+            format!("{GPTQ_STEP}{EMIT}container = \"onnx\"\n"),
+            "unknown container `onnx`; known: safetensors",
         ),
         ("same dir", format!("{GPTQ_STEP}{EMIT}{EMIT}"), "emit[0] and emit[1] both write to gptq"),
         ("of", format!("{GPTQ_STEP}{EMIT}of = \"x\"\n"), "emit[0].of: no step has the id `x`"),
