@@ -140,7 +140,8 @@ fn refusals_say_why() {
     assert!(layout.parts(&spec(64, 128)).is_ok());
     let text = |error: LayoutError| error.to_string();
     assert!(text(layout.parts(&spec(16, 128)).unwrap_err()).contains("multiple of 32"));
-    assert!(text(layout.parts(&spec(40, 40)).unwrap_err()).contains("in_features"));
+    assert!(text(layout.parts(&spec(40, 40)).unwrap_err()).contains("multiple of 32"));
+    assert!(text(layout.parts(&spec(32, 48)).unwrap_err()).contains("in_features"));
     let k = Ggml::new(BlockType::Q4K);
     assert!(text(k.parts(&spec(128, 256)).unwrap_err()).contains("leave `scheme` away"));
     let weight = quantized(scheme(4, 32, true), 4, 64, 1);
