@@ -1,6 +1,6 @@
 //! The block types of ggml (llama.cpp): a linear is one tensor of blocks, rows after rows.
 //!
-//! Each type is one file with its bit diagram, [`Bits::pack`] and [`Bits::unpack`]; this file makes layouts of
+//! Each type is one file with its bit diagram, `Bits::pack` and `Bits::unpack`; this file makes layouts of
 //! them. A layout here carries a [`BlockQuantized`] of its own type exactly. The types with one scale per 32
 //! weights and no minimum (q4_0, q5_0, q8_0) also carry affine weights whose `code − zero` fits their codes:
 //! symmetric ones of as many bits or fewer, asymmetric ones of fewer bits, groups that are multiples of 32
