@@ -59,7 +59,7 @@ fn hidden(model: &Opened, windows: &[Vec<u32>], spill: &Spill) -> Result<Stream,
     let decoder = &model.decoder;
     let mut stream = Stream::new(&lengths, decoder.spec.hidden, Some(spill))?;
     for (at, ids) in windows.iter().enumerate() {
-        stream.write(at, &embed(decoder, &model.checkpoint, ids)?)?;
+        stream.write(at, &embed(decoder, model.numbers(), ids)?)?;
     }
     let bar = progress::bar(decoder.spec.layers, "evaluating");
     for index in 0..decoder.spec.layers {

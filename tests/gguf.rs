@@ -85,6 +85,28 @@ fn a_file_verifies_evaluates_runs_and_is_compressed_again() {
 }
 
 /// Symmetric 4-bit codes of gptq carry over to q4_0, whose scale is repeated within a group.
+/// A mixture stores the embedding in blocks too; calibration, measuring and later runs read it.
+#[test]
+fn a_mixture_is_calibrated_measured_and_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("mixture");
+    let val = text(&data("tinystories_val.txt"));
+    let measure = ["--eval-text", &val, "--eval-context", "256"];
+    let (code, _, error) = compress("gptq-q4_k_m", &out, &measure);
+    assert_eq!(code, 0, "{error}");
+    let report: Value =
+        serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
+    assert!(report["eval"]["kl_mean"].as_f64().unwrap() < 0.05, "{}", report["eval"]);
+    let file = out.join("model.gguf");
+    let plain = perplexity(Path::new(&model()));
+    assert!((perplexity(&file) / plain - 1.0).abs() < 0.05);
+    let (calib, path) = (text(&data("tinystories_calib.txt")), text(&file));
+    let again = text(&dir.path().join("again"));
+    let args = ["compress", &path, "--preset", "gptq-w4", "--out", &again, "--text", &calib];
+    let (code, _, error) = attar(&[&args[..], &["--context", "256", "--samples", "4"]].concat());
+    assert_eq!(code, 0, "{error}");
+}
+
 #[test]
 fn affine_codes_carry_over_between_containers() {
     let dir = tempfile::tempdir().unwrap();
