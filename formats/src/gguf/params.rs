@@ -232,6 +232,12 @@ impl Params {
         let (hidden, heads) = (need("embedding_length")?, need("attention.head_count")?);
         let default_dim = hidden.checked_div(heads).ok_or("has no attention heads")?;
         let head_dim = size("attention.key_length")?.unwrap_or(default_dim);
+        // Rotations mix the halves of a head.
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(format!(
+                "heads of {head_dim} columns ({hidden} over {heads} heads); rotary positions need an even number"
+            ));
+        }
         for name in ["attention.value_length", "rope.dimension_count"] {
             if let Some(other) = size(name)?.filter(|&other| other != head_dim) {
                 return Err(format!("{} is {other}, but heads have {head_dim}", key(name)));

@@ -308,6 +308,22 @@ fn a_model_comes_back_with_its_rows_in_order() {
 }
 
 #[test]
+fn heads_that_no_rotation_fits_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), "llama");
+    let path = dir.path().join("model.gguf");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let key = b"llama.attention.key_length";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    for size in [0u32, 1, 7] {
+        bytes[at..at + 4].copy_from_slice(&size.to_le_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let error = Checkpoint::open(&path).unwrap_err().to_string();
+        assert!(error.contains("even number"), "{size}: {error}");
+    }
+}
+
+#[test]
 fn every_cut_is_refused_or_harmless() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), "llama");
