@@ -4,10 +4,8 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use attar_kernels::cuda::{
-    Device as _, Gpu, Half, Problem,
-    geometry::arrange_launch,
-    images,
-    packed::CudaWeights,
+    Device as _, Gpu, Half, describe, images,
+    packed::{CHUNK, CudaWeights, ScaleKind},
     proof::{Prover, UNITS},
     repack,
 };
@@ -17,9 +15,6 @@ use serde_json::{Value, json};
 
 use super::Status;
 use crate::Error;
-
-/// Numbers of tokens for which the table states a launch: the largest of each tile, and a few larger ones.
-const TOKENS: [usize; 7] = [1, 8, 16, 32, 64, 128, 4096];
 
 /// What all linears of the artifact need together.
 #[derive(Debug, Default)]
@@ -43,66 +38,71 @@ impl Needed {
         seed: u64,
     ) -> Result<Vec<Value>, Error> {
         let Some(reader) = repack::repack_of(packed.layout.0) else { return Ok(Vec::new()) };
-        let weights = CudaWeights::new(packed)?;
-        let (bits, rows, places) = (weights.bits, weights.rows, &weights.places);
-        let codes = reader.codes_launch(bits, rows, places.chunks);
-        let groups = reader.groups_launch(bits, rows, places);
-        let order = places.order.as_ref().map(|_| repack::order_launch(places.chunks));
-        self.macros.insert(format!(
-            "ATTAR_REPACK({}, {bits}, {})",
-            reader.name,
-            match reader.name {
-                "awq" => "Awq",
-                "ct" => "CtPacked",
-                _ => "Gptq",
-            }
-        ));
-        self.symbols.extend([codes.symbol.clone(), groups.symbol.clone()]);
+        let (bits, scale_kind) = (packed.scheme.bits, ScaleKind::of_packed(packed));
+        let weight = unpack(packed)?;
+        let shape = (packed.out_features, packed.in_features);
+        let layout = match reader.name {
+            "awq" => "Awq",
+            "ct" => "CtPacked",
+            _ => "Gptq",
+        };
+        self.macros.insert(format!("ATTAR_REPACK({}, {bits}, {layout})", reader.name));
         let mut entries = Vec::new();
         for half in Half::ALL {
+            let g_idx = weight.g_idx.as_deref();
+            let found = describe(packed.layout.0, packed.scheme, shape, g_idx, (half, scale_kind));
+            let ranges = found.ok_or("a layout that is repacked has kernels")?;
+            let first = &ranges[0];
             let name = match half {
                 Half::F16 => "F16",
                 Half::Bf16 => "Bf16",
             };
             self.macros.insert(format!("ATTAR_MATMUL({bits}, {}, {name})", half.name()));
+            self.symbols.extend(first.repack.iter().map(|launch| launch.symbol.clone()));
             let mut launches = Vec::new();
-            let mut workspace = 0;
-            for m in TOKENS {
-                let launch = Problem::new(&weights, half, m).launch();
-                workspace = workspace.max(launch.partial_bytes + 4 * launch.counters);
-                self.symbols.insert(launch.launch.symbol.clone());
-                launches.push(json!({"m": m, "launch": launch}));
+            for range in &ranges {
+                self.symbols.insert(range.matmul.launch.symbol.clone());
+                let mut launch = serde_json::to_value(&range.matmul)?;
+                launch["tokens"] = json!(range.tokens);
+                launches.push(launch);
             }
-            let (status, measured) = self.measure(packed, &weights, half, seed)?;
-            let arrange = places.order.as_ref().map(|_| arrange_launch(places.places(), 1));
+            let workspace = ranges.iter().map(|r| r.matmul.partial_bytes + 4 * r.matmul.counters);
+            let (status, measured) = self.measure(packed, half, seed)?;
+            let [codes_bytes, scales_bytes, zeros_bytes] = first.packed_bytes;
             entries.push(json!({
                 "backend": "cuda",
                 "kernel": format!("cuda-{}", half.name()),
                 "instructions": "sm_80",
                 "activations": half.name(),
-                "prepare": codes.symbol,
-                "symbol": launches[0]["launch"]["launch"]["symbol"],
+                "prepare": first.repack[0].symbol,
+                "symbol": first.matmul.launch.symbol,
                 "source": "attar.cu",
                 "packed": {
-                    "codes_bytes": weights.codes.len(),
-                    "scales_bytes": weights.scales.len(),
-                    "zeros_bytes": weights.zeros.as_ref().map_or(0, Vec::len),
-                    "places": places.places(),
-                    "ordered": places.order.is_some(),
-                    "chunks": places.chunks,
-                    "group_halves": places.group_halves,
-                    "groups": places.groups,
-                    "scale_kind": weights.scale_kind as i32,
-                    "scale_bytes": weights.scale_kind.bytes(),
+                    "codes_bytes": codes_bytes,
+                    "scales_bytes": scales_bytes,
+                    "zeros_bytes": zeros_bytes,
+                    "places": first.places,
+                    "ordered": first.order.is_some(),
+                    "chunks": first.places / CHUNK,
+                    "group_halves": first.group_halves,
+                    "groups": weight.groups(),
+                    "scale_kind": first.scale_kind,
+                    "scale_bytes": scale_kind.bytes(),
                     "zero_offset": reader.zero_offset,
                 },
                 "reads": {
                     "codes": reader.codes, "zeros": reader.zeros, "scales": reader.scales, "g_idx": reader.g_idx,
                 },
-                "repack": {"codes": codes, "groups": groups, "order": order},
-                "arrange": arrange,
+                "repack": {
+                    "codes": first.repack[0],
+                    "groups": first.repack[1],
+                    "order": first.order.as_ref().map(|(sort, _, _, _)| sort),
+                },
+                "arrange": first.order.as_ref().map(|(_, _, arrange, _)| arrange),
                 "matmul": launches,
-                "workspace_bytes": workspace,
+                "more_tokens": "every 128 tokens begun of the last range take one more of grid[2], and its \
+                                partial_bytes and counters once more",
+                "workspace_bytes": workspace.max(),
                 "tolerance": {"units_in_last_place": UNITS, "and": "twice the bound of f32 sums"},
                 "measured": measured,
                 "status": status.name(),
@@ -115,13 +115,12 @@ impl Needed {
     fn measure(
         &self,
         packed: &PackedLinear,
-        weights: &CudaWeights,
         half: Half,
         seed: u64,
     ) -> Result<(Status, Value), Error> {
         let Some(gpu) = &self.gpu else { return Ok((Status::Shim, Value::Null)) };
         let linear = repack::repack(gpu, packed)?;
-        if gpu.download(&linear.codes)? != weights.codes {
+        if gpu.download(&linear.codes)? != CudaWeights::new(packed)?.codes {
             return Err("the GPU's repacking kernel gave other bytes than the host's".into());
         }
         let prover = Prover::new(&unpack(packed)?);

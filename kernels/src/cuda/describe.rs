@@ -24,7 +24,8 @@ pub enum Status {
 /// The kernels of one linear for a number of tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Description {
-    /// Numbers of tokens that take this kernel, first and last; `grid[2]` of the last range grows by one per 128 tokens.
+    /// Numbers of tokens that take this kernel, first and last. In the last range every 128 tokens begun take one more of
+    /// `grid[2]`, and `partial_bytes` and `counters` once more.
     pub tokens: (usize, Option<usize>),
     /// The product.
     pub matmul: MatmulLaunch,

@@ -55,6 +55,12 @@ impl ScaleKind {
         }
     }
 
+    /// Of the scales that an artifact stores.
+    pub fn of_packed(packed: &PackedLinear) -> Self {
+        let scales = packed.part("scales").or_else(|| packed.part("weight_scale"));
+        scales.and_then(|part| Self::of(part.dtype())).unwrap_or(Self::F32)
+    }
+
     /// Size in bytes.
     pub const fn bytes(self) -> usize {
         match self {
@@ -137,10 +143,7 @@ impl CudaWeights {
     /// # Errors
     /// As [`layout::unpack`].
     pub fn new(packed: &PackedLinear) -> Result<Self, LayoutError> {
-        let kind = (packed.part("scales").or_else(|| packed.part("weight_scale")))
-            .and_then(|part| ScaleKind::of(part.dtype()))
-            .unwrap_or(ScaleKind::F32);
-        Ok(Self::pack(&layout::unpack(packed)?, kind))
+        Ok(Self::pack(&layout::unpack(packed)?, ScaleKind::of_packed(packed)))
     }
 
     /// Packs codes whose scales `kind` holds exactly.
