@@ -9,7 +9,7 @@ use std::{
 };
 
 use attar_kernels::{Backend, KernelReport, Layout};
-use attar_tensor::{Granularity, PackedLinear};
+use attar_tensor::{Granularity, LayoutId, PackedLinear};
 use serde_json::{Value, json};
 
 use crate::{Error, packed::Opened, progress};
@@ -22,6 +22,8 @@ pub(crate) const FOLDER: &str = "kernels";
 pub(crate) const TABLE: &str = "kernels.json";
 /// Version of the C interface, as in the header.
 const ABI: u32 = 1;
+const NO_BUNDLE: &str = "lies in a GGUF file, whose runtimes bring their own kernels; bundles are for \
+                         compressed-tensors, gptq and awq";
 const HEADER: &str = include_str!("../kernels/capi/include/attar_kernels.h");
 /// Numbers of tokens with which each linear is multiplied to measure errors: the direct kernels and the tiles.
 const TOKENS: [usize; 3] = [1, 2, 17];
@@ -84,8 +86,17 @@ impl Library {
     }
 }
 
-/// That the library can be found, before any work is done.
-pub(crate) fn check_library(folder: Option<&Path>) -> Result<(), Error> {
+/// That the library can be found and these layouts can have a bundle, before any work is done.
+pub(crate) fn check_plan(
+    folder: Option<&Path>,
+    mut layouts: impl Iterator<Item = LayoutId>,
+) -> Result<(), Error> {
+    let block = |id: &LayoutId| {
+        attar_kernels::layout(id.0).is_some_and(|layout| layout.block_type().is_some())
+    };
+    if let Some(layout) = layouts.find(block) {
+        return Err(format!("--kernels: layout {layout} {NO_BUNDLE}").into());
+    }
     Library::find(folder).map(drop)
 }
 
@@ -94,6 +105,9 @@ pub(crate) fn check_library(folder: Option<&Path>) -> Result<(), Error> {
 pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Error> {
     let library = Library::find(library)?;
     let opened = Opened::open(artifact)?;
+    if opened.checkpoint.gguf().is_some() {
+        return Err(format!("{}: {NO_BUNDLE}", artifact.display()).into());
+    }
     let mut device = cuda::Needed::new();
     let tensors = tensors(&opened, artifact, &mut device)?;
     if tensors.is_empty() {

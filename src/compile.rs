@@ -319,7 +319,8 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
     let trace = Trace::new(options.json_progress);
     let scratch = options.scratch.map_or_else(|| default_scratch(options.out), Path::to_path_buf);
     if options.kernels {
-        bundle::check_library(options.library)?;
+        let emits = job.variants.iter().flat_map(|(_, plan)| &plan.emits);
+        bundle::check_plan(options.library, emits.map(|emit| emit.layout))?;
     }
     if let Some(reports) = finished(job, options, &trace)? {
         if options.scratch.is_none() && scratch.exists() {

@@ -181,7 +181,7 @@ fn a_bundle_is_whole_checked_and_judged() {
         table(&out)["tensors"]["model.layers.0.mlp.up_proj"]["kernels"].as_array().unwrap()
     {
         if kernel["backend"] == "cuda" {
-            let launch = &kernel["matmul"][0]["launch"]["launch"];
+            let launch = &kernel["matmul"][0]["launch"];
             let symbol = launch["symbol"].as_str().unwrap();
             let ptx = fs::read_to_string(out.join("kernels/attar.ptx")).unwrap();
             for symbol in [symbol, kernel["prepare"].as_str().unwrap()] {
@@ -212,6 +212,13 @@ fn a_bundle_is_whole_checked_and_judged() {
     fs::write(out.join("kernels/attar_kernels.h"), "/* edited */").unwrap();
     let (code, stdout, _) = attar(&["verify", &path]);
     assert!(code == 1 && stdout.contains("attar_kernels.h: hash differs"), "{stdout}");
+
+    // GGUF files have none: an error before any work.
+    let blocks = dir.path().join("blocks");
+    let kernels = ["--layout", "q8_0", "--kernels", "--kernels-library", library()];
+    let (code, _, error) = compress("rtn", &blocks, &kernels);
+    assert!(code == 2 && error.contains("q8_0 lies in a GGUF file"), "{error}");
+    assert!(!blocks.exists());
 
     // A dense checkpoint needs no kernel.
     let dense = dir.path().join("dense");

@@ -24,6 +24,7 @@ int main(void) {
   refused("no parts", attar_linear_prepare(&spec, NULL, 3, ATTAR_ACTIVATIONS_F32, &linear), ATTAR_INVALID, "null");
   refused("no place", attar_linear_prepare(&spec, parts, 3, ATTAR_ACTIVATIONS_F32, NULL), ATTAR_INVALID, "null");
   refused("activations", attar_linear_prepare(&spec, parts, 3, (attar_activations)9, &linear), ATTAR_INVALID, "activations is 9");
+  spec.layout = "q4_0"; refused("blocks", TRY, ATTAR_INVALID, "compressed-tensors");
   spec.layout = "marlin"; refused("layout", TRY, ATTAR_INVALID, "compressed-tensors"); spec.layout = NULL;
   refused("no layout", TRY, ATTAR_INVALID, "layout is null"); spec.layout = "gptq";
   spec.bits = 5; refused("bits", TRY, ATTAR_INVALID, "bits is 5"); spec.bits = 4;

@@ -190,8 +190,11 @@ pub unsafe extern "C" fn attar_linear_prepare(
         let spec = unsafe { &*spec };
         // SAFETY: the header's condition on the string.
         let name = unsafe { text(spec.layout, "layout") }?;
-        let layout = layout(name).ok_or_else(|| {
-            let known: Vec<_> = attar_kernels::LAYOUTS.iter().map(|l| l.id().0).collect();
+        // Block types are whole tensors of GGUF files and need another description than this one.
+        let affine = |layout: &&'static dyn attar_kernels::Layout| layout.block_type().is_none();
+        let layout = layout(name).filter(affine).ok_or_else(|| {
+            let known: Vec<_> =
+                attar_kernels::LAYOUTS.iter().copied().filter(affine).map(|l| l.id().0).collect();
             invalid(format!("layout `{name}` is unknown; this library has {}", known.join(", ")))
         })?;
         let granularity = match spec.group_size {
