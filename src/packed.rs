@@ -209,6 +209,15 @@ impl WeightSource for Opened {
             None if self.resident => {
                 let name = decoder.weight_tensor(site);
                 let view = self.numbers().read(&name)?;
+                if let Ok(Some((at, value))) = crate::verify::non_finite(&view) {
+                    return Err(ModelError::Tensor {
+                        name,
+                        reason: format!(
+                            "holds {value} at flat index {at}; the checkpoint is damaged, download or \
+                             export it again"
+                        ),
+                    });
+                }
                 let dense = Dense::new(&view).ok_or_else(|| {
                     fail(format!("has dtype {}, no float that a kernel reads", view.dtype()))
                 })?;

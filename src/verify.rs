@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use attar_formats::{Checkpoint, artifact};
-use attar_tensor::{TensorSource, linalg::first_non_finite};
+use attar_tensor::{TensorSource, TensorView, linalg::first_non_finite};
 use serde::Serialize;
 
 use crate::{Error, packed::Opened};
@@ -31,6 +31,21 @@ pub(crate) struct KernelLine {
     /// Worst element in units of its bound.
     pub(crate) worst: f64,
     pub(crate) activations: attar_kernels::Activations,
+}
+
+/// Place and value of the first NaN or infinity of a float tensor, read piece by piece: an embedding in f32 can
+/// be larger than all else that a run holds.
+pub(crate) fn non_finite(view: &TensorView<'_>) -> Result<Option<(usize, f32)>, Error> {
+    let elements = view.shape().iter().product::<usize>();
+    let mut values = vec![0.0f32; PIECE.min(elements)];
+    for start in (0..elements).step_by(PIECE) {
+        let piece = &mut values[..PIECE.min(elements - start)];
+        view.copy_to_f32(start, piece)?;
+        if let Some(at) = first_non_finite(piece) {
+            return Ok(Some((start + at, piece[at])));
+        }
+    }
+    Ok(None)
 }
 
 /// Verifies an artifact; `every` runs the kernels on every linear, otherwise on the smallest of each
@@ -107,16 +122,8 @@ pub(crate) fn verify(
     }
     for header in opened.checkpoint.headers().iter().filter(|h| h.dtype.is_float()) {
         let view = opened.checkpoint.read(&header.name)?;
-        // Piece by piece: an embedding in f32 can be larger than all else that a run holds.
-        let mut values = vec![0.0f32; PIECE.min(header.elements())];
-        for start in (0..header.elements()).step_by(PIECE) {
-            let piece = &mut values[..PIECE.min(header.elements() - start)];
-            view.copy_to_f32(start, piece)?;
-            if let Some(at) = first_non_finite(piece) {
-                let (name, value) = (&header.name, piece[at]);
-                result.problems.push(format!("{name}: {value} at flat index {}", start + at));
-                break;
-            }
+        if let Some((at, value)) = non_finite(&view)? {
+            result.problems.push(format!("{}: {value} at flat index {at}", header.name));
         }
         opened.checkpoint.release(&header.name);
     }

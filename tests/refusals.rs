@@ -49,6 +49,9 @@ fn damaged_checkpoints_are_refused_by_name() {
     damaged[at - 8..at + 8].fill(0xff);
     fs::write(&weights, &damaged).unwrap();
     refused(&model, &[], &["NaN", "flat index"]);
+    let (code, _, error) =
+        attar(&["run", model.to_str().unwrap(), "--prompt", "a", "--tokens", "2"]);
+    assert!(code == 2 && error.contains("NaN"), "{error}");
     fresh();
     fs::remove_file(&weights).unwrap();
     refused(&model, &[], &["has neither model.safetensors"]);

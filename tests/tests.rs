@@ -151,7 +151,7 @@ fn text_is_generated_through_the_packed_kernels() {
 }
 
 #[test]
-fn speeds_name_kernels_and_the_bound_of_their_error() {
+fn speeds_name_kernels_and_their_tolerance() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     assert_eq!(compress("rtn-w4", &out, &[]).0, 0);
@@ -164,10 +164,10 @@ fn speeds_name_kernels_and_the_bound_of_their_error() {
     let run = |activations: &str| {
         json(&["run", path, "--bench", "40,3", "--json", "--activations", activations])
     };
-    for (activations, bound) in [("int8", 1.2e-2), ("f32", 10f64.powf(-5.5))] {
+    for (activations, tolerance) in [("int8", 1.2e-2), ("f32", 10f64.powf(-5.5))] {
         let run = run(activations);
         assert_eq!(run["activations"], activations);
-        assert!((run["relative_error_bound"].as_f64().unwrap() / bound - 1.0).abs() < 1e-9);
+        assert!((run["relative_error_tolerance"].as_f64().unwrap() / tolerance - 1.0).abs() < 1e-9);
         for (what, tokens) in [("prefill", 40), ("decode", 3)] {
             assert_eq!(run[what]["tokens"], tokens);
             assert!(run[what]["tokens_per_second"].as_f64().unwrap() > 0.0);

@@ -84,8 +84,9 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
             out["source_bytes"] = json!(reference.checkpoint.file_bytes()?);
         }
         out["layout"] = json!(model.layout());
-        out["activations"] = json!(model.activations);
-        out["relative_error_bound"] = json!(super::run::bound(model.activations));
+        let activations = super::run::used(&model);
+        out["activations"] = json!(activations);
+        out["relative_error_tolerance"] = json!(super::run::tolerance(activations));
         out["kernels"] = json!(model.taken().keys().collect::<Vec<_>>());
         say!("{}", serde_json::to_string_pretty(&out)?);
     } else {
