@@ -52,10 +52,19 @@ impl Gguf {
         let file = GgufFile::open(path)?;
         let header = file.header();
         let find = |name: &str| header.tensors.iter().find(|tensor| tensor.name == name);
-        let divisors: Option<Vec<f32>> = find(names::ROPE_FREQS).map(|tensor| {
-            let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            file.bytes(tensor).chunks_exact(4).map(number).collect()
-        });
+        let divisors: Option<Vec<f32>> = find(names::ROPE_FREQS)
+            .map(|tensor| match tensor.ty.dtype() {
+                Some(DType::F32) => {
+                    let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                    Ok(file.bytes(tensor).chunks_exact(4).map(number).collect())
+                }
+                _ => Err(invalid(format!(
+                    "{} is {}; frequencies are F32",
+                    names::ROPE_FREQS,
+                    tensor.ty
+                ))),
+            })
+            .transpose()?;
         let mut params = Params::read(header, divisors.as_deref()).map_err(&invalid)?;
         if let Some(&[_, rows]) = find("token_embd.weight").map(|tensor| tensor.dims.as_slice()) {
             params.vocab = rows;
@@ -73,7 +82,9 @@ impl Gguf {
                         .iter()
                         .any(|end| name.strip_suffix(end).is_some_and(|stem| stem.ends_with(part)))
             };
-            let interleaved = head(".self_attn.q_proj") || head(".self_attn.k_proj");
+            // Bytes of an unknown type are carried as they lie.
+            let known = tensor.ty.dtype().is_some() || tensor.ty.block().is_some();
+            let interleaved = known && (head(".self_attn.q_proj") || head(".self_attn.k_proj"));
             let mut shape = tensor.shape();
             if interleaved && !shape[0].is_multiple_of(params.head_dim.max(1)) {
                 return Err(invalid(format!(

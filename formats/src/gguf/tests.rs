@@ -324,6 +324,22 @@ fn heads_that_no_rotation_fits_are_refused() {
 }
 
 #[test]
+fn frequencies_of_another_type_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), "llama");
+    let path = dir.path().join("model.gguf");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let name = b"rope_freqs.weight";
+    // Behind the name: the number of dimensions, one dimension, the type.
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len() + 12;
+    assert_eq!(bytes[at..at + 4], 0u32.to_le_bytes());
+    bytes[at..at + 4].copy_from_slice(&1u32.to_le_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    let error = Checkpoint::open(&path).unwrap_err().to_string();
+    assert!(error.contains("frequencies are F32"), "{error}");
+}
+
+#[test]
 fn every_cut_is_refused_or_harmless() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), "llama");
