@@ -100,6 +100,21 @@ fn a_mixture_is_calibrated_measured_and_read_again() {
     let file = out.join("model.gguf");
     let plain = perplexity(Path::new(&model()));
     assert!((perplexity(&file) / plain - 1.0).abs() < 0.05);
+    // Every command reads blocks.
+    let bench = ["bench", &text(&file), "--m", "1", "--rotate", "1MiB", "--seconds", "0"];
+    let (code, said, error) = attar(&bench);
+    assert!(code == 0 && said.contains("cpu-blocks"), "{said}{error}");
+    let other = dir.path().join("searched");
+    assert_eq!(compress("rtn-q4_k_m", &other, &[]).0, 0);
+    let (code, said, error) = attar(&["diff", &text(&out), &text(&other), "--json"]);
+    assert_eq!(code, 1, "{said}{error}");
+    let diff: Value = serde_json::from_str(&said).unwrap();
+    let lines = diff["tensors"].as_array().unwrap();
+    assert!(
+        lines.iter().any(|line| line["codes"].as_f64().is_some_and(|share| share > 0.0)),
+        "{said}"
+    );
+    assert_eq!(attar(&["diff", &text(&out), &text(&file)]).0, 0);
     let (calib, path) = (text(&data("tinystories_calib.txt")), text(&file));
     let again = text(&dir.path().join("again"));
     let args = ["compress", &path, "--preset", "gptq-w4", "--out", &again, "--text", &calib];

@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, path::Path};
 
 use attar_eval::Report;
 use attar_ir::Site;
-use attar_tensor::{QuantizedLinear, TensorHeader, TensorSource, TensorView};
+use attar_tensor::{
+    BlockQuantized, BlockType, QuantizedLinear, TensorHeader, TensorSource, TensorView,
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -206,9 +208,44 @@ impl Distance {
     }
 }
 
-fn unpack(model: &Opened, site: &Site) -> Result<QuantizedLinear, Error> {
+/// The codes of a packed linear.
+enum Codes {
+    Affine(QuantizedLinear),
+    Blocks(BlockQuantized),
+}
+
+impl Codes {
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Affine(weight) => [weight.out_features, weight.in_features],
+            Self::Blocks(weight) => [weight.out_features, weight.in_features],
+        }
+    }
+
+    /// Codes, and what they are codes of: they compare with those of the same kind.
+    fn codes(&self) -> (Option<BlockType>, u8, &[u8]) {
+        match self {
+            Self::Affine(weight) => (None, weight.scheme.bits, &weight.codes),
+            Self::Blocks(weight) => (Some(weight.block), weight.block.bits(), &weight.codes),
+        }
+    }
+
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Affine(weight) => weight.dequantize_row(row, out),
+            Self::Blocks(weight) => weight.dequantize_row(row, out),
+        }
+    }
+}
+
+fn unpack(model: &Opened, site: &Site) -> Result<Codes, Error> {
     let packed = model.packed(site)?.ok_or("a unit is packed")?;
-    Ok(attar_kernels::unpack(&packed).map_err(|error| format!("{}: {error}", site.name))?)
+    let layout = attar_kernels::layout_of(&packed)?;
+    let codes = match layout.block_type() {
+        Some(_) => layout.unpack_blocks(&packed).map(Codes::Blocks),
+        None => layout.unpack(&packed).map(Codes::Affine),
+    };
+    Ok(codes.map_err(|error| format!("{}: {error}", site.name))?)
 }
 
 /// True when both sides hold the same parts with the same bytes.
@@ -228,18 +265,20 @@ fn same_parts(a: &Side, b: &Side, site: &str) -> Result<bool, Error> {
     Ok(true)
 }
 
-fn compare_quantized(a: &QuantizedLinear, b: &QuantizedLinear, line: &mut Line) {
-    if (a.out_features, a.in_features) != (b.out_features, b.in_features) {
+fn compare_quantized(a: &Codes, b: &Codes, line: &mut Line) {
+    if a.shape() != b.shape() {
         line.differs = "shape";
         return;
     }
-    if a.scheme.bits == b.scheme.bits {
-        let differ = a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count();
-        line.codes = Some(differ as f64 / a.codes.len().max(1) as f64);
+    let [rows_of, columns] = a.shape();
+    let ((kind_a, bits_a, codes_a), (kind_b, bits_b, codes_b)) = (a.codes(), b.codes());
+    if (kind_a, bits_a) == (kind_b, bits_b) {
+        let differ = codes_a.iter().zip(codes_b).filter(|(a, b)| a != b).count();
+        line.codes = Some(differ as f64 / codes_a.len().max(1) as f64);
     }
-    let mut rows = (vec![0.0f32; a.in_features], vec![0.0f32; a.in_features]);
+    let mut rows = (vec![0.0f32; columns], vec![0.0f32; columns]);
     let mut distance = Distance::default();
-    for row in 0..a.out_features {
+    for row in 0..rows_of {
         a.dequantize_row(row, &mut rows.0);
         b.dequantize_row(row, &mut rows.1);
         distance.add(&rows.0, &rows.1);
@@ -249,19 +288,19 @@ fn compare_quantized(a: &QuantizedLinear, b: &QuantizedLinear, line: &mut Line) 
 
 /// A packed linear against dense values; `packed_first` says which side is A.
 fn compare_mixed(
-    packed: &QuantizedLinear,
+    packed: &Codes,
     dense: &TensorView<'_>,
     packed_first: bool,
     line: &mut Line,
 ) -> Result<(), Error> {
-    if dense.shape() != [packed.out_features, packed.in_features] {
+    if dense.shape() != packed.shape() {
         line.differs = "shape";
         return Ok(());
     }
-    let columns = packed.in_features;
+    let [rows_of, columns] = packed.shape();
     let mut rows = (vec![0.0f32; columns], vec![0.0f32; columns]);
     let mut distance = Distance::default();
-    for row in 0..packed.out_features {
+    for row in 0..rows_of {
         packed.dequantize_row(row, &mut rows.0);
         if let Err(error) = dense.copy_to_f32(row * columns, &mut rows.1) {
             line.note = Some(error.to_string());
