@@ -25,8 +25,9 @@ const ABI: u32 = 1;
 const NO_BUNDLE: &str = "lies in a GGUF file, whose runtimes bring their own kernels; bundles are for \
                          compressed-tensors, gptq and awq";
 const HEADER: &str = include_str!("../kernels/capi/include/attar_kernels.h");
-/// Numbers of tokens with which each linear is multiplied to measure errors: the direct kernels and the tiles.
-const TOKENS: [usize; 3] = [1, 2, 17];
+/// Numbers of tokens with which each linear is multiplied to measure errors: the direct kernels, and enough for
+/// the panels and for the mean error of rounded activations.
+const TOKENS: [usize; 3] = [1, 2, 33];
 
 /// How well a kernel was proved, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
