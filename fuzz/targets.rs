@@ -166,12 +166,13 @@ fn recipe(input: &[u8]) {
     let written = recipe.to_toml();
     let again = attar_ir::recipe::Recipe::parse(&written).expect("a written recipe is read");
     assert_eq!(again.to_toml(), written);
-    let defs: Vec<_> = attar_quant::PASSES.iter().collect();
-    if recipe.resolve(&defs).is_ok() {
+    let block: Vec<_> = attar_quant::PASSES.iter().collect();
+    let defs = attar_ir::recipe::Known { block: &block, model: &[] };
+    if recipe.resolve(defs).is_ok() {
         let written = recipe.to_toml();
         let mut again =
             attar_ir::recipe::Recipe::parse(&written).expect("a resolved recipe is read");
-        assert!(again.resolve(&defs).is_ok(), "a resolved recipe resolves");
+        assert!(again.resolve(defs).is_ok(), "a resolved recipe resolves");
         assert_eq!(again.to_toml(), written);
     }
 }

@@ -2,6 +2,7 @@
 
 mod keys;
 mod output;
+mod reshape;
 mod walk;
 
 use std::{
@@ -29,13 +30,14 @@ use attar_ir::{
     recipe::{Emit, Recipe},
     target::Violation,
 };
-use attar_model::Decoder;
-use attar_tensor::{BlockType, Scratch, TensorSource, linalg};
+use attar_model::{Decoder, DecoderSpec};
+use attar_tensor::{BlockType, Scratch, TensorHeader, linalg};
 use serde_json::{Map, Value, json};
 
 use self::{
     keys::Ground,
     output::Output,
+    reshape::{Base, Made},
     walk::{Surroundings, Walk},
 };
 use crate::{
@@ -54,8 +56,11 @@ pub(crate) struct Job {
     pub(crate) decoder: Decoder,
     /// The recipe as a whole, every default filled in.
     pub(crate) recipe: Recipe,
-    /// Its variants, each with its proof; one when the recipe is a chain.
+    /// Its variants, each with its proof; one when the recipe is a chain. A variant's recipe holds its steps on
+    /// blocks; passes on the whole model stand in the plan.
     pub(crate) variants: Vec<(Variant, Plan)>,
+    /// What the steps on blocks of each variant begin from, and its whole recipe.
+    pub(crate) bases: Vec<(Base, Recipe)>,
     pub(crate) corpus: Option<CorpusSource>,
     /// What the artifacts must be good for.
     promise: Promise,
@@ -67,6 +72,11 @@ impl Job {
     /// Threads that work: all variants keep to the budget.
     pub(crate) fn threads(&self) -> usize {
         self.variants.iter().map(|(_, plan)| plan.limits.threads).min().unwrap_or(1)
+    }
+
+    /// True when a run leaves something in the work directory.
+    fn stores(&self) -> bool {
+        self.calibrates() || self.variants.iter().any(|(_, plan)| !plan.model.is_empty())
     }
 
     /// True when any variant reads statistics.
@@ -176,7 +186,7 @@ pub(crate) fn prepare(
     let decoder = Decoder::read(checkpoint.config(), &checkpoint)
         .map_err(|error| format!("{}: {error}", what.checkpoint.display()))?;
     let (mut recipe, base) = recipe_of(what)?;
-    recipe.resolve(&registry::passes())?;
+    recipe.resolve(registry::known().as_known())?;
     let calibration = &recipe.calibration;
     let corpus = if let Some(ids) = &what.ids {
         Some(CorpusSource::Ids(ids.clone()))
@@ -197,42 +207,56 @@ pub(crate) fn prepare(
     };
     let budget = measure::budget(what.memory, threads, checkpoint.folder(), texts, measure);
     let layouts = registry::layouts();
-    let (mut variants, mut errors) = (Vec::new(), Vec::new());
+    let (mut variants, mut bases, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    // Steps that variants share are refused once.
+    let mut refuse = |found: Vec<PlanError>| {
+        for error in found {
+            if !errors.contains(&error) {
+                errors.push(error);
+            }
+        }
+    };
     for mut variant in plan::variants(&recipe)? {
-        let passes = variant.recipe.resolve(&registry::passes())?;
+        let passes = variant.recipe.resolve(registry::known().as_known())?;
+        let steps = (&variant.recipe, variant.steps.as_slice());
+        let (base, model, passes) = match Base::of(&checkpoint, &decoder, steps, passes)? {
+            Ok(found) => found,
+            Err(found) => {
+                refuse(found);
+                continue;
+            }
+        };
         let checked = PassGraph::new(
-            decoder.graph.clone(),
+            base.decoder.graph.clone(),
             passes,
-            &variant.recipe,
+            &base.recipe,
             &layouts,
-            checkpoint.headers(),
+            &base.headers,
             tokens,
         )
+        .after(model)
         .numbered(&variant)
         .with_budget(budget)
         .check();
         match checked {
-            Ok(plan) => variants.push((variant, plan)),
-            // Steps that variants share are refused once.
-            Err(PlanErrors(found)) => {
-                for error in found {
-                    if !errors.contains(&error) {
-                        errors.push(error);
-                    }
-                }
+            Ok(plan) => {
+                let whole = std::mem::replace(&mut variant.recipe, base.recipe.clone());
+                variants.push((variant, plan));
+                bases.push((base, whole));
             }
+            Err(PlanErrors(found)) => refuse(found),
         }
     }
     keep_largest_need(&mut errors);
     if !errors.is_empty() {
         return Err(PlanErrors(errors).into());
     }
-    for (_, plan) in &mut variants {
-        check_gguf(&checkpoint, &decoder, plan)?;
+    for ((_, plan), (base, _)) in variants.iter_mut().zip(&bases) {
+        check_gguf(&checkpoint, &base.decoder, plan)?;
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
-    Ok(Job { checkpoint, decoder, recipe, variants, corpus, promise, warnings })
+    Ok(Job { checkpoint, decoder, recipe, variants, bases, corpus, promise, warnings })
 }
 
 /// Whatever a GGUF file cannot say of this model is told before any work is done.
@@ -271,12 +295,12 @@ fn keep_largest_need(errors: &mut Vec<PlanError>) {
 
 /// Everything that the bytes of one artifact depend on, for its manifest.
 fn facts(
-    (variant, plan): (&Variant, &Plan),
+    (recipe, plan): (&Recipe, &Plan),
     emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
     windows: Option<&Windows>,
 ) -> Map<String, Value> {
-    let recipe = variant.recipe.to_toml();
+    let recipe = recipe.to_toml();
     // A variant that reads no statistics does not depend on what its siblings were calibrated on.
     let windows = windows.filter(|_| plan.calibrates());
     let mut facts = Map::new();
@@ -331,7 +355,7 @@ pub(crate) fn compile(job: &Job, options: &Options<'_>) -> Result<Vec<(PathBuf, 
     }
     // The places are tried before any work is done.
     let root = ArtifactRoot::create(options.out)?;
-    let stage = job.calibrates().then(|| Stage::open(&scratch)).transpose()?;
+    let stage = job.stores().then(|| Stage::open(&scratch)).transpose()?;
     let reports =
         produce(job, options, &root, stage.as_ref(), &trace).map_err(|error| match &stage {
             Some(stage) => Error::from(format!(
@@ -366,9 +390,8 @@ fn finished(
 ) -> Result<Option<Vec<(PathBuf, Report)>>, Error> {
     let out = options.out;
     let emits = || {
-        job.variants
-            .iter()
-            .flat_map(|(variant, plan)| plan.emits.iter().map(move |emit| (variant, plan, emit)))
+        let all = job.variants.iter().zip(&job.bases);
+        all.flat_map(|((_, plan), (_, recipe))| plan.emits.iter().map(move |e| (recipe, plan, e)))
     };
     let folder = |dir: &Option<String>| out.join(dir.as_deref().unwrap_or(""));
     if !emits().all(|(.., emit)| folder(&emit.dir).join(artifact::REPORT).is_file()) {
@@ -377,10 +400,10 @@ fn finished(
     let sources = trace.run(Phase::Read, "hashes", || job.checkpoint.hashes()).0?;
     let windows = read_windows(job)?;
     let mut reports = Vec::new();
-    for (variant, plan, emit) in emits() {
+    for (recipe, plan, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts((variant, plan), emit, &sources, windows.as_ref());
+        let facts = facts((recipe, plan), emit, &sources, windows.as_ref());
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -419,16 +442,41 @@ fn produce(
     let (sources, seconds) = trace.run(Phase::Read, "hashes", || job.checkpoint.hashes());
     let sources = sources?;
     time.read += seconds;
-    let ground = Ground {
-        salt: salt(&sources)?,
-        windows: windows.as_ref().map(|w| w.hash.clone()).unwrap_or_default(),
-        seed: job.recipe.calibration.seed,
-    };
-    let original = keys::original_needs(job.variants.iter().map(|(_, plan)| plan));
+    let salt = salt()?;
     let mut made = Vec::new();
-    for (variant, plan) in &job.variants {
+    for (at, (variant, plan)) in job.variants.iter().enumerate() {
+        // Passes on the whole model come first; what they make is the checkpoint of the rest.
+        let reshaped = match stage {
+            Some(stage) if !plan.model.is_empty() => {
+                let around = reshape::Around {
+                    windows: windows.as_ref(),
+                    stage,
+                    limits: &plan.limits,
+                    seed: job.recipe.calibration.seed,
+                    salt: &salt,
+                };
+                let hashes = json!(sources).to_string();
+                reshape::run(&plan.model, &job.checkpoint, &hashes, &around, trace, &mut time)?
+            }
+            _ => None,
+        };
+        let ground = Ground {
+            salt: match &reshaped {
+                Some(made) => format!("{salt} {}", made.hash),
+                None => format!("{salt} {}", sources.get("config.json").map_or("", String::as_str)),
+            },
+            windows: windows.as_ref().map(|w| w.hash.clone()).unwrap_or_default(),
+            seed: job.recipe.calibration.seed,
+        };
+        // One set of original statistics serves all variants that begin from one model.
+        let numbers =
+            |plan: &Plan| plan.model.iter().map(|step| step.number).collect::<Vec<usize>>();
+        let same = |other: &&(Variant, Plan)| numbers(&other.1) == numbers(plan);
+        let original = keys::original_needs(job.variants.iter().filter(same).map(|(_, plan)| plan));
+        let start = Start::new(job, at, reshaped)?;
         let walked = walk_variant(
             job,
+            &start,
             options,
             root,
             stage,
@@ -437,18 +485,19 @@ fn produce(
             trace,
             &mut time,
         )?;
-        made.push((plan, walked));
+        made.push((plan, start, walked));
     }
     let mut reports = Vec::new();
-    for (plan, (folders, sites, reused)) in made {
+    for (plan, start, (folders, sites, reused)) in made {
         for (at, (emit, folder)) in folders.into_iter().enumerate() {
             let what = emit.dir.as_deref().unwrap_or(emit.layout.0);
             let begun = trace.begin(Phase::Verify, what);
-            let mut checked = verify::verify(&folder, Some(&job.checkpoint), false)?;
+            let source = start.checkpoint(job);
+            let mut checked = verify::verify(&folder, Some(source), false)?;
             let opened = Opened::open(&folder)?;
-            let ledger = contract::lines(plan, &job.checkpoint, at);
+            let ledger = contract::lines(plan, start.headers, at);
             let targets = contract::targets(&job.promise, emit)?;
-            let kept = contract::kept(&ledger, &job.checkpoint, &opened, &targets)?;
+            let kept = contract::kept(&ledger, source, &opened, &targets)?;
             checked.problems.extend(kept.broken);
             if !checked.problems.is_empty() {
                 return Err(format!(
@@ -477,6 +526,7 @@ fn produce(
                 file_bytes: opened.checkpoint.file_bytes()?,
                 source_bytes: job.checkpoint.file_bytes()?,
                 bits_per_weight: opened.bits_per_weight(),
+                model: start.made.as_ref().map(|made| made.entries.clone()).unwrap_or_default(),
                 sites: sites.clone(),
                 eval,
                 notes: [plan.notes.clone(), kept.warnings].concat(),
@@ -502,12 +552,38 @@ fn produce(
     Ok(reports)
 }
 
-/// What makes results of one build differ from those of another: the binary itself, the instruction set in
-/// use, and config.json.
-fn salt(sources: &BTreeMap<String, String>) -> Result<String, Error> {
+/// What makes results of one build differ from those of another: the binary itself and the instruction set in
+/// use.
+fn salt() -> Result<String, Error> {
     let binary = std::env::current_exe().map_err(|error| format!("the running binary: {error}"))?;
-    let config = sources.get("config.json").map_or("", String::as_str);
-    Ok(format!("{} {} {config}", attar_formats::hash_file(&binary)?, linalg::isa()))
+    Ok(format!("{} {}", attar_formats::hash_file(&binary)?, linalg::isa()))
+}
+
+/// The model that a variant's steps on blocks begin from.
+struct Start<'a> {
+    /// Made by passes on the whole model; `None` is the checkpoint itself.
+    made: Option<Made>,
+    /// Dtypes are those in which artifacts keep tensors.
+    decoder: Decoder,
+    headers: &'a [TensorHeader],
+    /// The variant's whole recipe.
+    recipe: &'a Recipe,
+}
+
+impl<'a> Start<'a> {
+    fn new(job: &'a Job, at: usize, made: Option<Made>) -> Result<Self, Error> {
+        let (base, recipe) = &job.bases[at];
+        let mut decoder = base.decoder.clone();
+        if let Some(made) = &made {
+            // Which layers stayed is known now, and with them their windows.
+            decoder.spec = DecoderSpec::read(made.checkpoint.config())?;
+        }
+        Ok(Self { made, decoder, headers: &base.headers, recipe })
+    }
+
+    fn checkpoint<'b>(&'b self, job: &'b Job) -> &'b Checkpoint {
+        self.made.as_ref().map_or(&job.checkpoint, |made| &made.checkpoint)
+    }
 }
 
 /// Folders with their emits, lines of the report, results reused and all.
@@ -515,6 +591,7 @@ type Walked<'a> = (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize
 
 fn walk_variant<'a>(
     job: &'a Job,
+    start: &Start<'_>,
     options: &Options<'_>,
     root: &ArtifactRoot,
     stage: Option<&Stage>,
@@ -528,8 +605,12 @@ fn walk_variant<'a>(
     trace: &Trace,
     time: &mut Timings,
 ) -> Result<Walked<'a>, Error> {
+    let (checkpoint, decoder) = (start.checkpoint(job), &start.decoder);
     let mut damaged = Vec::new();
     let file = |name: &str| -> String {
+        if let Some(made) = &start.made {
+            return made.hash.clone();
+        }
         let file = job.checkpoint.file_of(name).and_then(Path::file_name);
         let hash = file.and_then(|file| sources.get(file.to_string_lossy().as_ref()));
         hash.cloned().unwrap_or_default()
@@ -544,7 +625,8 @@ fn walk_variant<'a>(
         ));
     }
     let units = || blocks.iter().flat_map(|b| &b.rounds).flat_map(|round| &round.units);
-    let reused = (units().filter(|unit| unit.cached).count(), units().count());
+    let (here, models) = start.made.as_ref().map_or((0, 0), |made| made.reused);
+    let reused = (here + units().filter(|unit| unit.cached).count(), models + units().count());
     let mut outputs = Vec::new();
     for (at, emit) in plan.emits.iter().enumerate() {
         let folder = match &emit.dir {
@@ -554,7 +636,7 @@ fn walk_variant<'a>(
         let headers: Vec<_> = emit.tensors.iter().map(plan::OutputTensor::header).collect();
         let writer = if emit.container == plan::GGUF {
             let most = BlockType::from_name(emit.layout.0);
-            let described = crate::gguf::describe(&job.checkpoint, &job.decoder.spec, most)?;
+            let described = crate::gguf::describe(checkpoint, &decoder.spec, most)?;
             let of = |site: &str| plan.block_of(at, site);
             ArtifactWriter::create_gguf(&folder, crate::gguf::plan(described, headers, of))?
         } else {
@@ -562,9 +644,12 @@ fn walk_variant<'a>(
         };
         outputs.push(Output { emit, writer, written: BTreeSet::new() });
     }
-    let bar = progress::bar(job.decoder.spec.layers + 1, "compressing");
+    let bar = progress::bar(decoder.spec.layers + 1, "compressing");
     let around = Surroundings {
-        job,
+        checkpoint,
+        decoder,
+        seed: job.recipe.calibration.seed,
+        first: plan.model.len(),
         plan,
         recipe: &variant.recipe,
         windows,
@@ -580,11 +665,11 @@ fn walk_variant<'a>(
     std::thread::scope(|scope| {
         let writer = scope.spawn(move || -> Result<(), String> {
             for (index, state) in receiver {
-                let block = job.decoder.block(index);
+                let block = decoder.block(index);
                 let begun = trace.begin(Phase::Emit, walk::name_of(block));
                 for output in &mut *writing {
                     output
-                        .put_block(block, &state, &job.checkpoint)
+                        .put_block(block, &state, checkpoint)
                         .map_err(|error| error.to_string())?;
                 }
                 trace.end(Phase::Emit, walk::name_of(block), begun);
@@ -592,14 +677,14 @@ fn walk_variant<'a>(
             Ok(())
         });
         let mut walking = || -> Result<bool, Error> {
-            for block in job.decoder.graph.all_blocks() {
+            for block in decoder.graph.all_blocks() {
                 if blocks[block.index].rounds.is_empty() {
                     bar.inc(1);
                     continue;
                 }
                 bar.set_message(walk::name_of(block).to_owned());
-                if let Some(next) = job.decoder.graph.blocks.get(block.index + 1) {
-                    job.checkpoint.prefetch(&next.prefix);
+                if let Some(next) = decoder.graph.blocks.get(block.index + 1) {
+                    checkpoint.prefetch(&next.prefix);
                 }
                 let state = walk.run_block(block)?;
                 if sender.send((block.index, state)).is_err() {
@@ -622,20 +707,22 @@ fn walk_variant<'a>(
     let begun = trace.begin(Phase::Emit, "files");
     let mut folders = Vec::new();
     for mut output in outputs {
-        output.put_rest(&job.checkpoint)?;
+        output.put_rest(checkpoint)?;
         let layout = output.emit.layout.0;
         if output.emit.container != plan::GGUF {
-            for file in job.checkpoint.auxiliary_files()? {
+            for file in checkpoint.auxiliary_files()? {
                 output.writer.copy_file(&file)?;
             }
-            for (name, json) in job.checkpoint.gguf().map(Gguf::generated_files).unwrap_or_default()
-            {
+            for (name, json) in checkpoint.gguf().map(Gguf::generated_files).unwrap_or_default() {
                 output.writer.put_json(name, &json)?;
             }
-            output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
+            output.writer.put_json("config.json", &config_json(checkpoint, plan, layout)?)?;
         }
         let folder = output.writer.finish()?;
-        artifact::write_manifest(&folder, facts((variant, plan), output.emit, sources, windows))?;
+        artifact::write_manifest(
+            &folder,
+            facts((start.recipe, plan), output.emit, sources, windows),
+        )?;
         folders.push((output.emit, folder));
     }
     trace.end(Phase::Emit, "files", begun);
@@ -664,8 +751,8 @@ fn accuracy(
     Ok(found.0)
 }
 
-fn config_json(job: &Job, plan: &Plan, layout: &str) -> Result<Value, Error> {
-    let mut config = job.checkpoint.config().clone();
+fn config_json(checkpoint: &Checkpoint, plan: &Plan, layout: &str) -> Result<Value, Error> {
+    let mut config = checkpoint.config().clone();
     let (mut quantized, mut dense) = (Vec::new(), Vec::new());
     for site in &plan.sites {
         match site.scheme {

@@ -11,7 +11,7 @@ use attar_ir::{
     plan::{PlannedEmit, Variant},
     target::{self, Linear, Profile, Subject, TargetSpec, Violation},
 };
-use attar_tensor::TensorSource;
+use attar_tensor::{Tensor, TensorHeader, TensorSource};
 
 use crate::{Error, args::Promise, packed::Opened};
 
@@ -100,8 +100,8 @@ fn listed(violations: &[Violation]) -> String {
 }
 
 /// The ledger of one emit.
-pub(crate) fn lines(plan: &Plan, checkpoint: &Checkpoint, emit: usize) -> Vec<Line> {
-    ledger::ledger(plan, checkpoint.headers(), emit)
+pub(crate) fn lines(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
+    ledger::ledger(plan, source, emit)
 }
 
 /// What became of a plan's promises in the files.
@@ -125,8 +125,14 @@ pub(crate) fn kept(
         if artifact.checkpoint.header(&copy.name) != Some(copy) {
             continue;
         }
-        let same =
-            checkpoint.read(&line.tensor)?.bytes() == artifact.checkpoint.read(&copy.name)?.bytes();
+        let (here, there) = (checkpoint.read(&line.tensor)?, artifact.checkpoint.read(&copy.name)?);
+        // What a pass on the whole model has computed is held in f32 until it is written.
+        let same = if here.dtype() == there.dtype() {
+            here.bytes() == there.bytes()
+        } else {
+            let shape = there.shape().to_vec();
+            Tensor::from_f32(there.dtype(), shape, &here.to_f32()?)?.bytes() == there.bytes()
+        };
         checkpoint.release(&line.tensor);
         artifact.checkpoint.release(&copy.name);
         if !same {

@@ -378,6 +378,7 @@ mod tests {
             file_bytes: 10,
             source_bytes: 40,
             bits_per_weight: 4.1,
+            model: Vec::new(),
             sites: vec![site("a.q_proj", 1e-3), site("a.<script>", 0.0)],
             eval: None,
             notes: vec!["a & b".into()],

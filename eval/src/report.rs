@@ -1,6 +1,6 @@
 //! The report of one compression, `report.json`.
 
-use attar_ir::{SiteReport, ledger::Line};
+use attar_ir::{ModelEntry, SiteReport, ledger::Line};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -120,6 +120,9 @@ pub struct Report {
     pub source_bytes: u64,
     /// Bits per weight over the linears of the decoder blocks, scales and zero points included.
     pub bits_per_weight: f64,
+    /// What passes on the whole model did, before all others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub model: Vec<ModelEntry>,
     /// Per site and pass.
     pub sites: Vec<SiteEntry>,
     /// Accuracy, when an evaluation text was given.

@@ -234,6 +234,32 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// The model that was made of `source`: other weights and another config.json beside the same tokenizer
+    /// and other files.
+    ///
+    /// # Errors
+    /// When the source is a GGUF file, whose tokenizer lies in the file itself.
+    pub fn made_of(
+        source: &Self,
+        config: Value,
+        weights: SafetensorsFile,
+    ) -> Result<Self, FormatError> {
+        if source.gguf().is_some() {
+            return Err(FormatError::invalid(
+                source.place(),
+                "is a GGUF file: passes on the whole model need a Hugging Face directory",
+            ));
+        }
+        let headers: Vec<TensorHeader> = weights.headers().cloned().collect();
+        Ok(Self {
+            folder: source.folder.clone(),
+            config,
+            files: vec![WeightFile::Safetensors(weights)],
+            owner: vec![0; headers.len()],
+            headers,
+        })
+    }
+
     /// Refuses a GGUF file with tensors whose codes are not understood.
     ///
     /// # Errors

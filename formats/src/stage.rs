@@ -196,6 +196,21 @@ impl Stage {
         headers: Vec<TensorHeader>,
         fill: impl FnOnce(&mut SafetensorsWriter) -> Result<(), String>,
     ) -> Result<(), FormatError> {
+        self.put_found(key, kind, label, headers, |writer| fill(writer).map(|()| facts))
+    }
+
+    /// As [`Stage::put_with`] for facts that are known when the tensors are.
+    ///
+    /// # Errors
+    /// As [`Stage::put_with`].
+    pub fn put_found(
+        &self,
+        key: &str,
+        kind: &str,
+        label: &str,
+        headers: Vec<TensorHeader>,
+        fill: impl FnOnce(&mut SafetensorsWriter) -> Result<Value, String>,
+    ) -> Result<(), FormatError> {
         let target = self.place(key);
         if self.contains(key) {
             return Ok(());
@@ -204,7 +219,8 @@ impl Stage {
         let written = (|| {
             fs::create_dir_all(&folder).map_err(FormatError::io(&folder))?;
             let mut writer = SafetensorsWriter::create(&folder, headers, usize::MAX)?;
-            fill(&mut writer).map_err(|reason| FormatError::invalid(&folder, reason))?;
+            let facts =
+                fill(&mut writer).map_err(|reason| FormatError::invalid(&folder, reason))?;
             writer.close()?;
             let weights = folder.join(WEIGHTS);
             let info = ObjectInfo {

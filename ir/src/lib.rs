@@ -6,10 +6,12 @@
 //! pass will find the forms and statistics it needs and that every layout can carry the result, or
 //! lists everything that is wrong. Nothing here reads a weight.
 
+pub mod coupling;
 pub mod form;
 pub mod graph;
 pub mod ledger;
 pub mod limits;
+pub mod model_pass;
 pub mod pass;
 pub mod plan;
 pub mod recipe;
@@ -17,11 +19,16 @@ pub mod state;
 pub mod stats;
 pub mod target;
 
+pub use coupling::{Dim, DimName, Member, Side, Sizes};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
 pub use graph::{
     AttentionShape, Block, ChannelMap, Fold, InputGroup, ModelGraph, Norm, Producer, Role, Site,
 };
 pub use limits::{Budget, Limits, Measured};
+pub use model_pass::{
+    Choose, Cut, CutBlocks, Loss, ModelContext, ModelEntry, ModelPass, ModelPassDef, ReadTensor,
+    Selection, Survey, Transform, Work,
+};
 pub use pass::{
     Contract, Cost, Event, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target,
     Touches, Upstream,

@@ -17,13 +17,14 @@ use serde::Serialize;
 
 pub use error::{PlanError, PlanErrors};
 pub use graph::{dot, text, to_json};
-pub use predict::{Memory, Moment, Work};
+pub use predict::{Memory, Moment, PIECE_ELEMENTS, Work};
 pub use stored::Stored;
 pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;
 use crate::{
-    Budget, Contract, Form, Limits, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream,
+    Budget, Contract, Form, Limits, ModelGraph, ModelPass, Needs, Pass, Role, Sizes, Target,
+    Touches, Upstream,
 };
 
 /// Containers that artifacts can be written to.
@@ -44,6 +45,7 @@ pub struct PassGraph<'a> {
     source: &'a [TensorHeader],
     calibration_tokens: usize,
     budget: Budget,
+    model: Vec<ModelStep>,
 }
 
 impl<'a> PassGraph<'a> {
@@ -64,12 +66,20 @@ impl<'a> PassGraph<'a> {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
         let budget = Budget::default();
         let numbers = Default::default();
-        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget }
+        let model = Vec::new();
+        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget, model }
+    }
+
+    /// Puts passes on the whole model before the steps; the graph is that of their result.
+    pub fn after(mut self, model: Vec<ModelStep>) -> Self {
+        self.model = model;
+        self
     }
 
     /// Calls steps and emits by their places in the recipe that this is a variant of.
     pub fn numbered(mut self, variant: &Variant) -> Self {
-        self.numbers = (variant.steps.clone(), variant.emits.clone());
+        let first = variant.steps.len() - self.recipe.steps.len();
+        self.numbers = (variant.steps[first..].to_vec(), variant.emits.clone());
         self
     }
 
@@ -85,6 +95,50 @@ impl<'a> PassGraph<'a> {
     /// Everything that is wrong.
     pub fn check(self) -> Result<Plan, PlanErrors> {
         check::check(self)
+    }
+}
+
+/// A pass on the whole model as it will run, before all others.
+#[derive(Debug, Serialize)]
+pub struct ModelStep {
+    /// `step[i] (pass)`.
+    pub label: String,
+    /// Place in the recipe.
+    pub number: usize,
+    /// What it does, in words and numbers.
+    pub does: String,
+    /// The pass.
+    #[serde(skip)]
+    pub pass: Box<dyn ModelPass>,
+    /// Its own options, as written.
+    #[serde(skip)]
+    pub options: toml::Table,
+    /// The model that it reads.
+    #[serde(skip)]
+    pub graph: ModelGraph,
+    /// Tensors of that model.
+    #[serde(skip)]
+    pub source: Vec<TensorHeader>,
+    /// Sizes of the model that it makes.
+    pub sizes: Sizes,
+}
+
+impl ModelStep {
+    /// Statistics of an input group of a block that it reads, and whether activations run at all.
+    pub fn needs(&self, block: &crate::Block, input: usize) -> Needs {
+        match self.pass.work() {
+            crate::Work::Transform(_) => Needs::empty(),
+            crate::Work::Blocks(blocks) => {
+                let stops = blocks.stops(block);
+                stops.iter().find(|stop| stop.0 == input).map_or(Needs::empty(), |stop| stop.1)
+            }
+            crate::Work::Choose(choose) => choose.needs(),
+        }
+    }
+
+    /// True when activations run through the model.
+    pub fn calibrates(&self) -> bool {
+        !matches!(self.pass.work(), crate::Work::Transform(_))
     }
 }
 
@@ -239,6 +293,8 @@ pub struct Plan {
     /// `passes[i]` runs `steps[i]`.
     #[serde(skip)]
     pub passes: Vec<Box<dyn Pass>>,
+    /// Passes on the whole model, before the steps.
+    pub model: Vec<ModelStep>,
     /// Steps in order.
     pub steps: Vec<PlanStep>,
     /// Every site of the decoder blocks, then the output head.

@@ -14,7 +14,7 @@ pub use pattern::{matches, nearest, selects};
 pub use preset::PRESETS;
 pub use schema::json_schema;
 
-use crate::{Pass, PassDef, Upstream};
+use crate::{ModelPass, ModelPassDef, Pass, PassDef, Upstream};
 
 /// Keys of a `[[step]]` that are read here; all others are options of the pass.
 pub const STEP_KEYS: &[&str] = &["pass", "id", "after", "sites", "keep", "scheme", "upstream"];
@@ -97,6 +97,24 @@ pub struct SchemeSpec {
     pub symmetric: Option<bool>,
 }
 
+/// The pass of a step.
+#[derive(Debug)]
+pub enum AnyPass {
+    /// On the model as a whole.
+    Model(Box<dyn ModelPass>),
+    /// On one block after the other.
+    Block(Box<dyn Pass>),
+}
+
+/// Every pass that a recipe may name.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    /// Those on one block after the other.
+    pub block: &'a [&'a PassDef],
+    /// Those on the model as a whole.
+    pub model: &'a [&'a ModelPassDef],
+}
+
 /// One `[[step]]`: a pass on some sites.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Step {
@@ -133,6 +151,24 @@ impl Step {
             types: None,
             upstream: None,
             options: toml::Table::new(),
+        }
+    }
+
+    /// Refuses keys that mean nothing to a pass on the whole model.
+    fn only_model_keys(&self, path: &str) -> Result<(), RecipeError> {
+        let plain = Self::new(&self.pass);
+        let set = [
+            ("sites", self.sites != plain.sites),
+            ("keep", self.keep != plain.keep),
+            ("scheme", self.scheme.is_some() || self.types.is_some()),
+            ("upstream", self.upstream.is_some()),
+        ];
+        match set.iter().find(|(_, set)| *set) {
+            None => Ok(()),
+            Some((key, _)) => Err(RecipeError::invalid(
+                format!("{path}.{key}"),
+                format!("pass {} works on the whole model; leave `{key}` away", self.pass),
+            )),
         }
     }
 
@@ -221,14 +257,21 @@ impl Recipe {
     /// Builds the pass of each step and fills in the defaults that depend on the pass.
     ///
     /// # Errors
-    /// [`RecipeError::Invalid`] for an unknown pass, whatever [`PassDef::build`] refuses otherwise; the
-    /// path names the step.
-    pub fn resolve(&mut self, defs: &[&PassDef]) -> Result<Vec<Box<dyn Pass>>, RecipeError> {
+    /// [`RecipeError::Invalid`] for an unknown pass and for keys that a pass on the whole model does not
+    /// read, whatever [`PassDef::build`] refuses otherwise; the path names the step.
+    pub fn resolve(&mut self, known: Known<'_>) -> Result<Vec<AnyPass>, RecipeError> {
         let mut passes = Vec::with_capacity(self.steps.len());
         for (index, step) in self.steps.iter_mut().enumerate() {
             let path = format!("step[{index}]");
-            let Some(def) = defs.iter().find(|def| def.name == step.pass) else {
-                let names: Vec<_> = defs.iter().map(|def| def.name).collect();
+            if let Some(def) = known.model.iter().find(|def| def.name == step.pass) {
+                step.only_model_keys(&path)?;
+                let pass = (def.build)(&step.options).map_err(|error| place(error, &path))?;
+                passes.push(AnyPass::Model(pass));
+                continue;
+            }
+            let Some(def) = known.block.iter().find(|def| def.name == step.pass) else {
+                let names = known.block.iter().map(|def| def.name);
+                let names: Vec<_> = names.chain(known.model.iter().map(|def| def.name)).collect();
                 let hint = nearest(&step.pass, names.iter().copied()).map_or_else(
                     || format!("known passes: {}", names.join(", ")),
                     |name| format!("did you mean `{name}`?"),
@@ -239,7 +282,8 @@ impl Recipe {
             if let Some(scheme) = &mut step.scheme {
                 scheme.symmetric.get_or_insert(def.symmetric_by_default);
             }
-            passes.push((def.build)(&step.options).map_err(|error| place(error, &path))?);
+            let pass = (def.build)(&step.options).map_err(|error| place(error, &path))?;
+            passes.push(AnyPass::Block(pass));
         }
         Ok(passes)
     }
@@ -264,6 +308,20 @@ impl Recipe {
     pub fn preset(name: &str, group_size: i64) -> Result<Self, RecipeError> {
         preset::recipe(name, group_size)
     }
+}
+
+/// Reads a step's own options, all of whose keys are `known`.
+///
+/// # Errors
+/// [`RecipeError::UnknownKey`] with the nearest known key, [`RecipeError::Invalid`] for wrong types.
+pub fn options<T: serde::de::DeserializeOwned>(
+    table: &toml::Table,
+    known: &[&str],
+) -> Result<T, RecipeError> {
+    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
+        return Err(RecipeError::unknown_key("", key, known));
+    }
+    table.clone().try_into().map_err(|error| RecipeError::invalid("", error.message()))
 }
 
 /// Puts the step's path in front of an error of a pass, and lets an unknown option also be a misspelt

@@ -1,6 +1,7 @@
 //! The decoder as data, read from config.json: one entry of [`ARCHS`] per family.
 
-use serde_json::Value;
+use attar_ir::Sizes;
+use serde_json::{Value, json};
 
 use crate::ModelError;
 
@@ -284,6 +285,62 @@ impl DecoderSpec {
             tied: flag(config, "tie_word_embeddings")?.unwrap_or(false),
         })
     }
+}
+
+/// config.json of the model that has these sizes and the layers `kept` of this one. `head_dim` is written out,
+/// since it no longer follows from the others.
+///
+/// # Errors
+/// What the config of this family cannot say: a window that changes at a layer which is removed.
+pub fn resized(
+    config: &Value,
+    spec: &DecoderSpec,
+    sizes: &Sizes,
+    kept: &[usize],
+) -> Result<Value, ModelError> {
+    let mut out = config.clone();
+    let Some(table) = out.as_object_mut() else {
+        return Err(ModelError::Config("is no JSON object".into()));
+    };
+    let mut set = |key: &str, value: Value| table.insert(key.to_owned(), value);
+    let mut changed = false;
+    for (key, now, before) in [
+        ("hidden_size", sizes.hidden, spec.hidden),
+        ("intermediate_size", sizes.ffn, spec.intermediate),
+        ("num_attention_heads", sizes.heads, spec.heads),
+        ("num_key_value_heads", sizes.kv_heads, spec.kv_heads),
+    ] {
+        if now != before {
+            set(key, json!(now));
+            changed |= key != "intermediate_size";
+        }
+    }
+    if changed {
+        set("head_dim", json!(spec.head_dim));
+        set("num_key_value_heads", json!(sizes.kv_heads));
+    }
+    if sizes.tied != spec.tied {
+        set("tie_word_embeddings", json!(sizes.tied));
+    }
+    if kept.len() == spec.layers {
+        return Ok(out);
+    }
+    set("num_hidden_layers", json!(kept.len()));
+    let types = config.get("layer_types").and_then(Value::as_array);
+    if let Some(types) = types {
+        let left: Vec<Value> = kept.iter().filter_map(|&layer| types.get(layer).cloned()).collect();
+        set("layer_types", json!(left));
+    } else if let Some(first) = spec.window.iter().position(Option::is_some).filter(|&at| at > 0) {
+        // Layers from this one on look through a window: so many of those before it are left.
+        set("max_window_layers", json!(kept.iter().filter(|&&layer| layer < first).count()));
+    }
+    let left = DecoderSpec::read(&out)?;
+    if left.window.iter().zip(kept).any(|(now, &layer)| *now != spec.window[layer]) {
+        return Err(ModelError::Config(
+            "the attention windows of the layers that are left cannot be said by this family's keys".into(),
+        ));
+    }
+    Ok(out)
 }
 
 fn windows(

@@ -4,10 +4,14 @@
 mod awq;
 mod common;
 mod gptq;
+mod rotate;
 mod rtn;
 
-use attar_ir::PassDef;
+use attar_ir::{ModelPassDef, PassDef};
 pub use rtn::round_to_nearest;
 
 /// Every pass of this crate.
 pub const PASSES: &[PassDef] = &[rtn::DEF, gptq::DEF, awq::DEF];
+
+/// Every pass of this crate on the model as a whole.
+pub const MODEL_PASSES: &[ModelPassDef] = &[rotate::DEF];

@@ -4,10 +4,10 @@ use std::{collections::BTreeMap, path::Path};
 
 use attar_formats::Checkpoint;
 use attar_ir::{
-    Block, Event, Needs, Producer, Site, Touches,
+    Block, Event, FormChange, FormSet, Needs, Producer, Site, Touches, Upstream,
     ledger::{Fate, Line},
     pass::Contract,
-    recipe::{Recipe, nearest},
+    recipe::{AnyPass, Recipe, nearest},
 };
 use attar_tensor::{DType, TensorHeader, TensorSource};
 use serde::Serialize;
@@ -219,8 +219,20 @@ fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Resu
 /// What the recipe's passes promise, by step; empty when this version cannot build them.
 fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
     let Some(mut recipe) = recipe else { return Vec::new() };
-    let Ok(passes) = recipe.resolve(&registry::passes()) else { return Vec::new() };
-    let own = passes.iter().map(|pass| pass.contract());
+    let Ok(passes) = recipe.resolve(registry::known().as_known()) else { return Vec::new() };
+    // Passes on the whole model touch no site by itself.
+    let none = Contract {
+        accepts: FormSet::DENSE_FLOAT,
+        produces: FormChange::NONE,
+        needs: Needs::empty(),
+        upstream: Upstream::Original,
+        touches: Touches::Sites,
+        looks_ahead: false,
+    };
+    let own = passes.iter().map(|pass| match pass {
+        AnyPass::Block(pass) => pass.contract(),
+        AnyPass::Model(_) => none,
+    });
     own.zip(&recipe.steps)
         .map(|(own, step)| Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own })
         .collect()

@@ -150,7 +150,7 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
         let mut json = plan::to_json(&job.variants);
         for (at, (_, plan)) in job.variants.iter().enumerate() {
             for emit in 0..plan.emits.len() {
-                let lines = contract::lines(plan, &job.checkpoint, emit);
+                let lines = contract::lines(plan, &job.bases[at].0.headers, emit);
                 json["variants"][at]["plan"]["emits"][emit]["ledger"] = json!(lines);
             }
         }
@@ -160,8 +160,8 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
         say!("{}", plan::dot(&job.variants));
     } else {
         say!("{}", plan::text(&job.variants));
-        for (variant, plan) in &job.variants {
-            let lines = contract::lines(plan, &job.checkpoint, 0);
+        for ((variant, plan), (base, _)) in job.variants.iter().zip(&job.bases) {
+            let lines = contract::lines(plan, &base.headers, 0);
             let of =
                 if job.variants.len() > 1 { format!("{}: ", variant.name) } else { String::new() };
             say!("ledger    {of}{}", attar_ir::ledger::summary(&lines));
@@ -261,14 +261,19 @@ fn gate(args: &Gate) -> Result<bool, Error> {
 }
 
 fn passes(schema: bool) -> Result<bool, Error> {
-    let passes = registry::passes();
+    let known = registry::known();
     if schema {
-        say!("{}", serde_json::to_string_pretty(&attar_ir::recipe::json_schema(&passes))?);
+        let schema = attar_ir::recipe::json_schema(known.as_known());
+        say!("{}", serde_json::to_string_pretty(&schema)?);
         return Ok(true);
     }
-    say!("passes:");
-    for pass in passes {
-        say!("  {:<8} {} ({})", pass.name, pass.summary, pass.paper);
+    say!("passes on the whole model (before all others):");
+    for pass in &known.model {
+        say!("  {:<15} {} ({})", pass.name, pass.summary, pass.paper);
+    }
+    say!("passes on one block after the other:");
+    for pass in &known.block {
+        say!("  {:<15} {} ({})", pass.name, pass.summary, pass.paper);
     }
     say!("presets:");
     for (name, summary) in attar_ir::recipe::PRESETS {

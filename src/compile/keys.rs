@@ -11,10 +11,10 @@ use attar_ir::{
 };
 
 /// Begins every key; to be raised when a stored object changes its meaning.
-const VERSION: &str = "attar object 1";
+pub(super) const VERSION: &str = "attar object 1";
 
 /// blake3 over parts, each with its length.
-fn hash(parts: &[&str]) -> Key {
+pub(super) fn hash(parts: &[&str]) -> Key {
     let mut text = String::new();
     for part in parts {
         text.push_str(&part.len().to_string());
@@ -327,7 +327,7 @@ fn round_keys(
 }
 
 /// Options with their keys sorted (a TOML table of ours keeps them so).
-fn toml_text(table: &toml::Table) -> String {
+pub(super) fn toml_text(table: &toml::Table) -> String {
     toml::to_string(table).unwrap_or_default()
 }
 

@@ -6,16 +6,15 @@
 use std::time::{Duration, Instant};
 
 use attar_eval::report::{Phase, SiteEntry, Timings};
-use attar_formats::{Windows, stage::Stage};
+use attar_formats::{Checkpoint, Windows, stage::Stage};
 use attar_ir::{
     Block, BlockState, BlockStats, InputStats, PassContext, Upstream, plan::Plan, recipe::Recipe,
 };
-use attar_model::{BlockRun, Spill, Stream, embed, observe_block};
+use attar_model::{BlockRun, Decoder, Spill, Stream, embed, observe_block};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
 use serde_json::json;
 
 use super::{
-    Job,
     keys::{BlockKeys, Ground, RoundKeys, Statistic, Unit},
     scratch_of,
 };
@@ -32,9 +31,13 @@ struct Lane {
 }
 
 pub(super) struct Walk<'a> {
-    pub(super) job: &'a Job,
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) decoder: &'a Decoder,
+    pub(super) seed: u64,
+    /// Passes on the whole model before the steps.
+    pub(super) first: usize,
     pub(super) plan: &'a Plan,
-    /// The variant's own chain of steps.
+    /// The variant's own chain of steps on blocks.
     pub(super) recipe: &'a Recipe,
     pub(super) windows: Option<&'a Windows>,
     pub(super) stage: Option<&'a Stage>,
@@ -60,7 +63,10 @@ const fn lane_of(upstream: Upstream) -> usize {
 
 /// What tells the walk from its surroundings.
 pub(super) struct Surroundings<'a> {
-    pub(super) job: &'a Job,
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) decoder: &'a Decoder,
+    pub(super) seed: u64,
+    pub(super) first: usize,
     pub(super) plan: &'a Plan,
     pub(super) recipe: &'a Recipe,
     pub(super) windows: Option<&'a Windows>,
@@ -72,10 +78,24 @@ pub(super) struct Surroundings<'a> {
 
 impl<'a> Walk<'a> {
     pub(super) fn new(around: Surroundings<'a>, trace: &'a Trace, time: &'a mut Timings) -> Self {
-        let Surroundings { job, plan, recipe, windows, stage, ground, blocks, checkpoint_every } =
-            around;
+        let Surroundings {
+            checkpoint,
+            decoder,
+            seed,
+            first,
+            plan,
+            recipe,
+            windows,
+            stage,
+            ground,
+            blocks,
+            checkpoint_every,
+        } = around;
         Self {
-            job,
+            checkpoint,
+            decoder,
+            seed,
+            first,
             plan,
             recipe,
             windows,
@@ -107,10 +127,9 @@ impl<'a> Walk<'a> {
 
     fn load(&mut self, block: &Block) -> Result<BlockState, Error> {
         let what = name_of(block);
-        let job = self.job;
-        let (state, seconds) = self
-            .trace
-            .run(Phase::Read, what, || job.decoder.load_block(block.index, &job.checkpoint));
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
+        let (state, seconds) =
+            self.trace.run(Phase::Read, what, || decoder.load_block(block.index, checkpoint));
         self.time.read += seconds;
         Ok(state?)
     }
@@ -167,7 +186,7 @@ impl<'a> Walk<'a> {
             .iter()
             .flatten()
             .fold(attar_ir::Needs::empty(), |all, statistic| all | statistic.needs);
-        let job = self.job;
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let stream = self.lanes[lane_of(Upstream::Compressed)]
             .stream
             .as_ref()
@@ -175,15 +194,7 @@ impl<'a> Walk<'a> {
         let spill = self.spill.clone();
         let what = name_of(block);
         let (found, _) = self.trace.run(Phase::Calibrate, what, || {
-            observe_block(
-                &job.decoder,
-                block.index,
-                &job.checkpoint,
-                state,
-                stream,
-                needs,
-                Some(&spill),
-            )
+            observe_block(decoder, block.index, checkpoint, state, stream, needs, Some(&spill))
         });
         let (stats, timing) = found?;
         self.time.forward += timing.forward.as_secs_f64();
@@ -205,13 +216,13 @@ impl<'a> Walk<'a> {
     ) -> Result<(), Error> {
         self.bring(Upstream::Compressed, block.index)?;
         let lane = lane_of(Upstream::Compressed);
-        let job = self.job;
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let what = name_of(block);
         let mut stream = self.lanes[lane].stream.take().ok_or("the plan counted on data")?;
         let mut run = BlockRun::begin(
-            &job.decoder,
+            decoder,
             block.index,
-            &job.checkpoint,
+            checkpoint,
             &mut stream,
             Some(self.spill.clone()),
         )?;
@@ -279,14 +290,14 @@ impl<'a> Walk<'a> {
         self.bring(Upstream::Original, block.index)?;
         let keys = &self.blocks[block.index];
         let state = self.load(block)?;
-        let job = self.job;
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let lane = lane_of(Upstream::Original);
         let what = name_of(block);
         let mut stream = self.lanes[lane].stream.take().ok_or("the plan counted on data")?;
         let mut run = BlockRun::begin(
-            &job.decoder,
+            decoder,
             block.index,
-            &job.checkpoint,
+            checkpoint,
             &mut stream,
             Some(self.spill.clone()),
         )?;
@@ -315,9 +326,9 @@ impl<'a> Walk<'a> {
             self.begin(upstream, to)?;
         }
         while self.lanes[lane].at < to {
-            let job = self.job;
+            let (decoder, checkpoint) = (self.decoder, self.checkpoint);
             let at = self.lanes[lane].at;
-            let block = job.decoder.block(at);
+            let block = decoder.block(at);
             let mut state = self.load(block)?;
             if upstream == Upstream::Compressed {
                 for round in &self.blocks[at].rounds {
@@ -328,10 +339,8 @@ impl<'a> Walk<'a> {
             }
             let spill = self.spill.clone();
             let Some(stream) = &mut self.lanes[lane].stream else { break };
-            let forward = || {
-                BlockRun::begin(&job.decoder, at, &job.checkpoint, stream, Some(spill))?
-                    .finish(&state)
-            };
+            let forward =
+                || BlockRun::begin(decoder, at, checkpoint, stream, Some(spill))?.finish(&state);
             let timing = self.trace.run(Phase::Calibrate, name_of(block), forward).0?;
             self.time.forward += timing.forward.as_secs_f64();
             self.lanes[lane].at = at + 1;
@@ -341,12 +350,12 @@ impl<'a> Walk<'a> {
 
     /// The stored stream nearest before a block, else the embedded windows.
     fn begin(&mut self, upstream: Upstream, to: usize) -> Result<(), Error> {
-        let job = self.job;
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let lane = lane_of(upstream);
         let windows = self.windows.ok_or("the plan counted on calibration data")?;
         let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
         let spill = self.spill.clone();
-        let mut stream = Stream::new(&lengths, job.decoder.spec.hidden, Some(&spill))?;
+        let mut stream = Stream::new(&lengths, decoder.spec.hidden, Some(&spill))?;
         if let Some(stage) = self.stage {
             for at in (1..=to).rev() {
                 let key = self.ground.stream(self.entering(upstream, at));
@@ -359,7 +368,7 @@ impl<'a> Walk<'a> {
                 for (window, &length) in lengths.iter().enumerate() {
                     let name = format!("window.{window}");
                     let view = file.view(&name).ok_or_else(|| format!("{name} is missing"))?;
-                    row.resize(length * job.decoder.spec.hidden, 0.0);
+                    row.resize(length * decoder.spec.hidden, 0.0);
                     view.copy_to_f32(0, &mut row)?;
                     file.release(&name);
                     stream.write(window, &row)?;
@@ -371,9 +380,9 @@ impl<'a> Walk<'a> {
         }
         let begun = self.trace.begin(Phase::Read, "embedding");
         for (at, ids) in windows.ids.iter().enumerate() {
-            stream.write(at, &embed(&job.decoder, &job.checkpoint, ids)?)?;
+            stream.write(at, &embed(decoder, checkpoint, ids)?)?;
         }
-        attar_tensor::TensorSource::release(&job.checkpoint, &job.decoder.graph.embedding);
+        attar_tensor::TensorSource::release(checkpoint, &decoder.graph.embedding);
         self.time.read += self.trace.end(Phase::Read, "embedding", begun);
         self.lanes[lane] = Lane { at: 0, stream: Some(stream), saved: None };
         Ok(())
@@ -494,7 +503,7 @@ impl<'a> Walk<'a> {
         let scratch = scratch_of(self.stage);
         let context = PassContext {
             block,
-            seed: self.job.recipe.calibration.seed,
+            seed: self.seed,
             scratch: self.plan.limits.factor_on_scratch.then_some(&scratch),
         };
         let what = name_of(block);
@@ -513,7 +522,7 @@ impl<'a> Walk<'a> {
                 scheme: scheme.map(QuantScheme::label),
                 bits: scheme.map(|scheme| scheme.bits),
                 seconds,
-                step: self.recipe.steps[unit.step].label(unit.step),
+                step: self.recipe.steps[unit.step].label(self.first + unit.step),
                 statistics: statistic.map(|statistic| statistic.key.clone()),
             });
         }
@@ -550,7 +559,7 @@ impl<'a> Walk<'a> {
         let mut entries: Vec<SiteEntry> = serde_json::from_value(facts["sites"].clone())?;
         for entry in &mut entries {
             // The same work may stand elsewhere in another recipe.
-            entry.step = self.recipe.steps[unit.step].label(unit.step);
+            entry.step = self.recipe.steps[unit.step].label(self.first + unit.step);
         }
         self.sites.extend(entries);
         Ok(())

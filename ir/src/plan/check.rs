@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use attar_tensor::{BlockType, DType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
 
 use super::{
-    CONTAINERS, GGUF, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors, PlanStep,
-    PlannedEmit, SitePlan, predict,
+    CONTAINERS, GGUF, ModelStep, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors,
+    PlanStep, PlannedEmit, SitePlan, predict,
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
@@ -21,15 +21,30 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
-    let PassGraph { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget } =
-        input;
+    let PassGraph {
+        graph,
+        passes,
+        recipe,
+        numbers,
+        layouts,
+        source,
+        calibration_tokens,
+        budget,
+        model,
+    } = input;
     let mut errors = Vec::new();
     // Steps and emits are called by their places in the recipe as it was written.
     let place = |list: &[usize], at: usize| list.get(at).copied().unwrap_or(at);
     let labels: Vec<_> =
         recipe.steps.iter().enumerate().map(|(i, s)| s.label(place(&numbers.0, i))).collect();
-    if recipe.steps.is_empty() {
+    if recipe.steps.is_empty() && model.is_empty() {
         errors.push(PlanError::NoSteps);
+    }
+    for step in &model {
+        if step.calibrates() && calibration_tokens == 0 {
+            let (step, needs) = (step.label.clone(), "activations of every block".to_owned());
+            errors.push(PlanError::CalibrationMissing { step, needs });
+        }
     }
     if recipe.emits.is_empty() && !labels.is_empty() {
         errors.push(PlanError::NeverEmitted { steps: labels.join(", ") });
@@ -236,7 +251,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .enumerate()
         .map(|(index, emit)| planned_emit(&graph, source, &table, &parts, index, emit, embedding))
         .collect();
-    let needs_data = contracts.iter().any(|contract| !contract.needs.is_empty());
+    let needs_data = contracts.iter().any(|contract| !contract.needs.is_empty())
+        || model.iter().any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
@@ -244,6 +260,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     notes.extend(fallbacks(&graph, &table, recipe, &contracts));
     let facts = predict::Facts {
         graph: &graph,
+        model: &model,
         steps: &steps,
         passes: &passes,
         source,
@@ -256,6 +273,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         untied: graph.tied && head_quantized && emits.iter().any(|emit| emit.container != GGUF),
         graph,
         passes,
+        model,
         steps,
         sites: table,
         emits: planned,

@@ -98,6 +98,25 @@ pub enum PlanError {
         /// The statistics, for people.
         needs: String,
     },
+    /// A pass on the whole model behind one on blocks.
+    #[error(
+        "{step}: works on the whole model (its shapes or its basis) and would spoil what {after} has made; \
+         move it before that step"
+    )]
+    ModelLate {
+        /// The step.
+        step: String,
+        /// The first step on blocks.
+        after: String,
+    },
+    /// The model cannot be reshaped so.
+    #[error("{step}: {reason}")]
+    Reshape {
+        /// The step.
+        step: String,
+        /// Why, with the numbers and the remedy.
+        reason: String,
+    },
     /// Two steps of one name.
     #[error("step[{index}].id: `{id}` is already the id of step[{first}]")]
     DuplicateId {

@@ -13,8 +13,8 @@ struct Node<'a> {
     /// Place in the recipe.
     number: usize,
     plan: &'a Plan,
-    /// Index into [`Plan::steps`].
-    at: usize,
+    /// Index into [`Plan::steps`]; `None` for a pass on the whole model.
+    at: Option<usize>,
     parent: Option<usize>,
     /// Variants that pass through it.
     variants: Vec<usize>,
@@ -25,7 +25,8 @@ fn nodes(variants: &[(Variant, Plan)]) -> Vec<Node<'_>> {
     let mut nodes: Vec<Node<'_>> = Vec::new();
     for (index, (variant, plan)) in variants.iter().enumerate() {
         let mut parent = None;
-        for (at, &number) in variant.steps.iter().enumerate() {
+        for &number in &variant.steps {
+            let at = plan.steps.iter().position(|step| step.number == number);
             match nodes.iter_mut().find(|node| node.number == number) {
                 Some(node) => node.variants.push(index),
                 None => {
@@ -40,9 +41,23 @@ fn nodes(variants: &[(Variant, Plan)]) -> Vec<Node<'_>> {
 }
 
 impl Node<'_> {
+    fn label(&self) -> &str {
+        match self.at {
+            Some(at) => &self.plan.steps[at].label,
+            None => self.model().map_or("", |step| &step.label),
+        }
+    }
+
+    fn model(&self) -> Option<&super::ModelStep> {
+        self.plan.model.iter().find(|step| step.number == self.number)
+    }
+
     /// `step[1] (gptq), w4 g128 sym, 224 sites`.
     fn describe(&self) -> String {
-        let step = &self.plan.steps[self.at];
+        let Some(at) = self.at else {
+            return self.model().map_or_else(String::new, |s| format!("{}, {}", s.label, s.does));
+        };
+        let step = &self.plan.steps[at];
         let mut schemes: Vec<String> = step
             .targets
             .iter()
@@ -75,16 +90,16 @@ fn sharing(variants: &[(Variant, Plan)], nodes: &[Node<'_>]) -> Vec<String> {
     for node in nodes.iter().filter(|node| node.variants.len() > 1) {
         let targets = |variant: usize| {
             let (variant, plan) = &variants[variant];
-            let at = variant.steps.iter().position(|&step| step == node.number);
-            at.map(|at| &plan.steps[at].targets)
+            debug_assert!(variant.steps.contains(&node.number), "a variant runs its nodes");
+            let step = plan.steps.iter().find(|step| step.number == node.number);
+            step.map(|step| &step.targets)
         };
-        let step = &node.plan.steps[node.at];
         lines.push(if node.variants.iter().all(|&v| targets(v) == targets(node.variants[0])) {
-            format!("{} runs once for {}", step.label, names(node))
+            format!("{} runs once for {}", node.label(), names(node))
         } else {
             format!(
                 "{} runs once per scheme that follows ({}): it prepares for that scheme",
-                step.label,
+                node.label(),
                 names(node)
             )
         });
@@ -92,7 +107,7 @@ fn sharing(variants: &[(Variant, Plan)], nodes: &[Node<'_>]) -> Vec<String> {
     let calibrated = |upstream: Upstream| {
         let labels: Vec<_> = nodes
             .iter()
-            .map(|node| &node.plan.steps[node.at])
+            .filter_map(|node| Some(&node.plan.steps[node.at?]))
             .filter(|s| !s.contract.needs.is_empty() && s.contract.upstream == upstream)
             .map(|step| step.label.clone())
             .collect();
@@ -204,7 +219,7 @@ pub fn to_json(variants: &[(Variant, Plan)]) -> Value {
             json!({
                 "step": node.number,
                 "after": node.parent,
-                "label": node.plan.steps[node.at].label,
+                "label": node.label(),
                 "variants": names,
             })
         })

@@ -13,7 +13,7 @@
 use attar_tensor::{TensorHeader, linalg::GramAccumulator};
 use serde::Serialize;
 
-use super::{PlanError, PlanErrors, PlanStep, Round, rounds};
+use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
     Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
     Upstream,
@@ -38,6 +38,9 @@ const CORPUS_FACTOR: usize = 12;
 const FAULT_BYTES: usize = 64 << 10;
 /// Query rows whose scores are held at once (`attar_model`'s attention).
 const QUERY_ROWS: usize = 128;
+
+/// Elements of a tensor that a pass on the whole model holds at once where it works row by row.
+pub const PIECE_ELEMENTS: usize = 4 << 20;
 
 /// One state of the run, bytes by cause.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -137,8 +140,10 @@ impl Work {
 }
 
 /// What predictions are made from.
+#[derive(Clone, Copy)]
 pub(super) struct Facts<'a> {
     pub(super) graph: &'a ModelGraph,
+    pub(super) model: &'a [ModelStep],
     pub(super) steps: &'a [PlanStep],
     pub(super) passes: &'a [Box<dyn Pass>],
     pub(super) source: &'a [TensorHeader],
@@ -162,8 +167,19 @@ pub(super) struct Prediction {
 pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
     let free = Limits::unbounded(facts.budget.threads);
     let predict = |limits: Limits| {
-        let (memory, scratch_bytes) = Walk::new(facts, limits).run();
-        (limits, memory, scratch_bytes)
+        let (mut memory, mut scratch_bytes) = (Memory::default(), 0);
+        let mut made = 0;
+        for step in facts.model {
+            let of = Facts { graph: &step.graph, source: &step.source, ..*facts };
+            let (own, scratch) = Walk::new(&of, limits).model(step);
+            own.moments.into_iter().for_each(|moment| memory.add(moment));
+            // What the passes before have made stays beside it, in f32 at most.
+            made += step.source.iter().map(|header| 4 * header.elements()).sum::<usize>();
+            scratch_bytes = scratch_bytes.max(made + scratch);
+        }
+        let (own, scratch) = Walk::new(facts, limits).run();
+        own.moments.into_iter().for_each(|moment| memory.add(moment));
+        (limits, memory, scratch_bytes.max(made + scratch))
     };
     let (limits, memory, scratch_bytes) = match facts.budget.memory {
         None => predict(free),
@@ -206,6 +222,17 @@ fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
 fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     let Facts { graph, steps, passes, tokens, context, .. } = *facts;
     let mut work = Work::default();
+    for step in facts.model {
+        work.solve += step.pass.cost(&step.graph, tokens).flops;
+        for block in step.graph.blocks.iter().filter(|_| step.calibrates()) {
+            work.forward += block.forward_flops(tokens, context);
+            for (at, input) in block.inputs.iter().enumerate() {
+                if step.needs(block, at).contains(Needs::HESSIAN) {
+                    work.hessian += (input.width * input.width) as f64 * tokens as f64;
+                }
+            }
+        }
+    }
     let (block_rounds, last_observed) = schedule(facts);
     let mut original = false;
     for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
@@ -354,6 +381,50 @@ impl<'a> Walk<'a> {
         let widest = block.inputs.iter().map(|input| input.width).max().unwrap_or(0);
         let bytes = 4 * self.facts.tokens * widest;
         if block.attention.is_some() && bytes > self.limits.beside { bytes } else { 0 }
+    }
+
+    /// A pass on the whole model: blocks with their activations, tensors on their way to the work directory.
+    fn model(mut self, step: &ModelStep) -> (Memory, usize) {
+        let Facts { source, tokens, context, .. } = *self.facts;
+        let cost = step.pass.cost(&step.graph, tokens);
+        let largest = source.iter().map(|header| 4 * header.elements()).max().unwrap_or(0);
+        // Tables are transformed in pieces of rows.
+        let piece = largest.min(4 * PIECE_ELEMENTS);
+        if !step.calibrates() {
+            let widest = step.graph.blocks.iter().flat_map(|block| &block.sites);
+            let widest = widest.map(|site| 4 * site.weights()).max().unwrap_or(0);
+            self.add(Moment {
+                what: step.label.clone(),
+                tensors: 2 * piece.max(widest),
+                solver: cost.peak_bytes,
+                ..Moment::default()
+            });
+            return (self.memory, 0);
+        }
+        // The stream, and a copy of it where blocks are compared with what enters them.
+        let stream = 8 * tokens * step.graph.hidden;
+        let kept = if stream / 2 <= self.limits.stream { stream } else { 0 };
+        for block in &step.graph.blocks {
+            let dense = vec![false; block.sites.len()];
+            let inputs = 0..block.inputs.len();
+            let (packed, _) = Self::packed(block, sites_of(block, inputs.clone()), &dense);
+            let sums = inputs.map(|at| self.sums(block.inputs[at].width, step.needs(block, at)));
+            let statistics = sums.max().unwrap_or(0);
+            let beside = (0..block.inputs.len()).map(|at| self.beside(block, at)).max();
+            self.add(Moment {
+                what: step.label.clone(),
+                block_index: Some(block.index),
+                block: self.weights(block, &dense) + packed,
+                statistics,
+                solver: cost.peak_bytes,
+                stream: kept + beside.unwrap_or(0),
+                activations: self.activations(block, self.windows(), context, false),
+                tensors: piece,
+                ..Moment::default()
+            });
+            self.scratch_beside(block, 0);
+        }
+        (self.memory, self.scratch + stream - kept)
     }
 
     fn run(mut self) -> (Memory, usize) {

@@ -34,6 +34,9 @@ fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
         writeln!(out, "data      none needed")?;
     }
     writeln!(out, "\nsteps")?;
+    for step in &plan.model {
+        writeln!(out, "  {}: {}", step.label, step.does)?;
+    }
     for step in &plan.steps {
         let needs: Vec<_> = step
             .contract

@@ -2,17 +2,18 @@
 
 use serde_json::{Value, json};
 
-use super::{MIXTURES, PRESETS};
-use crate::PassDef;
+use super::{Known, MIXTURES, PRESETS};
+use crate::{ModelPassDef, PassDef};
 
 /// JSON Schema (draft 2020-12) of a recipe whose steps may use `passes`.
-pub fn json_schema(passes: &[&PassDef]) -> Value {
+pub fn json_schema(passes: Known<'_>) -> Value {
     let strings = json!({ "oneOf": [
         { "type": "string" },
         { "type": "array", "items": { "type": "string" } },
     ] });
     let limit = |text: &str| json!({ "type": "number", "minimum": 0, "description": text });
-    let steps: Vec<_> = passes.iter().map(|def| step(def, &strings)).collect();
+    let model = passes.model.iter().map(|def| model_step(def));
+    let steps: Vec<_> = passes.block.iter().map(|def| step(def, &strings)).chain(model).collect();
     let presets: Vec<_> = PRESETS.iter().map(|(name, _)| *name).collect();
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -64,14 +65,40 @@ pub fn json_schema(passes: &[&PassDef]) -> Value {
 }
 
 /// Types that options refer to; references are from the root of the schema.
-fn definitions(passes: &[&PassDef]) -> Value {
+fn definitions(passes: Known<'_>) -> Value {
     let mut all = serde_json::Map::new();
-    for def in passes {
-        if let Some(Value::Object(own)) = (def.schema)().to_value().get("$defs") {
+    let schemas = passes.block.iter().map(|def| def.schema);
+    for schema in schemas.chain(passes.model.iter().map(|def| def.schema)) {
+        if let Some(Value::Object(own)) = schema().to_value().get("$defs") {
             all.extend(own.clone());
         }
     }
     Value::Object(all)
+}
+
+/// A step whose pass works on the whole model.
+fn model_step(def: &ModelPassDef) -> Value {
+    let options = (def.schema)().to_value();
+    let mut properties = options.get("properties").cloned().unwrap_or_else(|| json!({}));
+    let own = json!({
+        "pass": { "const": def.name },
+        "id": { "type": "string" },
+        "after": { "type": "string", "description": "id of the step that this one follows, or `source`" },
+    });
+    let mut required = vec![json!("pass")];
+    if let (Some(all), Some(own)) = (properties.as_object_mut(), own.as_object()) {
+        all.extend(own.iter().map(|(key, value)| (key.clone(), value.clone())));
+    }
+    if let Some(more) = options.get("required").and_then(Value::as_array) {
+        required.extend(more.iter().cloned());
+    }
+    json!({
+        "type": "object",
+        "description": def.summary,
+        "additionalProperties": false,
+        "required": required,
+        "properties": properties,
+    })
 }
 
 fn step(def: &PassDef, strings: &Value) -> Value {
@@ -127,6 +154,8 @@ mod tests {
     use super::*;
     use crate::recipe::{Recipe, RecipeError};
 
+    const KNOWN: Known<'static> = Known { block: &[&SOLVER], model: &[] };
+
     /// Options of the pass that the tests below know; it is never built with good ones.
     #[derive(schemars::JsonSchema)]
     #[allow(dead_code, reason = "only its schema is read")]
@@ -151,7 +180,7 @@ mod tests {
 
     #[test]
     fn steps_have_their_own_and_the_common_keys() {
-        let schema = json_schema(&[&SOLVER]);
+        let schema = json_schema(KNOWN);
         let step = &schema["properties"]["step"]["items"]["oneOf"][0];
         assert_eq!(step["properties"]["pass"]["const"], "solver");
         assert_eq!(
@@ -184,12 +213,12 @@ mod tests {
             ),
         ] {
             let mut recipe = Recipe::parse(&format!("[[step]]\n{keys}\n")).unwrap();
-            let error = recipe.resolve(&[&SOLVER]).unwrap_err();
+            let error = recipe.resolve(KNOWN).unwrap_err();
             assert_eq!(error.to_string(), expected);
         }
         let text = "[[step]]\npass = \"solver\"\nscheme = { bits = 4 }\n";
         let mut recipe = Recipe::parse(text).unwrap();
-        assert!(recipe.resolve(&[&SOLVER]).is_err());
+        assert!(recipe.resolve(KNOWN).is_err());
         assert_eq!(recipe.steps[0].scheme.unwrap().symmetric, Some(false));
     }
 }

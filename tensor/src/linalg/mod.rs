@@ -4,10 +4,12 @@
 //! `GramAccumulator::add` do so themselves on rayon's current pool.
 
 pub mod cholesky;
+pub mod double;
 pub mod factor;
 pub mod gemm;
 mod isa;
 mod microkernel;
+pub mod orthogonal;
 pub mod simd;
 pub mod syrk;
 mod thin;
@@ -19,6 +21,7 @@ pub use gemm::{
     matmul_tn, matmul_tn_into, par_gemm_nt,
 };
 pub use isa::{Isa, IsaError, arch, isa, pin};
+pub use orthogonal::Orthogonal;
 pub use simd::{
     abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,
     softmax_row_in_place, sum_sq, vectorize,

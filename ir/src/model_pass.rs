@@ -1,0 +1,235 @@
+//! Passes on the model as a whole: checkpoint in, checkpoint out, before any block is worked on.
+//!
+//! What such a pass changes is told beforehand by [`ModelPass::reshape`], so that everything behind it is
+//! proven on the shapes that will be. Three kinds of work cover them: tensor by tensor without data
+//! ([`Transform`]), block by block with statistics ([`CutBlocks`]), and one choice after all blocks
+//! were seen ([`Choose`]).
+
+use std::{collections::BTreeMap, fmt::Debug};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Block, BlockState, BlockStats, Cost, DimName, InputStats, ModelGraph, Needs, PassError, Sizes,
+    recipe::RecipeError,
+};
+
+/// What a pass on the whole model gets beside tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelContext<'a> {
+    /// The model as it was read.
+    pub graph: &'a ModelGraph,
+    /// Seed of the run.
+    pub seed: u64,
+}
+
+/// One step of a pass on the whole model, for the report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelEntry {
+    /// The step, `step[i] (pass)`; the driver fills it in.
+    #[serde(default)]
+    pub step: String,
+    /// What was worked on: a dimension, or `blocks`.
+    pub what: String,
+    /// Size before.
+    pub before: usize,
+    /// Size after.
+    pub after: usize,
+    /// Indices that were removed, rising.
+    pub removed: Vec<usize>,
+    /// Relative squared output error of the consumers of what was removed, on the calibration inputs.
+    pub output_error: Option<f64>,
+    /// Scores by index, where the pass ranked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<f64>,
+}
+
+/// Indices that stay, of one dimension.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cut {
+    /// The dimension.
+    pub dim: DimName,
+    /// Rising indices.
+    pub kept: Vec<usize>,
+}
+
+/// Values of the tensors of the checkpoint as f32, by name.
+pub type ReadTensor<'a> = dyn Fn(&str) -> Result<Vec<f32>, PassError> + Sync + 'a;
+
+/// Every tensor by itself, without data.
+pub trait Transform: Sync {
+    /// True when rows of this tensor are mixed with each other, so that it must be held whole.
+    fn mixes_rows(&self, context: &ModelContext<'_>, tensor: &str) -> bool;
+
+    /// Transforms `values [rows, columns]`, some whole rows of `tensor` (all of them where
+    /// [`Transform::mixes_rows`]); a vector is one row. `head` is true for the copy of a tied embedding that
+    /// becomes the output head.
+    ///
+    /// # Errors
+    /// When another tensor that is needed cannot be read.
+    fn apply(
+        &self,
+        context: &ModelContext<'_>,
+        tensor: &str,
+        head: bool,
+        columns: usize,
+        values: &mut [f32],
+        read: &ReadTensor<'_>,
+    ) -> Result<(), PassError>;
+}
+
+/// Block by block, each seeing what the compressed former ones put out.
+pub trait CutBlocks: Sync {
+    /// Input groups to stop at, rising, with the statistics of their activations.
+    fn stops(&self, block: &Block) -> Vec<(usize, Needs)>;
+
+    /// Chooses what of a dimension stays. In `state` the columns of the consumers that are removed become
+    /// zero and the others may be moved to make up for them; every shape stays.
+    ///
+    /// # Errors
+    /// Numerics.
+    fn cut(
+        &self,
+        context: &ModelContext<'_>,
+        block: &Block,
+        input: usize,
+        state: &mut BlockState,
+        stats: &mut InputStats,
+    ) -> Result<(Cut, ModelEntry), PassError>;
+}
+
+/// What was seen of one block.
+#[derive(Debug, Clone)]
+pub struct Survey {
+    /// Statistics of its inputs.
+    pub stats: BlockStats,
+    /// Mean cosine between what enters and what leaves it, over tokens.
+    pub cosine: f64,
+}
+
+/// What stays of the model.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Selection {
+    /// Blocks that stay, rising.
+    pub layers: Vec<usize>,
+    /// Other dimensions.
+    pub cuts: Vec<Cut>,
+    /// Vectors (weights of norms) that are multiplied by a number.
+    pub scales: BTreeMap<String, f32>,
+}
+
+/// Mean negative log-likelihood per token, nats, of the calibration text under the blocks given.
+pub type Loss<'a> = dyn FnMut(&[usize]) -> Result<f64, PassError> + 'a;
+
+/// One choice after every block was seen on the original model.
+pub trait Choose: Sync {
+    /// Statistics of every input group.
+    fn needs(&self) -> Needs;
+
+    /// Chooses. `loss` runs the model with some of its blocks.
+    ///
+    /// # Errors
+    /// Numerics.
+    fn choose(
+        &self,
+        context: &ModelContext<'_>,
+        surveys: &[Survey],
+        loss: &mut Loss<'_>,
+    ) -> Result<(Selection, Vec<ModelEntry>), PassError>;
+}
+
+/// The work of a pass on the whole model.
+#[allow(missing_debug_implementations, reason = "views of a pass, which is Debug itself")]
+pub enum Work<'a> {
+    /// Tensor by tensor.
+    Transform(&'a dyn Transform),
+    /// Block by block.
+    Blocks(&'a dyn CutBlocks),
+    /// One choice.
+    Choose(&'a dyn Choose),
+}
+
+/// A pass on the model as a whole.
+pub trait ModelPass: Debug + Send + Sync {
+    /// The name as written in recipes.
+    fn name(&self) -> &'static str;
+
+    /// Sizes of the model afterwards.
+    ///
+    /// # Errors
+    /// Why this model cannot be reshaped so, with the numbers and the remedy.
+    fn reshape(&self, graph: &ModelGraph) -> Result<Sizes, String>;
+
+    /// What it does, in words and numbers, e.g. `ffn 768 -> 576`.
+    fn describe(&self, graph: &ModelGraph) -> String;
+
+    /// What it costs, forward passes excluded.
+    fn cost(&self, graph: &ModelGraph, tokens: usize) -> Cost;
+
+    /// Its work.
+    fn work(&self) -> Work<'_>;
+}
+
+/// An entry of a crate's list of passes on the whole model.
+pub struct ModelPassDef {
+    /// The name as written in recipes.
+    pub name: &'static str,
+    /// One line for `attar passes` and RECIPES.md.
+    pub summary: &'static str,
+    /// Source of the algorithm.
+    pub paper: &'static str,
+    /// Builds the pass from the step's own options; refuses unknown keys.
+    pub build: fn(&toml::Table) -> Result<Box<dyn ModelPass>, RecipeError>,
+    /// JSON Schema of the step's own options.
+    pub schema: fn() -> schemars::Schema,
+}
+
+impl Debug for ModelPassDef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelPassDef").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Headers of the checkpoint that a pass makes of `source`, sorted by name: blocks beyond the new number of
+/// layers are gone, every axis of the coupling table has its new size, and a head that is no longer tied
+/// has a tensor of its own.
+pub fn reshaped_headers(
+    graph: &ModelGraph,
+    source: &[attar_tensor::TensorHeader],
+    sizes: &Sizes,
+) -> Vec<attar_tensor::TensorHeader> {
+    let gone: Vec<&str> =
+        graph.blocks.iter().skip(sizes.layers).map(|block| block.prefix.as_str()).collect();
+    let dims = graph.dims();
+    let mut headers: Vec<attar_tensor::TensorHeader> = source
+        .iter()
+        .filter(|header| !gone.iter().any(|prefix| header.name.starts_with(prefix)))
+        .cloned()
+        .collect();
+    for header in &mut headers {
+        for dim in &dims {
+            let size = sizes.of(dim.name, dim.size);
+            for member in dim.members.iter().filter(|member| member.tensor == header.name) {
+                // Two names of one axis (heads and their groups): the one that changes decides.
+                if size != dim.size {
+                    header.shape[member.axis] = member.outer * size * member.stride;
+                }
+            }
+        }
+    }
+    if graph.tied && !sizes.tied {
+        let (table, head) = ("model.embed_tokens.weight", "lm_head.weight");
+        let found = headers.iter().find(|header| header.name == graph.embedding).cloned();
+        headers.retain(|header| header.name != table && header.name != head);
+        for name in [table, head] {
+            headers.extend(
+                found.iter().map(|from| attar_tensor::TensorHeader {
+                    name: name.to_owned(),
+                    ..from.clone()
+                }),
+            );
+        }
+    }
+    headers.sort_by(|a, b| a.name.cmp(&b.name));
+    headers
+}

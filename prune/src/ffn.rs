@@ -1,0 +1,155 @@
+//! FFN channels: the rows of gate and up and the columns of down that belong together, equally many in every block.
+//!
+//! A channel's cost is the output error of `down` when the others have made up for it (see `cut`; OSSCAR, Meng et
+//! al. 2024, arXiv:2403.12983, states the same problem); or `‖W_down,j‖ ‖X_j‖`; or the product of the norms of its
+//! three weight vectors (LLM-Pruner's coupled group, Ma et al. 2023, arXiv:2305.11627). Each block sees what
+//! the pruned former ones put out. `down [hidden, ffn]`.
+
+use attar_ir::{
+    Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
+    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, Weight, Work,
+    recipe::options,
+};
+use serde::Deserialize;
+
+use crate::cut::{self, Asked, Importance};
+
+/// Registration of `prune_ffn`.
+pub(crate) const DEF: ModelPassDef = ModelPassDef {
+    name: "prune_ffn",
+    summary: "take whole FFN channels away, equally many in every block",
+    paper: "Ling et al. 2024, arXiv:2412.18110; Meng et al. 2024, arXiv:2403.12983",
+    build: |table| {
+        let known = ["ratio", "importance", "update", "multiple_of", "percdamp"];
+        Ok(Box::new(Ffn(options(table, &known)?)))
+    },
+    schema: || schemars::schema_for!(Options),
+};
+
+#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Options {
+    /// Fraction of the channels that goes.
+    ratio: f64,
+    /// How channels are ranked.
+    importance: Importance,
+    /// Moves what is left of `down` to make up for what goes.
+    update: bool,
+    /// The width that is left is a multiple of this.
+    multiple_of: usize,
+    /// Dampening as a fraction of the Hessian's mean diagonal.
+    percdamp: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let importance = Importance::Output;
+        Self { ratio: 0.25, importance, update: true, multiple_of: 64, percdamp: 0.01 }
+    }
+}
+
+#[derive(Debug)]
+struct Ffn(Options);
+
+impl Ffn {
+    fn keep(&self, graph: &ModelGraph) -> Result<usize, String> {
+        cut::keep(graph.sizes().ffn, self.0.ratio, self.0.multiple_of, "FFN channels")
+    }
+}
+
+/// Places of the sites of a role.
+fn of_role(block: &Block, role: Role) -> usize {
+    let found = block.sites.iter().position(|site| site.role == role);
+    found.expect("decoder blocks have a gated MLP")
+}
+
+impl CutBlocks for Ffn {
+    fn stops(&self, block: &Block) -> Vec<(usize, Needs)> {
+        vec![(block.input_of(of_role(block, Role::Down)), Needs::HESSIAN)]
+    }
+
+    fn cut(
+        &self,
+        context: &ModelContext<'_>,
+        block: &Block,
+        _: usize,
+        state: &mut BlockState,
+        stats: &mut InputStats,
+    ) -> Result<(Cut, ModelEntry), PassError> {
+        let down = of_role(block, Role::Down);
+        let n = block.sites[down].in_features;
+        let keep = self.keep(context.graph).expect("the plan checked the ratio");
+        let places: Vec<Vec<usize>> = (0..n).map(|channel| vec![channel]).collect();
+        let magnitude = if self.0.importance == Importance::Magnitude {
+            magnitudes(block, state)
+        } else {
+            Vec::new()
+        };
+        let asked = Asked {
+            places: &places,
+            keep,
+            classes: 1,
+            importance: self.0.importance,
+            magnitude: &magnitude,
+            update: self.0.update,
+            percdamp: self.0.percdamp,
+        };
+        let Weight::Dense(weight) = &mut state.linears[down].weight else {
+            unreachable!("passes on the whole model see floats")
+        };
+        let found = cut::remove(&block.sites[down].name, weight, stats, asked)?;
+        let dim = DimName::Ffn(block.index);
+        let entry = ModelEntry {
+            step: String::new(),
+            what: dim.to_string(),
+            before: n,
+            after: keep,
+            removed: (0..n).filter(|channel| !found.kept.contains(channel)).collect(),
+            output_error: Some(found.error),
+            scores: Vec::new(),
+        };
+        Ok((Cut { dim, kept: found.kept }, entry))
+    }
+}
+
+/// Product of the norms of each channel's rows of gate and up and column of down.
+fn magnitudes(block: &Block, state: &BlockState) -> Vec<f64> {
+    let weight = |role| state.linears[of_role(block, role)].weight.values();
+    let (gate, up, down) = (weight(Role::Gate), weight(Role::Up), weight(Role::Down));
+    let norm = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
+    };
+    (0..down.ncols())
+        .map(|j| {
+            norm(&mut gate.row(j).iter().copied())
+                * norm(&mut up.row(j).iter().copied())
+                * norm(&mut down.column(j).iter().copied())
+        })
+        .collect()
+}
+
+impl ModelPass for Ffn {
+    fn name(&self) -> &'static str {
+        "prune_ffn"
+    }
+
+    fn reshape(&self, graph: &ModelGraph) -> Result<Sizes, String> {
+        Ok(Sizes { ffn: self.keep(graph)?, ..graph.sizes() })
+    }
+
+    fn describe(&self, graph: &ModelGraph) -> String {
+        let kept = self.keep(graph).unwrap_or(0);
+        format!("ffn {} -> {kept} channels in every block", graph.sizes().ffn)
+    }
+
+    fn cost(&self, graph: &ModelGraph, _: usize) -> Cost {
+        let sizes = graph.sizes();
+        let removed = sizes.ffn - self.keep(graph).unwrap_or(sizes.ffn);
+        let one = cut::cost(sizes.hidden, sizes.ffn, removed);
+        Cost { flops: one.flops * sizes.layers as f64, ..one }
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Blocks(self)
+    }
+}

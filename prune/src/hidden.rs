@@ -1,0 +1,127 @@
+//! Hidden width: channels of the residual stream that normed activations use least, over all blocks and tokens
+//! (Minitron's width pruning, Muralidharan et al. 2024, arXiv:2407.14679): the score of channel j is the sum over
+//! norms of `E |norm(x)_j|`. Heads keep their width, so stock runtimes load the result.
+//!
+//! Beyond the paper: an RMS norm divides by the mean square of the channels that are there. With
+//! `r² = n Σ_kept E[(x_j/rms)²] / (|kept| Σ_all E[(x_j/rms)²])` known from calibration, each norm's weight is
+//! multiplied by r, so that what is left keeps its size.
+
+use std::collections::BTreeMap;
+
+use attar_ir::{
+    Choose, Cost, Cut, DimName, Loss, ModelContext, ModelEntry, ModelGraph, ModelPass,
+    ModelPassDef, Needs, PassError, Producer, Selection, Sizes, Survey, Work, recipe::options,
+};
+use serde::Deserialize;
+
+use crate::cut;
+
+/// Registration of `prune_hidden`.
+pub(crate) const DEF: ModelPassDef = ModelPassDef {
+    name: "prune_hidden",
+    summary: "take channels of the residual stream away in the whole model",
+    paper: "Muralidharan et al. 2024, arXiv:2407.14679",
+    build: |table| Ok(Box::new(Hidden(options(table, &["ratio", "multiple_of"])?))),
+    schema: || schemars::schema_for!(Options),
+};
+
+#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Options {
+    /// Fraction of the channels that goes.
+    ratio: f64,
+    /// The width that is left is a multiple of this.
+    multiple_of: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { ratio: 0.125, multiple_of: 32 }
+    }
+}
+
+#[derive(Debug)]
+struct Hidden(Options);
+
+impl Hidden {
+    fn keep(&self, graph: &ModelGraph) -> Result<usize, String> {
+        cut::keep(graph.hidden, self.0.ratio, self.0.multiple_of, "channels")
+    }
+}
+
+impl Choose for Hidden {
+    fn needs(&self) -> Needs {
+        Needs::ABS_MEAN | Needs::SQUARE_SUM
+    }
+
+    fn choose(
+        &self,
+        context: &ModelContext<'_>,
+        surveys: &[Survey],
+        _: &mut Loss<'_>,
+    ) -> Result<(Selection, Vec<ModelEntry>), PassError> {
+        let graph = context.graph;
+        let n = graph.hidden;
+        let mut scores = vec![0.0f64; n];
+        // Statistics of what each norm puts out.
+        let mut normed = Vec::new();
+        for (block, survey) in graph.blocks.iter().zip(surveys) {
+            for fold in &block.folds {
+                let (Producer::Norm(norm), Some(stats)) =
+                    (&fold.producer, survey.stats.input(fold.input))
+                else {
+                    continue;
+                };
+                let mean = stats.abs_mean.as_ref().expect("the pass asks for it");
+                scores.iter_mut().zip(mean).for_each(|(score, &mean)| *score += f64::from(mean));
+                let squares = stats.square_sum.as_ref().expect("the pass asks for it");
+                normed.push((block.norms[*norm].tensor.clone(), squares));
+            }
+        }
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        let mut kept = order[..self.keep(graph).expect("the plan checked the ratio")].to_vec();
+        kept.sort_unstable();
+        let mut scales: BTreeMap<String, f32> = BTreeMap::new();
+        for (tensor, squares) in normed {
+            let all: f64 = squares.iter().sum();
+            let left: f64 = kept.iter().map(|&j| squares[j]).sum();
+            let ratio = (left * n as f64 / (kept.len() as f64 * all.max(f64::MIN_POSITIVE))).sqrt();
+            scales.insert(tensor, if ratio > 0.0 { ratio as f32 } else { 1.0 });
+        }
+        let entry = ModelEntry {
+            step: String::new(),
+            what: DimName::Hidden.to_string(),
+            before: n,
+            after: kept.len(),
+            removed: (0..n).filter(|channel| !kept.contains(channel)).collect(),
+            output_error: None,
+            scores: Vec::new(),
+        };
+        let layers = (0..graph.blocks.len()).collect();
+        let cuts = vec![Cut { dim: DimName::Hidden, kept }];
+        Ok((Selection { layers, cuts, scales }, vec![entry]))
+    }
+}
+
+impl ModelPass for Hidden {
+    fn name(&self) -> &'static str {
+        "prune_hidden"
+    }
+
+    fn reshape(&self, graph: &ModelGraph) -> Result<Sizes, String> {
+        Ok(Sizes { hidden: self.keep(graph)?, ..graph.sizes() })
+    }
+
+    fn describe(&self, graph: &ModelGraph) -> String {
+        format!("hidden {} -> {} channels", graph.hidden, self.keep(graph).unwrap_or(0))
+    }
+
+    fn cost(&self, graph: &ModelGraph, _: usize) -> Cost {
+        Cost { flops: (graph.hidden * graph.blocks.len()) as f64, ..Cost::default() }
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Choose(self)
+    }
+}

@@ -1,0 +1,300 @@
+//! Rotations merged into the weights: QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant's R1 and R2
+//! without learning (Liu et al. 2024, arXiv:2405.16406).
+//!
+//! An RMS norm without weights commutes with any orthogonal Q: `norm(x Q) = norm(x) Q`. So with every norm's
+//! weight `g` folded into what reads it, the residual stream may be turned by one `Q [hidden, hidden]`:
+//! `E ← E Q`, `W ← W diag(g) Q` for what reads the stream, `W ← Qᵀ W`, `b ← b Q` for what adds to it (R1). Inside
+//! each value head `V ← Rᵀ V`, `O ← O R` with `R [head_dim, head_dim]` (R2): attention weights only mix tokens.
+//! The model computes the same; outlier channels are spread over all. Norm weights become one; a tied head
+//! becomes a tensor of its own, since the embedding takes no `diag(g)`. f64, tensors as f32 until written.
+//! Cost `n log n` per row for powers of two.
+//!
+//! Not here: rotations that a runtime would have to apply (R3, R4).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use attar_ir::{
+    Cost, DimName, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, ReadTensor, Side,
+    Sizes, Transform, Work,
+};
+use attar_tensor::linalg::Orthogonal;
+use rayon::prelude::*;
+use serde::Deserialize;
+
+use crate::common::options;
+
+/// Registration of `rotate`.
+pub(crate) const DEF: ModelPassDef = ModelPassDef {
+    name: "rotate",
+    summary: "turn the residual stream and the value heads by orthogonal matrices merged into the weights",
+    paper: "Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406",
+    build: |table| {
+        let options = options(table, &["kind", "stream", "values"])?;
+        Ok(Box::new(Rotate { options, known: Mutex::default() }))
+    },
+    schema: || schemars::schema_for!(Options),
+};
+
+/// What the matrices are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    /// Signed Walsh-Hadamard; for sizes that are no power of two times a small random matrix.
+    Hadamard,
+    /// Random orthogonal.
+    Orthogonal,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Options {
+    /// What the matrices are; both are drawn from the recipe's seed.
+    kind: Kind,
+    /// Turn the residual stream (R1).
+    stream: bool,
+    /// Turn the value heads (R2).
+    values: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { kind: Kind::Hadamard, stream: true, values: true }
+    }
+}
+
+#[derive(Debug)]
+struct Rotate {
+    options: Options,
+    /// Matrices by order and seed: a random one takes a QR decomposition.
+    known: Mutex<BTreeMap<(usize, u64), Arc<Orthogonal>>>,
+}
+
+/// What is done to one tensor.
+#[derive(Debug, Default)]
+struct Turns {
+    /// Rows (or a vector) by the stream's matrix, columns of the norm's weight first.
+    reads_stream: bool,
+    /// The same without a norm: embedding and biases.
+    makes_row: bool,
+    /// Columns by the stream's matrix.
+    makes_stream: bool,
+    /// A norm's weight.
+    norm: bool,
+    /// Number of heads along the columns, or the rows, that are turned, and the block.
+    reads_values: Option<(usize, usize)>,
+    makes_values: Option<(usize, usize)>,
+}
+
+impl Rotate {
+    fn matrix(&self, n: usize, seed: u64) -> Arc<Orthogonal> {
+        let mut known = self.known.lock().expect("nobody panics with it");
+        let make = || match self.options.kind {
+            Kind::Hadamard => Orthogonal::hadamard(n, seed),
+            Kind::Orthogonal => Orthogonal::dense(n, seed),
+        };
+        Arc::clone(known.entry((n, seed)).or_insert_with(|| Arc::new(make())))
+    }
+
+    fn turns(&self, graph: &ModelGraph, tensor: &str, head: bool) -> Turns {
+        let mut turns = Turns::default();
+        if head {
+            turns.reads_stream = self.options.stream;
+            return turns;
+        }
+        for dim in graph.dims() {
+            for member in dim.members.iter().filter(|member| member.tensor == tensor) {
+                let vector = tensor.ends_with(".bias");
+                match (dim.name, member.side) {
+                    (DimName::Hidden, _) if !self.options.stream => {}
+                    (DimName::Hidden, Side::Reads) => turns.reads_stream = true,
+                    (DimName::Hidden, Side::Scales) => turns.norm = true,
+                    (DimName::Hidden, Side::Makes) if vector || member.axis == 1 => {
+                        turns.makes_row = true;
+                    }
+                    (DimName::Hidden, Side::Makes) => turns.makes_stream = true,
+                    (DimName::ValueChannel(block), side) if self.options.values => {
+                        let of = Some((member.outer, block));
+                        if side == Side::Reads {
+                            turns.reads_values = of;
+                        } else {
+                            turns.makes_values = of;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        turns
+    }
+}
+
+/// Applies the matrix to rows of `values [rows, columns]`, `count` times side by side in each.
+fn rows(q: &Orthogonal, count: usize, columns: usize, values: &mut [f32]) {
+    let n = columns / count;
+    let (mut wide, mut buffer) = (vec![0.0f64; n], Vec::new());
+    for row in values.chunks_mut(columns) {
+        for part in row.chunks_mut(n) {
+            wide.iter_mut().zip(&*part).for_each(|(wide, &x)| *wide = f64::from(x));
+            q.apply(&mut wide, &mut buffer);
+            part.iter_mut().zip(&wide).for_each(|(x, &wide)| *x = wide as f32);
+        }
+    }
+}
+
+/// Applies the matrix to columns of `values [rows, columns]`, `count` times one below the other.
+fn columns(q: &Orthogonal, count: usize, columns: usize, values: &mut [f32]) {
+    /// Columns worked on by one task; fixed, so that threads do not change bits.
+    const TASK: usize = 32;
+    let height = values.len() / columns;
+    let shared = &*values;
+    let turned: Vec<Vec<f32>> = (0..columns)
+        .into_par_iter()
+        .step_by(TASK)
+        .map(|first| {
+            let width = TASK.min(columns - first);
+            let mut lines = vec![0.0f32; width * height];
+            for (r, row) in shared.chunks(columns).enumerate() {
+                for c in 0..width {
+                    lines[c * height + r] = row[first + c];
+                }
+            }
+            rows(q, count, height, &mut lines);
+            lines
+        })
+        .collect();
+    for (at, lines) in turned.iter().enumerate() {
+        for (c, line) in lines.chunks(height).enumerate() {
+            for (r, &value) in line.iter().enumerate() {
+                values[r * columns + at * TASK + c] = value;
+            }
+        }
+    }
+}
+
+impl Transform for Rotate {
+    fn mixes_rows(&self, context: &ModelContext<'_>, tensor: &str) -> bool {
+        let turns = self.turns(context.graph, tensor, false);
+        turns.makes_stream || turns.makes_values.is_some() && !tensor.ends_with(".bias")
+    }
+
+    fn apply(
+        &self,
+        context: &ModelContext<'_>,
+        tensor: &str,
+        head: bool,
+        width: usize,
+        values: &mut [f32],
+        read: &ReadTensor<'_>,
+    ) -> Result<(), PassError> {
+        let graph = context.graph;
+        let turns = self.turns(graph, tensor, head);
+        let stream = || self.matrix(graph.hidden, context.seed);
+        let of_block = |block: usize| {
+            let dim = graph.blocks[block].attention.map_or(1, |attention| attention.head_dim);
+            self.matrix(dim, context.seed.wrapping_add(1 + block as u64))
+        };
+        if turns.norm {
+            values.fill(1.0);
+        }
+        if turns.reads_stream {
+            // The output head stands behind the last norm, whether a fold says so or not.
+            let last = graph.epilogue.norms[0].tensor.as_str();
+            let norm = if head { last } else { graph.norm_before(tensor).unwrap_or(last) };
+            let scale = read(norm)?;
+            for row in values.chunks_mut(width) {
+                row.iter_mut().zip(&scale).for_each(|(x, g)| *x *= g);
+            }
+        }
+        if turns.reads_stream || turns.makes_row {
+            rows(&stream(), 1, width, values);
+        }
+        if turns.makes_stream {
+            columns(&stream(), 1, width, values);
+        }
+        if let Some((count, block)) = turns.reads_values {
+            rows(&of_block(block), count, width, values);
+        }
+        if let Some((count, block)) = turns.makes_values {
+            if tensor.ends_with(".bias") {
+                rows(&of_block(block), count, width, values);
+            } else {
+                columns(&of_block(block), count, width, values);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ModelPass for Rotate {
+    fn name(&self) -> &'static str {
+        "rotate"
+    }
+
+    fn reshape(&self, graph: &ModelGraph) -> Result<Sizes, String> {
+        if !self.options.stream && !self.options.values {
+            return Err("turns neither the stream nor the values; set one of them to true".into());
+        }
+        Ok(Sizes { tied: graph.tied && !self.options.stream, ..graph.sizes() })
+    }
+
+    fn describe(&self, graph: &ModelGraph) -> String {
+        let mut parts = Vec::new();
+        if self.options.stream {
+            parts.push(format!("residual stream of {}", graph.hidden));
+        }
+        if self.options.values {
+            let dim = graph.blocks.first().and_then(|block| block.attention);
+            parts.push(format!("value heads of {}", dim.map_or(0, |attention| attention.head_dim)));
+        }
+        let untied = graph.tied && self.options.stream;
+        format!(
+            "turns {}{}",
+            parts.join(" and "),
+            if untied { "; the output head gets a tensor of its own" } else { "" }
+        )
+    }
+
+    fn cost(&self, graph: &ModelGraph, _: usize) -> Cost {
+        let n = graph.hidden;
+        let dense = n >> n.trailing_zeros().min(63);
+        let each = match self.options.kind {
+            Kind::Hadamard => (n.ilog2() as usize + 2 * dense) as f64,
+            Kind::Orthogonal => 2.0 * n as f64,
+        };
+        let weights = graph.block_weights() + 2 * graph.vocab * graph.hidden;
+        let matrix = if self.options.kind == Kind::Orthogonal { n * n } else { dense * dense };
+        Cost { flops: weights as f64 * each, peak_bytes: 16 * matrix, scratch_bytes: 0 }
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::Transform(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_and_columns_are_turned_alike() {
+        let q = Orthogonal::hadamard(8, 3);
+        let mut across: Vec<f32> = (0..16 * 5).map(|i| (i as f32 * 0.3).sin()).collect();
+        // The transposed matrix [16, 5].
+        let mut down: Vec<f32> = (0..16 * 5).map(|i| across[i % 5 * 16 + i / 5]).collect();
+        rows(&q, 2, 16, &mut across);
+        columns(&q, 2, 5, &mut down);
+        for (i, value) in down.iter().enumerate() {
+            assert_eq!(value.to_bits(), across[i % 5 * 16 + i / 5].to_bits());
+        }
+    }
+
+    #[test]
+    fn unknown_options_name_the_nearest() {
+        let table: toml::Table = "strem = true".parse().unwrap();
+        let error = (DEF.build)(&table).unwrap_err().to_string();
+        assert!(error.contains("strem") && error.contains("stream"), "{error}");
+    }
+}

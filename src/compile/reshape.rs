@@ -1,0 +1,589 @@
+//! Passes on the whole model: each reads a checkpoint and leaves the next one in the work directory, weights in
+//! the dtype of the source where they are only moved, in f32 where they were computed. What comes behind
+//! (further such passes, the walk over the blocks, the artifact) reads that one. Its name is the hash of
+//! everything it depends on, so it is found again by a run that was killed later, and by variants.
+
+use attar_eval::{
+    Evaluator, Score,
+    report::{Phase, Timings},
+};
+use attar_formats::{Checkpoint, Windows, safetensors::SafetensorsWriter, stage::Stage};
+use attar_ir::{
+    BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, ModelContext, ModelEntry,
+    PassError, Selection, Side, Survey, Transform, Work,
+    model_pass::reshaped_headers,
+    plan::{ModelStep, PIECE_ELEMENTS, PlanError},
+    recipe::{AnyPass, Recipe},
+};
+use attar_model::{
+    BlockOps, BlockRun, Decoder, Spill, Stream, embed, final_logits, run_block, spec::resized,
+};
+use attar_tensor::{
+    DType, Mat, SourceError, Tensor, TensorHeader, TensorSource, TensorView, linalg::dot,
+};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use super::{keys, scratch_of};
+use crate::{Error, measure, progress, trace::Trace};
+
+/// A model that is not there yet: the headers of its tensors.
+#[derive(Debug)]
+struct Promised(Vec<TensorHeader>);
+
+impl TensorSource for Promised {
+    fn headers(&self) -> &[TensorHeader] {
+        &self.0
+    }
+
+    fn read(&self, name: &str) -> Result<TensorView<'_>, SourceError> {
+        let place = "a model that is still to be made".to_owned();
+        Err(SourceError::Missing { name: name.to_owned(), place })
+    }
+}
+
+/// What the steps on blocks of a variant begin from.
+#[derive(Debug, Clone)]
+pub(crate) struct Base {
+    /// The model that the steps on blocks read; dtypes are those of the source.
+    pub(crate) decoder: Decoder,
+    /// Its config.json, where it can be told beforehand.
+    pub(crate) config: Value,
+    /// Its tensors, in the dtypes in which artifacts keep them.
+    pub(crate) headers: Vec<TensorHeader>,
+    /// The steps on blocks, as a recipe of their own.
+    pub(crate) recipe: Recipe,
+}
+
+impl Base {
+    /// Follows the sizes of the model through the passes on it as a whole, up to the steps on blocks.
+    ///
+    /// # Errors
+    /// Those of the plan: what cannot be reshaped, and passes on the whole model behind others. The outer
+    /// error is a config.json that cannot say what is left.
+    pub(super) fn of(
+        checkpoint: &Checkpoint,
+        decoder: &Decoder,
+        (recipe, numbers): (&Recipe, &[usize]),
+        passes: Vec<AnyPass>,
+    ) -> Result<Result<(Self, Vec<ModelStep>, Vec<Box<dyn attar_ir::Pass>>), Vec<PlanError>>, Error>
+    {
+        let (mut model, mut blocks, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+        let mut base = Self {
+            decoder: decoder.clone(),
+            config: checkpoint.config().clone(),
+            headers: checkpoint.headers().to_vec(),
+            recipe: Recipe { steps: Vec::new(), ..recipe.clone() },
+        };
+        for ((pass, step), &number) in passes.into_iter().zip(&recipe.steps).zip(numbers) {
+            let label = step.label(number);
+            let pass = match pass {
+                AnyPass::Block(pass) => {
+                    blocks.push(pass);
+                    base.recipe.steps.push(step.clone());
+                    continue;
+                }
+                AnyPass::Model(pass) => pass,
+            };
+            if let Some(first) = base.recipe.steps.first() {
+                let at = recipe.steps.iter().position(|step| step == first).unwrap_or(0);
+                let after = first.label(numbers.get(at).copied().unwrap_or(at));
+                errors.push(PlanError::ModelLate { step: label, after });
+                continue;
+            }
+            if checkpoint.gguf().is_some() {
+                let reason = "needs a Hugging Face directory; the source is a GGUF file".to_owned();
+                errors.push(PlanError::Reshape { step: label, reason });
+                continue;
+            }
+            let graph = base.decoder.graph.clone();
+            let sizes = match pass.reshape(&graph) {
+                Ok(sizes) => sizes,
+                Err(reason) => {
+                    errors.push(PlanError::Reshape { step: label, reason });
+                    continue;
+                }
+            };
+            let headers = reshaped_headers(&graph, &base.headers, &sizes);
+            let first: Vec<usize> = (0..sizes.layers).collect();
+            // Which layers stay is not known yet; if their windows differ, the config is made anew later.
+            let uniform = base.decoder.spec.window.windows(2).all(|pair| pair[0] == pair[1]);
+            let kept = if uniform { first } else { nearest_like(&base.decoder, sizes.layers) };
+            let config = resized(&base.config, &base.decoder.spec, &sizes, &kept)?;
+            let next = Decoder::read(&config, &Promised(headers.clone()))?;
+            model.push(ModelStep {
+                label,
+                number,
+                does: pass.describe(&graph),
+                pass,
+                options: step.options.clone(),
+                graph,
+                source: std::mem::replace(&mut base.headers, headers),
+                sizes,
+            });
+            (base.decoder, base.config) = (next, config);
+        }
+        Ok(if errors.is_empty() { Ok((base, model, blocks)) } else { Err(errors) })
+    }
+}
+
+/// The first layers, as many as are left.
+fn nearest_like(decoder: &Decoder, layers: usize) -> Vec<usize> {
+    (0..layers.min(decoder.spec.layers)).collect()
+}
+
+/// What passes on the whole model read beside the checkpoint.
+pub(super) struct Around<'a> {
+    pub(super) windows: Option<&'a Windows>,
+    pub(super) stage: &'a Stage,
+    pub(super) limits: &'a Limits,
+    pub(super) seed: u64,
+    /// Binary and instruction set.
+    pub(super) salt: &'a str,
+}
+
+/// A model that was made, and what made it.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) entries: Vec<ModelEntry>,
+    /// Hash of everything in it.
+    pub(super) hash: String,
+    /// Models that lay in the work directory, and all.
+    pub(super) reused: (usize, usize),
+}
+
+/// Runs the passes on the whole model; the last one's result is what the steps on blocks read.
+pub(super) fn run(
+    steps: &[ModelStep],
+    source: &Checkpoint,
+    hashes: &str,
+    around: &Around<'_>,
+    trace: &Trace,
+    time: &mut Timings,
+) -> Result<Option<Made>, Error> {
+    let mut made: Option<Made> = None;
+    for step in steps {
+        let (checkpoint, hash) = match &made {
+            Some(made) => (&made.checkpoint, made.hash.as_str()),
+            None => (source, hashes),
+        };
+        let decoder = Decoder::read(checkpoint.config(), checkpoint)?;
+        let (options, seed) = (keys::toml_text(&step.options), around.seed.to_string());
+        let windows = around.windows.filter(|_| step.calibrates());
+        let windows = windows.map_or("", |windows| windows.hash.as_str());
+        let key = keys::hash(&[
+            keys::VERSION,
+            "model",
+            around.salt,
+            hash,
+            step.pass.name(),
+            &options,
+            &seed,
+            windows,
+        ]);
+        let stage = around.stage;
+        let there = stage.contains(&key);
+        if !there {
+            let begun = trace.begin(Phase::Solve, &step.label);
+            let work = Making { step, checkpoint, decoder: &decoder, around };
+            stage.put_found(&key, "model", &step.label, work.headers(), |writer| {
+                work.fill(writer).map_err(|error| error.to_string())
+            })?;
+            time.solve += trace.end(Phase::Solve, &step.label, begun);
+        }
+        let begun = trace.begin(Phase::Store, &step.label);
+        let Some((info, file)) = stage.open_object(&key)? else {
+            return Err(format!(
+                "{}: object {key} was damaged and is gone; run again",
+                stage.root().display()
+            )
+            .into());
+        };
+        let mut entries: Vec<ModelEntry> = serde_json::from_value(info.facts["entries"].clone())?;
+        for entry in &mut entries {
+            entry.step.clone_from(&step.label);
+        }
+        let checkpoint = Checkpoint::made_of(source, info.facts["config"].clone(), file)?;
+        time.store += trace.end(Phase::Store, &step.label, begun);
+        let (mut all, reused) =
+            made.map_or((Vec::new(), (0, 0)), |made| (made.entries, made.reused));
+        all.extend(entries);
+        let reused = (reused.0 + usize::from(there), reused.1 + 1);
+        // The config is not in the tensors: which layers stay is said by both.
+        let hash = keys::hash(&[&info.blake3, &info.facts["config"].to_string()]);
+        made = Some(Made { checkpoint, entries: all, hash, reused });
+    }
+    Ok(made)
+}
+
+/// One pass at work.
+struct Making<'a> {
+    step: &'a ModelStep,
+    checkpoint: &'a Checkpoint,
+    decoder: &'a Decoder,
+    around: &'a Around<'a>,
+}
+
+impl Making<'_> {
+    /// What will be written: as the plan promised, in f32 where values are computed.
+    fn headers(&self) -> Vec<TensorHeader> {
+        let dims = self.decoder.graph.dims();
+        let source = self.checkpoint.headers();
+        let mut headers = reshaped_headers(&self.decoder.graph, source, &self.step.sizes);
+        let changed = |name: &str| match self.step.pass.work() {
+            Work::Transform(_) => {
+                name == "lm_head.weight"
+                    || dims.iter().flat_map(|dim| &dim.members).any(|m| m.tensor == name)
+            }
+            // Readers of what is cut may make up for it.
+            Work::Blocks(_) => dims
+                .iter()
+                .filter(|dim| dim.name.block().is_some())
+                .any(|dim| dim.members.iter().any(|m| m.side == Side::Reads && m.tensor == name)),
+            Work::Choose(_) => false,
+        };
+        for header in &mut headers {
+            if changed(&header.name)
+                || header.name == "model.embed_tokens.weight"
+                    && changed(&self.decoder.graph.embedding)
+            {
+                header.dtype = DType::F32;
+            }
+        }
+        headers
+    }
+
+    fn context(&self) -> ModelContext<'_> {
+        ModelContext { graph: &self.decoder.graph, seed: self.around.seed }
+    }
+
+    /// Writes every tensor; returns the facts of the object.
+    fn fill(&self, writer: &mut SafetensorsWriter) -> Result<Value, Error> {
+        let layers: Vec<usize> = (0..self.decoder.spec.layers).collect();
+        let (kept, entries) = match self.step.pass.work() {
+            Work::Transform(transform) => (layers, self.transform(transform, writer)?),
+            Work::Blocks(blocks) => (layers, self.blocks(blocks, writer)?),
+            Work::Choose(choose) => self.choose(choose, writer)?,
+        };
+        let spec = &self.decoder.spec;
+        let config = resized(self.checkpoint.config(), spec, &self.step.sizes, &kept)?;
+        Ok(json!({"config": config, "entries": entries}))
+    }
+
+    /// The tensor of the source that a written one comes from.
+    fn origin(&self, name: &str) -> String {
+        let graph = &self.decoder.graph;
+        let shared = graph.tied && ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
+        if shared { graph.embedding.clone() } else { name.to_owned() }
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<f32>, PassError> {
+        let fail = |reason: String| PassError::Numeric { site: name.to_owned(), reason };
+        let view = self.checkpoint.read(name).map_err(|error| fail(error.to_string()))?;
+        let values = view.to_f32().map_err(|error| fail(error.to_string()))?;
+        self.checkpoint.release(name);
+        if let Some(at) = attar_tensor::linalg::first_non_finite(&values) {
+            return Err(fail(format!(
+                "holds {} at flat index {at}; the checkpoint is damaged, download or export it again",
+                values[at]
+            )));
+        }
+        Ok(values)
+    }
+
+    fn transform(
+        &self,
+        transform: &dyn Transform,
+        writer: &mut SafetensorsWriter,
+    ) -> Result<Vec<ModelEntry>, Error> {
+        let context = self.context();
+        let read = |name: &str| self.read(name);
+        let headers = self.headers();
+        let bar = progress::bar(headers.len(), self.step.pass.name());
+        for header in &headers {
+            bar.inc(1);
+            let name = self.origin(&header.name);
+            if header.dtype != DType::F32 || header.shape.is_empty() {
+                writer.write_view(&header.name, &self.checkpoint.read(&name)?)?;
+                self.checkpoint.release(&name);
+                continue;
+            }
+            let head = header.name == "lm_head.weight";
+            let columns = header.shape[header.shape.len() - 1].max(1);
+            let rows = header.elements() / columns;
+            let whole = transform.mixes_rows(&context, &name);
+            let piece = if whole { rows } else { (PIECE_ELEMENTS / columns).clamp(1, rows.max(1)) };
+            for first in (0..rows).step_by(piece.max(1)) {
+                let count = piece.min(rows - first);
+                let mut values = vec![0.0f32; count * columns];
+                self.checkpoint.read(&name)?.copy_to_f32(first * columns, &mut values)?;
+                if let Some(at) = attar_tensor::linalg::first_non_finite(&values) {
+                    return Err(format!(
+                        "tensor {name}: holds {} at flat index {}; the checkpoint is damaged, download or \
+                         export it again",
+                        values[at],
+                        first * columns + at
+                    )
+                    .into());
+                }
+                if whole {
+                    transform.apply(&context, &name, head, columns, &mut values, &read)?;
+                } else {
+                    // Rows by themselves: any cut into tasks gives the same bits.
+                    values.par_chunks_mut(64 * columns).try_for_each(|rows| {
+                        transform.apply(&context, &name, head, columns, rows, &read)
+                    })?;
+                }
+                let offset = 4 * (first * columns) as u64;
+                writer.write_part(&header.name, offset, bytemuck::cast_slice(&values))?;
+                self.checkpoint.release(&name);
+            }
+        }
+        bar.finish_and_clear();
+        Ok(Vec::new())
+    }
+
+    fn spill(&self) -> Spill {
+        measure::spill(self.around.limits, &scratch_of(Some(self.around.stage)))
+    }
+
+    /// All windows as they enter block 0.
+    fn embedded(&self, spill: &Spill) -> Result<Stream, Error> {
+        let windows = self.around.windows.ok_or("the plan counted on calibration data")?;
+        let lengths: Vec<usize> = windows.ids.iter().map(Vec::len).collect();
+        let mut stream = Stream::new(&lengths, self.decoder.spec.hidden, Some(spill))?;
+        for (at, ids) in windows.ids.iter().enumerate() {
+            stream.write(at, &embed(self.decoder, self.checkpoint, ids)?)?;
+        }
+        self.checkpoint.release(&self.decoder.graph.embedding);
+        Ok(stream)
+    }
+
+    fn blocks(
+        &self,
+        pass: &dyn CutBlocks,
+        writer: &mut SafetensorsWriter,
+    ) -> Result<Vec<ModelEntry>, Error> {
+        let spill = self.spill();
+        let mut stream = self.embedded(&spill)?;
+        let graph = &self.decoder.graph;
+        let dims = graph.dims();
+        let mut entries = Vec::new();
+        let mut written = Vec::new();
+        let bar = progress::bar(graph.blocks.len(), self.step.pass.name());
+        for block in &graph.blocks {
+            bar.set_message(block.prefix.trim_end_matches('.').to_owned());
+            let mut state = self.decoder.load_block(block.index, self.checkpoint)?;
+            let mut run = BlockRun::begin(
+                self.decoder,
+                block.index,
+                self.checkpoint,
+                &mut stream,
+                Some(spill.clone()),
+            )?;
+            let mut cuts = Vec::new();
+            for (input, needs) in pass.stops(block) {
+                let mut stats = run.observe(input, &state, needs)?;
+                let (cut, entry) =
+                    pass.cut(&self.context(), block, input, &mut state, &mut stats)?;
+                cuts.push(cut);
+                entries.push(entry);
+            }
+            if block.index + 1 < graph.blocks.len() {
+                run.finish(&state)?;
+            }
+            self.write_block(&dims, &cuts, block.index, &state, writer, &mut written)?;
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        for header in self.headers().iter().filter(|header| !written.contains(&header.name)) {
+            let name = self.origin(&header.name);
+            writer.write_view(&header.name, &self.checkpoint.read(&name)?)?;
+            self.checkpoint.release(&name);
+        }
+        Ok(entries)
+    }
+
+    /// Writes the linears of a block, cut.
+    fn write_block(
+        &self,
+        dims: &[Dim],
+        cuts: &[Cut],
+        index: usize,
+        state: &BlockState,
+        writer: &mut SafetensorsWriter,
+        written: &mut Vec<String>,
+    ) -> Result<(), Error> {
+        let block = &self.decoder.graph.blocks[index];
+        let headers = self.headers();
+        for (site, linear) in block.sites.iter().zip(&state.linears) {
+            let weight = linear.weight.as_dense().ok_or("passes on the whole model see floats")?;
+            let weight = weight.as_slice().ok_or("weights are in standard layout")?;
+            let shape = [site.out_features, site.in_features];
+            let bias = linear.bias.as_deref().map(|bias| (format!("{}.bias", site.name), bias));
+            let weight = (format!("{}.weight", site.name), weight);
+            for ((name, values), shape) in std::iter::once(weight)
+                .map(|tensor| (tensor, shape.to_vec()))
+                .chain(bias.map(|tensor| (tensor, vec![site.out_features])))
+            {
+                let values = cut_values(dims, cuts, &name, &shape, values)?;
+                let header = headers.iter().find(|header| header.name == name);
+                let header = header.ok_or("the plan lists every tensor")?;
+                let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
+                writer.write_view(&name, &tensor.view())?;
+                written.push(name);
+            }
+        }
+        Ok(())
+    }
+
+    fn choose(
+        &self,
+        pass: &dyn Choose,
+        writer: &mut SafetensorsWriter,
+    ) -> Result<(Vec<usize>, Vec<ModelEntry>), Error> {
+        let surveys = self.survey(pass)?;
+        let mut failed = None;
+        let mut loss = |kept: &[usize]| {
+            self.loss(kept).map_err(|error| {
+                let reason = error.to_string();
+                failed = Some(error);
+                PassError::Numeric { site: "the model".into(), reason }
+            })
+        };
+        let chosen = pass.choose(&self.context(), &surveys, &mut loss);
+        let (Selection { layers, cuts, scales }, entries) = match (chosen, failed) {
+            (Ok(chosen), _) => chosen,
+            (Err(_), Some(error)) => return Err(error),
+            (Err(error), None) => return Err(error.into()),
+        };
+        let dims = self.decoder.graph.dims();
+        let blocks = &self.decoder.graph.blocks;
+        for header in self.headers() {
+            let to = blocks.iter().find(|block| header.name.starts_with(&block.prefix));
+            let name = match to {
+                Some(to) => {
+                    let from =
+                        *layers.get(to.index).ok_or("as many layers stay as were promised")?;
+                    format!("{}{}", blocks[from].prefix, &header.name[to.prefix.len()..])
+                }
+                None => self.origin(&header.name),
+            };
+            let view = self.checkpoint.read(&name)?;
+            let scale = scales.get(&name).copied();
+            if view.shape() == header.shape && scale.is_none() {
+                writer.write_view(&header.name, &view)?;
+            } else {
+                let shape = view.shape().to_vec();
+                let mut values = cut_values(&dims, &cuts, &name, &shape, &view.to_f32()?)?;
+                values.iter_mut().for_each(|value| *value *= scale.unwrap_or(1.0));
+                let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
+                writer.write_view(&header.name, &tensor.view())?;
+            }
+            self.checkpoint.release(&name);
+        }
+        Ok((layers, entries))
+    }
+
+    /// Every block of the original model: its statistics, and how little it turns the stream.
+    fn survey(&self, pass: &dyn Choose) -> Result<Vec<Survey>, Error> {
+        let spill = self.spill();
+        let mut stream = self.embedded(&spill)?;
+        let mut before = Stream::new(&stream.lengths(), stream.width(), Some(&spill))?;
+        let graph = &self.decoder.graph;
+        let mut surveys = Vec::new();
+        let bar = progress::bar(graph.blocks.len(), self.step.pass.name());
+        for block in &graph.blocks {
+            for window in 0..stream.windows() {
+                before.write(window, &stream.read(window)?)?;
+            }
+            let state = self.decoder.load_block(block.index, self.checkpoint)?;
+            let mut run = BlockRun::begin(
+                self.decoder,
+                block.index,
+                self.checkpoint,
+                &mut stream,
+                Some(spill.clone()),
+            )?;
+            let mut stats = BlockStats::empty(block.inputs.len());
+            if !pass.needs().is_empty() {
+                for input in 0..block.inputs.len() {
+                    stats.inputs[input] = Some(run.observe(input, &state, pass.needs())?);
+                }
+            }
+            run.finish(&state)?;
+            let width = stream.width();
+            let (mut sum, mut tokens) = (0.0f64, 0usize);
+            for window in 0..stream.windows() {
+                let (x, y) = (before.read(window)?, stream.read(window)?);
+                for (x, y) in x.chunks(width).zip(y.chunks(width)) {
+                    let size = f64::from(dot(x, x)).sqrt() * f64::from(dot(y, y)).sqrt();
+                    sum += if size > 0.0 { f64::from(dot(x, y)) / size } else { 1.0 };
+                    tokens += 1;
+                }
+            }
+            surveys.push(Survey { stats, cosine: sum / tokens.max(1) as f64 });
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(surveys)
+    }
+
+    /// Mean negative log-likelihood of the calibration windows under some of the blocks, nats.
+    fn loss(&self, kept: &[usize]) -> Result<f64, Error> {
+        let spill = self.spill();
+        let windows = self.around.windows.ok_or("the plan counted on calibration data")?;
+        let mut stream = self.embedded(&spill)?;
+        for &index in kept {
+            let ops = BlockOps::load(self.decoder, index, self.checkpoint)?;
+            run_block(self.decoder, index, &ops, &mut stream)?;
+        }
+        let head = BlockOps::load(self.decoder, self.decoder.spec.layers, self.checkpoint)?;
+        let context = windows.ids.iter().map(Vec::len).max().unwrap_or(1);
+        let mut evaluator = Evaluator::new(context, Score::All);
+        for (at, ids) in windows.ids.iter().enumerate() {
+            let logits: Mat = final_logits(self.decoder, &head, &stream.read(at)?);
+            evaluator.add(&logits, None, ids);
+        }
+        Ok(evaluator.finish(0).perplexity.ln())
+    }
+}
+
+/// The values of a tensor with only what the cuts keep of each of its axes.
+fn cut_values(
+    dims: &[Dim],
+    cuts: &[Cut],
+    name: &str,
+    shape: &[usize],
+    values: &[f32],
+) -> Result<Vec<f32>, Error> {
+    let (rows, columns) = match shape {
+        [n] => (*n, 1),
+        [rows, columns] => (*rows, *columns),
+        _ => {
+            return Err(
+                format!("tensor {name}: has {} axes, one or two expected", shape.len()).into()
+            );
+        }
+    };
+    let places = |axis: usize| {
+        cuts.iter().find_map(|cut| {
+            let dim = dims.iter().find(|dim| dim.name == cut.dim)?;
+            let member =
+                dim.members.iter().find(|member| member.tensor == name && member.axis == axis)?;
+            Some(member.places(dim.size, &cut.kept))
+        })
+    };
+    let (of_rows, of_columns) = (places(0), places(1));
+    let of_rows = of_rows.unwrap_or_else(|| (0..rows).collect());
+    let mut out = Vec::with_capacity(of_rows.len() * columns);
+    for row in of_rows {
+        let line = &values[row * columns..(row + 1) * columns];
+        match &of_columns {
+            Some(kept) => out.extend(kept.iter().map(|&column| line[column])),
+            None => out.extend_from_slice(line),
+        }
+    }
+    Ok(out)
+}
