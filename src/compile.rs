@@ -673,7 +673,9 @@ fn config_json(job: &Job, plan: &Plan, layout: &str) -> Result<Value, Error> {
             None => dense.push(site.name.clone()),
         }
     }
-    config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;
+    if layout != plan::DENSE.0 {
+        config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;
+    }
     if plan.untied {
         config["tie_word_embeddings"] = json!(false);
     }

@@ -244,10 +244,13 @@ impl Recipe {
         Ok(passes)
     }
 
-    /// Layout of the artifact that is written where none is asked for.
+    /// Layout of the artifact that is written where none is asked for: `dense` where no step has a scheme.
     pub fn default_layout(&self) -> &'static str {
-        let mixture = self.steps.iter().find_map(|step| step.types);
-        mixture.map_or("compressed-tensors", |mixture| mixture.base().name())
+        if let Some(mixture) = self.steps.iter().find_map(|step| step.types) {
+            return mixture.base().name();
+        }
+        let quantizes = self.steps.iter().any(|step| step.scheme.is_some());
+        if quantizes { "compressed-tensors" } else { crate::plan::DENSE.0 }
     }
 
     /// The recipe with every default written out and keys in a fixed order: what manifests keep and
@@ -264,6 +267,20 @@ impl Recipe {
     pub fn preset(name: &str, group_size: i64) -> Result<Self, RecipeError> {
         preset::recipe(name, group_size)
     }
+}
+
+/// Reads a step's own options, all of whose keys are `known`.
+///
+/// # Errors
+/// [`RecipeError::UnknownKey`] with the nearest known key, [`RecipeError::Invalid`] for wrong types.
+pub fn options<T: serde::de::DeserializeOwned>(
+    table: &toml::Table,
+    known: &[&str],
+) -> Result<T, RecipeError> {
+    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
+        return Err(RecipeError::unknown_key("", key, known));
+    }
+    table.clone().try_into().map_err(|error| RecipeError::invalid("", error.message()))
 }
 
 /// Puts the step's path in front of an error of a pass, and lets an unknown option also be a misspelt

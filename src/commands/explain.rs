@@ -220,7 +220,10 @@ fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Resu
 fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
     let Some(mut recipe) = recipe else { return Vec::new() };
     let Ok(passes) = recipe.resolve(&registry::passes()) else { return Vec::new() };
-    let own = passes.iter().map(|pass| pass.contract());
+    let own = passes.iter().zip(&recipe.steps).map(|(pass, step)| {
+        let schemed = step.scheme.is_some() || step.types.is_some();
+        if schemed { pass.contract_with_scheme() } else { pass.contract() }
+    });
     own.zip(&recipe.steps)
         .map(|(own, step)| Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own })
         .collect()

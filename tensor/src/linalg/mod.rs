@@ -7,6 +7,7 @@ pub mod cholesky;
 pub mod factor;
 pub mod gemm;
 mod isa;
+mod metric;
 mod microkernel;
 pub mod simd;
 pub mod syrk;
@@ -19,6 +20,7 @@ pub use gemm::{
     matmul_tn, matmul_tn_into, par_gemm_nt,
 };
 pub use isa::{Isa, IsaError, arch, isa, pin};
+pub use metric::{metric, squares};
 pub use simd::{
     abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,
     softmax_row_in_place, sum_sq, vectorize,
