@@ -760,7 +760,9 @@ fn config_json(checkpoint: &Checkpoint, plan: &Plan, layout: &str) -> Result<Val
             None => dense.push(site.name.clone()),
         }
     }
-    config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;
+    if layout != plan::DENSE.0 {
+        config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;
+    }
     if plan.untied {
         config["tie_word_embeddings"] = json!(false);
     }

@@ -23,11 +23,12 @@ impl Passes {
 pub(crate) fn known() -> Passes {
     Passes {
         model: attar_quant::MODEL_PASSES.iter().chain(attar_prune::MODEL_PASSES).collect(),
-        block: attar_quant::PASSES.iter().collect(),
+        block: attar_quant::PASSES.iter().chain(attar_prune::PASSES).collect(),
     }
 }
 
 /// The half of each layout that planning reads.
 pub(crate) fn layouts() -> Vec<&'static dyn LayoutSpec> {
-    attar_kernels::LAYOUTS.iter().map(|layout| *layout as &dyn LayoutSpec).collect()
+    let packed = attar_kernels::LAYOUTS.iter().map(|layout| *layout as &dyn LayoutSpec);
+    packed.chain([&attar_ir::plan::Dense as &dyn LayoutSpec]).collect()
 }

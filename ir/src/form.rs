@@ -23,8 +23,22 @@ pub enum Sparsity {
     Dense,
     /// Some weights are zero and stay zero.
     Masked,
-    /// At most n of every m consecutive weights are not zero.
-    NM,
+    /// At most n of every m consecutive weights of a row are not zero.
+    NM {
+        /// Weights that stay.
+        n: u8,
+        /// Weights of a group.
+        m: u8,
+    },
+}
+
+impl From<attar_tensor::Pattern> for Sparsity {
+    fn from(pattern: attar_tensor::Pattern) -> Self {
+        match pattern {
+            attar_tensor::Pattern::Fraction(_) => Self::Masked,
+            attar_tensor::Pattern::NM { n, m } => Self::NM { n, m },
+        }
+    }
 }
 
 /// Numeric axis.
@@ -61,9 +75,9 @@ impl std::fmt::Display for Form {
             Numeric::Quantized => "quantized",
         };
         let sparsity = match self.sparsity {
-            Sparsity::Dense => "dense",
-            Sparsity::Masked => "masked",
-            Sparsity::NM => "n:m sparse",
+            Sparsity::Dense => "dense".to_owned(),
+            Sparsity::Masked => "masked".to_owned(),
+            Sparsity::NM { n, m } => format!("{n}:{m} sparse"),
         };
         let rank = match self.rank {
             Rank::Full => "full rank",
@@ -96,6 +110,8 @@ bitflags::bitflags! {
         const FULL_PLUS_LOW_RANK = 1 << 7;
         /// Float, dense, full: a plain checkpoint's weights.
         const DENSE_FLOAT = 1 | 1 << 2 | 1 << 5;
+        /// Float, full, with or without promised zeros.
+        const FLOAT_ANY_ZEROS = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5;
     }
 }
 
@@ -109,7 +125,7 @@ impl FormSet {
         let sparsity = match form.sparsity {
             Sparsity::Dense => Self::DENSE,
             Sparsity::Masked => Self::MASKED,
-            Sparsity::NM => Self::NM,
+            Sparsity::NM { .. } => Self::NM,
         };
         let rank = match form.rank {
             Rank::Full => Self::FULL,
@@ -167,5 +183,15 @@ mod tests {
         assert!(FormSet::DENSE_FLOAT.accepts(Form::DENSE_FLOAT));
         assert!(!FormSet::DENSE_FLOAT.accepts(quantized));
         assert_eq!(quantized.to_string(), "quantized, dense, full rank");
+        let change = FormChange { sparsity: Some(Sparsity::NM { n: 2, m: 4 }), ..FormChange::NONE };
+        let pruned = change.apply(Form::DENSE_FLOAT);
+        assert_eq!(pruned.to_string(), "float, 2:4 sparse, full rank");
+        assert!(!FormSet::DENSE_FLOAT.accepts(pruned));
+        assert!(FormSet::FLOAT_ANY_ZEROS.accepts(pruned));
+        // A step that quantizes says nothing of zeros: they stay.
+        assert_eq!(
+            FormChange::QUANTIZE.apply(pruned).to_string(),
+            "quantized, 2:4 sparse, full rank"
+        );
     }
 }

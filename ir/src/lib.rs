@@ -31,7 +31,7 @@ pub use model_pass::{
 };
 pub use pass::{
     Contract, Cost, Event, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target,
-    Touches, Upstream,
+    Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};

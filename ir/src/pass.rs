@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use attar_tensor::{QuantScheme, Scratch};
+use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -158,6 +158,29 @@ pub trait Pass: Debug + Send + Sync {
     /// What it promises.
     fn contract(&self) -> Contract;
 
+    /// What it promises when its step carries a scheme: the same, except for passes that then do more.
+    fn contract_with_scheme(&self) -> Contract {
+        self.contract()
+    }
+
+    /// Fraction of a site's weights that it leaves, for passes that prune.
+    fn density(&self) -> Option<f64> {
+        None
+    }
+
+    /// Whether weights that were pruned before come out exactly zero.
+    ///
+    /// # Errors
+    /// Why not, and what to use instead.
+    fn keeps_zeros(&self, scheme: QuantScheme) -> Result<(), &'static str> {
+        match scheme.block() {
+            Some(block) if !block.has_zero() => {
+                Err("weights that were pruned would not stay zero; emit a type with an exact zero")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it can make (or, for passes that look ahead, work towards) this scheme: any affine one, and
     /// the block types of ggml for passes that say so.
     ///
@@ -199,6 +222,8 @@ pub struct PassDef {
     pub summary: &'static str,
     /// Source of the algorithm.
     pub paper: &'static str,
+    /// A recipe that runs on any small model, for RECIPES.md. Calibration data comes from the command line.
+    pub example: &'static str,
     /// True when the step must or may carry a `scheme`.
     pub takes_scheme: bool,
     /// Whether presets and recipes without `symmetric` get a symmetric scheme.
@@ -213,5 +238,30 @@ pub struct PassDef {
 impl Debug for PassDef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PassDef").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// An error relative to what it is an error of.
+pub fn relative(error: f64, whole: f64) -> f64 {
+    error.max(0.0) / whole.max(f64::MIN_POSITIVE)
+}
+
+/// Refuses NaN and infinity in a weight or Hessian.
+///
+/// # Errors
+/// [`PassError::Numeric`] with the index of the first.
+///
+/// # Panics
+/// When the matrix is not in standard layout.
+pub fn check_finite(site: &str, what: &str, x: &Mat) -> Result<(), PassError> {
+    match first_non_finite(x.as_slice().expect("standard layout")) {
+        None => Ok(()),
+        Some(index) => Err(PassError::Numeric {
+            site: site.to_owned(),
+            reason: format!(
+                "{what} holds a NaN or infinity at flat index {index}; check the checkpoint and the \
+                 calibration text"
+            ),
+        }),
     }
 }

@@ -5,6 +5,7 @@
 //! wrong at once. No weight is read.
 
 mod check;
+mod dense;
 mod error;
 mod graph;
 mod predict;
@@ -15,6 +16,7 @@ mod variant;
 use attar_tensor::{BlockType, DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
 use serde::Serialize;
 
+pub use dense::{DENSE, Dense};
 pub use error::{PlanError, PlanErrors};
 pub use graph::{dot, text, to_json};
 pub use predict::{Memory, Moment, PIECE_ELEMENTS, Work};
@@ -207,6 +209,9 @@ pub struct SitePlan {
     pub steps: Vec<usize>,
     /// The scheme it ends in; `None` stays float.
     pub scheme: Option<QuantScheme>,
+    /// Fraction of the weights that are not zero, where a step prunes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub density: Option<f64>,
     /// Bytes of the weight in the checkpoint.
     pub dense_bytes: usize,
     /// Bytes in each emit, in the order of [`Plan::emits`].

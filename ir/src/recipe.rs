@@ -288,10 +288,13 @@ impl Recipe {
         Ok(passes)
     }
 
-    /// Layout of the artifact that is written where none is asked for.
+    /// Layout of the artifact that is written where none is asked for: `dense` where no step has a scheme.
     pub fn default_layout(&self) -> &'static str {
-        let mixture = self.steps.iter().find_map(|step| step.types);
-        mixture.map_or("compressed-tensors", |mixture| mixture.base().name())
+        if let Some(mixture) = self.steps.iter().find_map(|step| step.types) {
+            return mixture.base().name();
+        }
+        let quantizes = self.steps.iter().any(|step| step.scheme.is_some());
+        if quantizes { "compressed-tensors" } else { crate::plan::DENSE.0 }
     }
 
     /// The recipe with every default written out and keys in a fixed order: what manifests keep and

@@ -85,6 +85,8 @@ pub struct BlockState {
     pub norm_changed: Vec<bool>,
     /// Dense linears whose values a pass changed.
     pub weight_changed: Vec<bool>,
+    /// Linears whose zeros were pruned and stay zero.
+    pub masked: Vec<bool>,
     /// Per input group, what its activations were divided by `[width]`, when folds changed them:
     /// statistics of the original model follow it ([`crate::InputStats::fold`]).
     pub input_scale: Vec<Option<Vec<f32>>>,
@@ -101,6 +103,7 @@ impl BlockState {
             bias_changed: vec![false; l],
             norm_changed: vec![false; n],
             weight_changed: vec![false; l],
+            masked: vec![false; l],
             input_scale: Vec::new(),
         }
     }
@@ -134,6 +137,10 @@ impl BlockState {
             }
             if !sites.contains(&at) {
                 continue;
+            }
+            if self.masked[at] {
+                let flag = Tensor::new(DType::U8, vec![1], vec![1]).expect(FITS);
+                put(format!("linear.{at}.masked"), flag);
             }
             match &linear.weight {
                 Weight::Dense(weight) => {
@@ -226,6 +233,7 @@ impl BlockState {
                 self.bias_changed[at] = true;
             }
             let (out, inner) = linear.weight.shape();
+            self.masked[at] |= part(&name("masked")).is_some();
             if let Some(tensor) = part(&name("weight")) {
                 let values = floats(&name("weight"), tensor, out * inner)?;
                 let weight = Mat::from_shape_vec((out, inner), values)
@@ -414,6 +422,7 @@ mod tests {
                 weight[[1, 1]] = f32::MIN_POSITIVE;
             }
             state.weight_changed[2] = true;
+            state.masked[2] = true;
             state.norms[1][3] = 0.3;
             state.norm_changed[1] = true;
             state.linears[0].bias = Some(vec![1.5, -0.0, 3.0]);

@@ -31,6 +31,14 @@ pub(crate) const DEF: PassDef = PassDef {
     name: "awq",
     summary: "scale salient channels up before a later step rounds them, and clip ranges",
     paper: "Lin et al. 2023, arXiv:2306.00978",
+    example: "\
+[[step]]
+pass = \"awq\"
+
+[[step]]
+pass = \"gptq\"
+scheme = { bits = 4, group_size = 64, symmetric = false }
+",
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| Ok(Box::new(Awq(options(table, &["grid", "clip"])?))),
@@ -266,7 +274,7 @@ impl Pass for Awq {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::DENSE_FLOAT,
+            accepts: FormSet::FLOAT_ANY_ZEROS,
             produces: FormChange::NONE,
             needs: Needs::ABS_MEAN.union(Needs::HESSIAN),
             upstream: Upstream::Compressed,

@@ -7,7 +7,7 @@
 //! Deliberate differences from the authors' code: scales are searched in the metric of H's diagonal and
 //! fixed before the sweep (static groups, so act-order needs no permuted groups); after the sweep the
 //! scales are refitted and the codes descended coordinate-wise in the full metric (as QuantEase, Behdin
-//! et al. 2023, arXiv:2309.01885; `tile`), each move accepted only when it lowers the objective; dead columns are
+//! et al. 2023, arXiv:2309.01885; `column_solver::rounding`), each move accepted only when it lowers the objective; dead columns are
 //! rounded to nearest instead of zeroed; failed factorizations raise the dampening and are reported.
 
 use std::{io, sync::Mutex};
@@ -19,26 +19,30 @@ use attar_ir::{
 use attar_tensor::{
     BlockQuantized, BlockType, Mat, QuantScheme, QuantizedLinear, Scratch,
     blocks::SUPER,
+    column_solver::{
+        self, Errors, Factor, FactorOptions, SolverError, TILE,
+        rounding::{Mask, RoundingOptions, Space, Tile},
+    },
     grid::GroupGrid,
-    linalg::{InverseFactor, LinalgError, UpperPanels},
+    linalg::InverseFactor,
 };
 use rayon::prelude::*;
 use serde::Deserialize;
 
 use crate::common::{assemble, check_finite, metric, options, relative, squares};
-use tile::{Errors, Space, Tile};
 
 mod blocks;
-mod tile;
-
-/// Rows worked on by one task; fixed, so that threads do not change bits.
-const TILE: usize = 256;
 
 /// Registration of `gptq`.
 pub(crate) const DEF: PassDef = PassDef {
     name: "gptq",
     summary: "round column by column and carry the error to the columns not yet rounded",
     paper: "Frantar et al. 2022, arXiv:2210.17323",
+    example: "\
+[[step]]
+pass = \"gptq\"
+scheme = { bits = 4, group_size = 64 }
+",
     takes_scheme: true,
     symmetric_by_default: true,
     build: |table| {
@@ -82,31 +86,6 @@ impl Options {
 #[derive(Debug)]
 struct Gptq(Options);
 
-/// What all sites with the same input share.
-#[derive(Debug)]
-struct Factor {
-    /// Order in which columns are solved.
-    order: Vec<usize>,
-    /// `U [in, in]` of the permuted, damped Hessian, f32, in panels of `block_size` rows.
-    upper: UpperPanels,
-    /// Diagonal of the Hessian; dead columns have one too.
-    diagonal: Vec<f32>,
-    /// What was added to the diagonal of each column.
-    added: Vec<f32>,
-    events: Vec<Event>,
-}
-
-impl Factor {
-    /// Gives dead columns of the Hessian their diagonal, or takes it away again.
-    fn fill(&self, hessian: &mut Mat, fill: bool) {
-        for (i, value) in hessian.diag_mut().iter_mut().enumerate() {
-            if self.added[i] > 0.0 {
-                *value = if fill { self.diagonal[i] } else { self.diagonal[i] - self.added[i] };
-            }
-        }
-    }
-}
-
 fn factorize(
     hessian: &Mat,
     options: &Options,
@@ -114,64 +93,28 @@ fn factorize(
     site: &str,
     scratch: Option<&Scratch>,
 ) -> Result<Factor, PassError> {
-    let n = hessian.nrows();
-    let mut events = Vec::new();
-    let mut diagonal: Vec<f64> = hessian.diag().iter().map(|&v| f64::from(v)).collect();
-    let live = diagonal.iter().filter(|&&d| d > 0.0).count();
-    let mean = diagonal.iter().sum::<f64>() / n as f64;
-    if live == 0 {
-        return Err(PassError::Numeric {
-            site: site.to_owned(),
-            reason: "all inputs are zero on the calibration set; use other calibration text".into(),
-        });
-    }
-    if live < n {
-        events.push(Event::DeadColumns { count: n - live });
-    }
-    for d in &mut diagonal {
-        if *d <= 0.0 {
-            *d = mean;
-        }
-    }
-    let mut order: Vec<usize> = (0..n).collect();
-    // A block is a run of columns: it can be solved in their order only.
-    if options.actorder && !blocks {
-        order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
-    }
-    let failed = |source| PassError::Scratch { site: site.to_owned(), source };
-    let values = hessian.as_slice().expect("standard layout");
-    let (mut percdamp, mut failures) = (options.percdamp, 0);
-    let inverse = loop {
-        let row = |i: usize, out: &mut [f64]| {
-            let from = &values[order[i] * n..][..n];
-            for (to, &column) in out.iter_mut().zip(&order[i..]) {
-                *to = f64::from(from[column]);
-            }
-            out[0] = diagonal[order[i]] + percdamp * mean;
-        };
-        match InverseFactor::new(n, row, scratch) {
-            Ok(inverse) => break inverse,
-            Err(LinalgError::Scratch(source)) => return Err(failed(source)),
-            Err(_) if failures < 8 => {
-                failures += 1;
-                percdamp = (percdamp * 10.0).max(1e-4);
-            }
-            Err(error) => {
-                return Err(PassError::Numeric {
-                    site: site.to_owned(),
-                    reason: format!("{error} even with dampening {percdamp}"),
-                });
-            }
-        }
+    let options = FactorOptions {
+        percdamp: options.percdamp,
+        // A block is a run of columns: it can be solved in their order only.
+        by_diagonal: options.actorder && !blocks,
+        panel: options.panel(blocks),
     };
-    if failures > 0 {
+    column_solver::factorize(hessian, options, scratch).map_err(|error| match error {
+        SolverError::Scratch(source) => PassError::Scratch { site: site.to_owned(), source },
+        other => PassError::Numeric { site: site.to_owned(), reason: other.to_string() },
+    })
+}
+
+/// What is worth telling of a factor.
+fn events(factor: &Factor) -> Vec<Event> {
+    let mut events = Vec::new();
+    if factor.dead > 0 {
+        events.push(Event::DeadColumns { count: factor.dead });
+    }
+    if let Some((percdamp, failures)) = factor.raised {
         events.push(Event::DampeningRaised { percdamp, failures });
     }
-    let panel = options.panel(blocks).clamp(1, n);
-    let upper = inverse.into_upper(panel, scratch).map_err(failed)?;
-    let diagonal: Vec<f32> = diagonal.iter().map(|&d| d as f32).collect();
-    let added = diagonal.iter().zip(hessian.diag()).map(|(d, h)| d - h).collect();
-    Ok(Factor { order, upper, diagonal, added, events })
+    events
 }
 
 /// `hessian` is that of the factor, dead columns filled.
@@ -180,8 +123,10 @@ fn quantize(
     hessian: &Mat,
     factor: &Factor,
     scheme: QuantScheme,
+    mask: Mask,
     options: &Options,
 ) -> io::Result<(QuantizedLinear, Errors)> {
+    let rounding = RoundingOptions { scheme, refine: options.refine, inner: options.inner, mask };
     let (out, n) = weight.dim();
     let groups = n / scheme.group_size(n);
     let hessian = hessian.as_slice().expect("standard layout");
@@ -197,16 +142,13 @@ fn quantize(
         .map(|((weight, codes), grids)| {
             let spare = spaces.lock().expect("nobody panics with it").pop();
             let mut space = spare.unwrap_or_default();
-            let tile = Tile { weight, codes, grids };
-            let errors = tile.solve(hessian, factor, scheme, options, &mut space)?;
+            let tile = Tile { weight, target: None, codes, grids };
+            let errors = tile.solve(hessian, factor, &rounding, &mut space)?;
             spaces.lock().expect("nobody panics with it").push(space);
             Ok(errors)
         })
         .collect::<io::Result<_>>()?;
-    let total = errors.iter().fold(Errors::default(), |sum, e| Errors {
-        weight: sum.weight + e.weight,
-        output: sum.output + e.output,
-    });
+    let total = errors.into_iter().sum();
     Ok((assemble(scheme, (out, n), codes, &grids), total))
 }
 
@@ -248,7 +190,7 @@ impl Pass for Gptq {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::DENSE_FLOAT,
+            accepts: FormSet::FLOAT_ANY_ZEROS,
             produces: FormChange::QUANTIZE,
             needs: Needs::HESSIAN,
             upstream: Upstream::Compressed,
@@ -259,6 +201,16 @@ impl Pass for Gptq {
 
     fn takes(&self, _: QuantScheme) -> Result<(), &'static str> {
         Ok(())
+    }
+
+    fn keeps_zeros(&self, scheme: QuantScheme) -> Result<(), &'static str> {
+        match scheme.block() {
+            Some(_) => Err(
+                "in blocks its feedback would fill weights that were pruned; use pass rtn for a type with an exact \
+                 zero, or an affine `scheme`",
+            ),
+            None => Ok(()),
+        }
     }
 
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {
@@ -315,6 +267,7 @@ impl Pass for Gptq {
                 .get_mut(input)
                 .and_then(|input| input.as_mut()?.hessian.as_mut())
                 .expect("the plan provides what the contract needs");
+            let mask = if state.masked[target.site] { Mask::Fixed } else { Mask::None };
             let linear = &mut state.linears[target.site];
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
@@ -331,7 +284,7 @@ impl Pass for Gptq {
             let result = match scheme.block() {
                 Some(block) => quantize_blocks(weight, hessian, &factor, block, &self.0)
                     .map(|(weight, errors)| (Weight::Blocks(weight), errors)),
-                None => quantize(weight, hessian, &factor, scheme, &self.0)
+                None => quantize(weight, hessian, &factor, scheme, mask, &self.0)
                     .map(|(weight, errors)| (Weight::Quantized(weight), errors)),
             };
             factor.fill(hessian, false);
@@ -342,7 +295,7 @@ impl Pass for Gptq {
                 pass: "gptq".into(),
                 weight_error: relative(errors.weight, squares(weight)),
                 output_error: Some(relative(errors.output, metric(weight, hessian))),
-                events: factor.events.clone(),
+                events: events(&factor),
             });
             linear.weight = quantized;
             shared = Some((key, factor));
@@ -397,7 +350,7 @@ mod tests {
                 for refine in [0, 1, 3] {
                     let options = Options { refine, ..Options::default() };
                     let factor = factorize(&h, &options, false, "test", None).unwrap();
-                    let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
+                    let (q, errors) = quantize(&w, &h, &factor, s, Mask::None, &options).unwrap();
                     let found = loss(&w, &q, &h);
                     assert!((errors.output / found - 1.0).abs() < 1e-3);
                     assert!(found < rtn && found <= last * 1.0001, "{bits} {found} {rtn} {last}");
@@ -423,7 +376,7 @@ mod tests {
             for refine in [0, 1, 2] {
                 let options = Options { refine, ..Options::default() };
                 let factor = factorize(&h, &options, false, "test", None).unwrap();
-                let (q, errors) = quantize(&w, &h, &factor, s, &options).unwrap();
+                let (q, errors) = quantize(&w, &h, &factor, s, Mask::None, &options).unwrap();
                 let found = loss(&w, &q, &h);
                 assert!((errors.output / found - 1.0).abs() < 1e-3, "{n} {errors:?} {found}");
                 assert!(found < last, "{n} {refine}: {found} {last}");
@@ -484,9 +437,9 @@ mod tests {
         }
         let options = Options { percdamp: 0.0, ..Options::default() };
         let factor = factorize(&h, &options, false, "test", None).unwrap();
-        assert!(factor.events.contains(&Event::DeadColumns { count: n / 2 }));
+        assert!(events(&factor).contains(&Event::DeadColumns { count: n / 2 }));
         assert!(matches!(
-            factor.events.last(),
+            events(&factor).last(),
             Some(Event::DampeningRaised { failures, .. }) if *failures > 0
         ));
         let zero = Mat::zeros((n, n));
@@ -503,7 +456,7 @@ mod tests {
         let run = |threads, scratch: Option<&Scratch>| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let factor = factorize(&h, &options, false, "test", scratch).unwrap();
-                quantize(&w, &h, &factor, scheme(3, 32, true), &options).unwrap().0
+                quantize(&w, &h, &factor, scheme(3, 32, true), Mask::None, &options).unwrap().0
             })
         };
         assert_eq!(run(1, None), run(2, None));

@@ -23,6 +23,11 @@ pub(crate) const DEF: PassDef = PassDef {
     name: "rtn",
     summary: "round each weight to the nearest code; no calibration",
     paper: "baseline of Frantar et al. 2022, arXiv:2210.17323",
+    example: "\
+[[step]]
+pass = \"rtn\"
+scheme = { bits = 4, group_size = 64 }
+",
     takes_scheme: true,
     symmetric_by_default: true,
     build: |table| Ok(Box::new(Rtn(options(table, &["clip", "importance"])?))),
@@ -151,7 +156,7 @@ impl Pass for Rtn {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::DENSE_FLOAT,
+            accepts: FormSet::FLOAT_ANY_ZEROS,
             produces: FormChange::QUANTIZE,
             needs: if self.0.importance { Needs::SQUARE_SUM } else { Needs::empty() },
             upstream: Upstream::Compressed,

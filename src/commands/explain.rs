@@ -229,9 +229,10 @@ fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
         touches: Touches::Sites,
         looks_ahead: false,
     };
-    let own = passes.iter().map(|pass| match pass {
-        AnyPass::Block(pass) => pass.contract(),
-        AnyPass::Model(_) => none,
+    let own = passes.iter().zip(&recipe.steps).map(|(pass, step)| {
+        let AnyPass::Block(pass) = pass else { return none };
+        let schemed = step.scheme.is_some() || step.types.is_some();
+        if schemed { pass.contract_with_scheme() } else { pass.contract() }
     });
     own.zip(&recipe.steps)
         .map(|(own, step)| Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own })

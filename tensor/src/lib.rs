@@ -7,10 +7,12 @@
 
 pub mod block_search;
 pub mod blocks;
+pub mod column_solver;
 pub mod compare;
 pub mod dtype;
 pub mod grid;
 pub mod linalg;
+pub mod mask;
 pub mod packed;
 pub mod quantized;
 pub mod rng;
@@ -25,6 +27,7 @@ pub mod tensor;
 
 pub use blocks::{BlockQuantized, BlockType};
 pub use dtype::DType;
+pub use mask::Pattern;
 pub use packed::{LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, PartHeader};
 pub use quantized::QuantizedLinear;
 pub use scheme::{Granularity, QuantScheme, ScaleGrid};

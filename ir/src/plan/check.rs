@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use attar_tensor::{BlockType, DType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
 
 use super::{
-    CONTAINERS, GGUF, ModelStep, Origin, OutputTensor, PassGraph, Plan, PlanError, PlanErrors,
-    PlanStep, PlannedEmit, SitePlan, predict,
+    CONTAINERS, DENSE, GGUF, ModelStep, Origin, OutputTensor, PassGraph, Plan, PlanError,
+    PlanErrors, PlanStep, PlannedEmit, SitePlan, predict,
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
@@ -61,7 +61,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .iter()
         .zip(&recipe.steps)
         .map(|(pass, step)| {
-            let own = pass.contract();
+            let schemed = step.scheme.is_some() || step.types.is_some();
+            let own = if schemed { pass.contract_with_scheme() } else { pass.contract() };
             Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own }
         })
         .collect();
@@ -128,7 +129,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         let mut refused: BTreeMap<(String, String), (Form, Vec<String>)> = BTreeMap::new();
         let mut no_ahead = Vec::new();
         let mut unable: BTreeMap<(String, &'static str), Vec<String>> = BTreeMap::new();
-        let mut uneven = Vec::new();
+        let (mut uneven, mut broken) = (Vec::new(), Vec::new());
         let mut folded: BTreeMap<usize, Vec<String>> = BTreeMap::new();
         let mut targets = vec![Vec::new(); graph.blocks.len() + 1];
         for &place in &selected[index] {
@@ -151,14 +152,16 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                 None
             };
             targets[place.0].push(Target { site: place.1, scheme });
+            if let Some(Sparsity::NM { m, .. }) = contract.produces.sparsity
+                && !site.in_features.is_multiple_of(usize::from(m))
+            {
+                broken.push((site.name.clone(), site.in_features));
+            }
             if let Some(scheme) = scheme {
                 let zeros = sites[&place].form.sparsity != Sparsity::Dense;
-                let lost = scheme.block().is_some_and(|block| zeros && !block.has_zero());
-                let able = passes[index].takes(scheme).and(if lost {
-                    Err("weights that were pruned would not stay zero; emit a type with an exact zero")
-                } else {
-                    Ok(())
-                });
+                let pass = &passes[index];
+                let able = pass.takes(scheme);
+                let able = if zeros { able.and(pass.keeps_zeros(scheme)) } else { able };
                 if let Err(reason) = able {
                     unable.entry((scheme.label(), reason)).or_default().push(site.name.clone());
                 }
@@ -186,6 +189,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                     .push(site.name.clone());
                 continue;
             }
+            if let Some(kept) = passes[index].density() {
+                state.density = Some(kept);
+            }
             let after = contract.produces.apply(state.form);
             if after != state.form {
                 state.made_by = Some(index);
@@ -202,6 +208,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             let granularity = recipe.steps[index].scheme.map(|s| s.granularity.as_config());
             let group_size = granularity.unwrap_or_default().unsigned_abs() as usize;
             errors.push(PlanError::GroupSize { step: step(), group_size, sites: uneven });
+        }
+        if let (false, Some(Sparsity::NM { n, m })) =
+            (broken.is_empty(), contract.produces.sparsity)
+        {
+            errors.push(PlanError::Pattern { step: step(), n, m, sites: broken });
         }
         for ((_, made_by), (form, sites)) in refused {
             errors.push(PlanError::Form { step: step(), form, made_by, sites });
@@ -231,6 +242,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     }
 
     check_siblings(&graph, &sites, &emits, &mut errors);
+    if !recipe.steps.is_empty() && quantizes.iter().all(|quantizes| !quantizes) {
+        for emit in emits.iter().filter(|emit| emit.spec.id() != DENSE) {
+            errors.push(PlanError::NothingQuantized { emit: emit.index, layout: emit.spec.id() });
+        }
+    }
     let parts = ask_layouts(&graph, &sites, &emits, layouts, &mut errors);
     if !errors.is_empty() {
         return Err(PlanErrors(errors));
@@ -296,12 +312,21 @@ struct SiteState {
     quantized_by: Option<usize>,
     steps: Vec<usize>,
     scheme: Option<QuantScheme>,
+    /// Fraction of the weights that stay, where any were pruned.
+    density: Option<f64>,
 }
 
 impl Default for SiteState {
     fn default() -> Self {
         let form = Form::DENSE_FLOAT;
-        Self { form, made_by: None, quantized_by: None, steps: Vec::new(), scheme: None }
+        Self {
+            form,
+            made_by: None,
+            quantized_by: None,
+            steps: Vec::new(),
+            scheme: None,
+            density: None,
+        }
     }
 }
 
@@ -544,6 +569,7 @@ fn site_table(
                 after: state.form,
                 steps: state.steps.clone(),
                 scheme: state.scheme,
+                density: state.density,
                 dense_bytes: site.weights() * site.dtype.size(),
                 emitted_bytes: parts.get(place).into_iter().flatten().map(bytes).collect(),
             }

@@ -60,6 +60,31 @@ pub enum PlanError {
         /// All such sites with their `in_features`.
         sites: Vec<(String, usize)>,
     },
+    /// Groups of n:m that do not fill the rows.
+    #[error(
+        "{step}: {n}:{m} needs in_features that {m} divides, but {}; choose another m, or `keep` them",
+        .sites.iter().map(|(site, n)| format!("{site} has {n}")).collect::<Vec<_>>().join(", ")
+    )]
+    Pattern {
+        /// The step.
+        step: String,
+        /// Weights that stay.
+        n: u8,
+        /// Weights of a group.
+        m: u8,
+        /// All such sites with their `in_features`.
+        sites: Vec<(String, usize)>,
+    },
+    /// A layout of codes without codes.
+    #[error(
+        "emit[{emit}]: layout {layout} stores quantized linears, but no step quantizes; emit layout `dense`,          or add a step such as rtn or gptq"
+    )]
+    NothingQuantized {
+        /// Index of the emit.
+        emit: usize,
+        /// Its layout.
+        layout: LayoutId,
+    },
     /// A pass finds a form that it cannot take.
     #[error("{step}: cannot take weights that are {form} (made so by {made_by}): {}", shorten(.sites))]
     Form {

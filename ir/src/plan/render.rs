@@ -157,11 +157,14 @@ fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {
             .iter()
             .filter(|site| site.block == block)
             .map(|site| {
-                let form = if site.before == site.after {
+                let mut form = if site.before == site.after {
                     short(site.before)
                 } else {
                     format!("{} -> {}", short(site.before), short(site.after))
                 };
+                if let Some(density) = site.density {
+                    form.push_str(&format!(", {:.1} % kept", 100.0 * density));
+                }
                 let mut row = vec![
                     format!("  {}", relative(site)),
                     format!("{} x {}", site.out_features, site.in_features),

@@ -166,6 +166,7 @@ mod tests {
     }
 
     const SOLVER: PassDef = PassDef {
+        example: "",
         name: "solver",
         summary: "a pass for tests",
         paper: "none",

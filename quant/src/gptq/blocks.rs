@@ -1,5 +1,5 @@
-//! The column sweep and its refinement for block types with two levels of scales, on one tile of rows; as
-//! [`super::tile`], rows are lanes.
+//! The column sweep and its refinement for block types with two levels of scales, on one tile of rows; as in
+//! `column_solver::rounding`, rows are lanes.
 //!
 //! When the sweep reaches a block, its scales and minima are searched on the columns as error feedback has left
 //! them, each weighed by what its error will cost, `1 / U_ii²`, and stand on the format's grid before a code is
@@ -19,12 +19,13 @@ use attar_tensor::{
         search::{Found, Kind, level, search},
     },
     blocks::{IQ4_VALUES, Levels, Minimum, SUPER},
+    column_solver::{Errors, Factor},
     linalg::{arch, factor::Panel, gemm_tn},
 };
 use half::f16;
 use pulp::{Simd, WithSimd};
 
-use super::{Factor, Options, tile::Errors};
+use super::Options;
 
 /// Rows of a tile are padded to a multiple of this, the longest vector.
 const LANES: usize = 16;

@@ -8,6 +8,7 @@ pub mod double;
 pub mod factor;
 pub mod gemm;
 mod isa;
+mod metric;
 mod microkernel;
 pub mod orthogonal;
 pub mod simd;
@@ -21,6 +22,7 @@ pub use gemm::{
     matmul_tn, matmul_tn_into, par_gemm_nt,
 };
 pub use isa::{Isa, IsaError, arch, isa, pin};
+pub use metric::{metric, squares};
 pub use orthogonal::Orthogonal;
 pub use simd::{
     abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,

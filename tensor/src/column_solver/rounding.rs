@@ -7,69 +7,79 @@
 //! the scale of each group moves to the minimum along it and each code to the minimum along its column,
 //! alternating, at the cost of the block's own square of H; then `R −= δ H_B` is one product.
 //! Cost per round: `2·rows·in²` in products and about `2·rows·in·block` in vectors.
+//!
+//! Weights that were pruned have the code of their zero point, exactly: the sweep carries what feedback has put
+//! there on to the columns behind, and refinement leaves them alone or, where the mask may move, exchanges one for
+//! a kept weight of the same row where that lowers the objective.
 
 use std::io;
 
-use attar_tensor::{
+use pulp::{Simd, WithSimd};
+
+use super::{
+    Errors, Factor,
+    lanes::{LANES, add_scaled, load, round_code, store},
+    swap::{Group, swap},
+};
+use crate::{
     QuantScheme,
     grid::{Clip, GroupGrid, choose_grid},
     linalg::{arch, factor::Panel, gemm_tn},
 };
-use pulp::{Simd, WithSimd};
 
-use super::{Factor, Options};
-
-/// Rows of a tile are padded to a multiple of this, the longest vector.
-const LANES: usize = 16;
 /// Columns of a refinement block, rounded to whole groups.
 const BLOCK: usize = 128;
 /// Groups wider than this are refined in slices, their scale in a pass of its own.
 const WIDE: usize = 512;
 
-/// Squared errors of a tile, f64.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Errors {
-    /// `Σ e²`.
-    pub(super) weight: f64,
-    /// `Σ e H eᵀ` with the Hessian as calibrated.
-    pub(super) output: f64,
+/// What a tile may do.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundingOptions {
+    /// Codes and scales.
+    pub scheme: QuantScheme,
+    /// Rounds of refinement after the sweep.
+    pub refine: usize,
+    /// Repetitions inside each block of a round.
+    pub inner: usize,
+    /// Which weights are pruned.
+    pub mask: Mask,
+}
+
+/// Weights that stay zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// None is promised to.
+    None,
+    /// Those that are zero in the weight given.
+    Fixed,
+    /// As many as are zero in the weight given, in each group of so many columns.
+    Free(Group),
 }
 
 /// Memory that one tile after the other works in; fresh memory costs page faults.
 #[derive(Debug, Default)]
-pub(super) struct Space {
+pub struct Space {
     codes: Vec<f32>,
     error: Vec<f32>,
     /// Weights in the factor's order, then the residual.
     lines: Vec<f32>,
     /// Errors of a block of the sweep.
     errors: Vec<f32>,
-}
-
-impl Errors {
-    /// Of `E` and `R`, `[columns][rows]`; `added` is what dead columns were given on the diagonal, which
-    /// calibration did not see.
-    pub(super) fn of(error: &[f32], residual: &[f32], rows: usize, added: &[f32]) -> Self {
-        let mut errors = Self::default();
-        let columns = error.chunks(rows).zip(residual.chunks(rows));
-        for ((error, residual), &added) in columns.zip(added) {
-            let (mut square, mut output) = (0.0f64, 0.0f64);
-            for (&e, &x) in error.iter().zip(residual) {
-                square += f64::from(e) * f64::from(e);
-                output += f64::from(e) * f64::from(x);
-            }
-            errors.weight += square;
-            errors.output += output - f64::from(added) * square;
-        }
-        errors
-    }
+    /// 1 for weights that stay, 0 for those that were pruned; empty where none was.
+    kept: Vec<f32>,
 }
 
 /// One tile of rows: what is given and where results go, row-major.
-pub(super) struct Tile<'a> {
-    pub(super) weight: &'a [f32],
-    pub(super) codes: &'a mut [u8],
-    pub(super) grids: &'a mut [GroupGrid],
+#[derive(Debug)]
+pub struct Tile<'a> {
+    /// What the sweep begins with, `[rows, in]`.
+    pub weight: &'a [f32],
+    /// What the result is held against; the weight itself when absent.
+    pub target: Option<&'a [f32]>,
+    /// `[rows, in]`.
+    pub codes: &'a mut [u8],
+    /// `[rows, groups]`.
+    pub grids: &'a mut [GroupGrid],
 }
 
 /// The same tile column by column, padded to whole lanes: `[columns or groups][rows]`.
@@ -82,6 +92,8 @@ struct Work<'a, 's> {
     rows: usize,
     /// Codes as floats.
     codes: &'s mut [f32],
+    /// 1 for weights that stay; empty where none was pruned.
+    kept: &'s mut [f32],
     scales: Vec<f32>,
     zeros: Vec<f32>,
     /// `E`.
@@ -90,43 +102,19 @@ struct Work<'a, 's> {
     residual: &'s mut [f32],
 }
 
-/// One vector of `x` from element `at`.
-#[inline(always)]
-fn load<S: Simd>(x: &[f32], at: usize) -> S::f32s {
-    S::as_simd_f32s(&x[at..at + S::F32_LANES]).0[0]
-}
-
-#[inline(always)]
-fn store<S: Simd>(x: &mut [f32], at: usize, value: S::f32s) {
-    S::as_mut_simd_f32s(&mut x[at..at + S::F32_LANES]).0[0] = value;
-}
-
-/// Codes nearest to `x`, `0..=top`, ties to even: adding 1.5 · 2²³ leaves the rounded integer.
-#[inline(always)]
-fn round_code<S: Simd>(simd: S, x: S::f32s, top: S::f32s) -> S::f32s {
-    let shift = simd.splat_f32s(12_582_912.0);
-    let x = simd.min_f32s(simd.max_f32s(x, simd.splat_f32s(0.0)), top);
-    simd.sub_f32s(simd.add_f32s(x, shift), shift)
-}
-
-/// `y[j] += a · x[j]`.
-#[inline(always)]
-fn add_scaled<S: Simd>(simd: S, y: &mut [S::f32s], a: S::f32s, x: &[f32]) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = simd.mul_add_f32s(a, simd.splat_f32s(x), *y);
-    }
-}
-
 impl Tile<'_> {
-    /// Solves the tile; `hessian [in, in]` is in the original order.
-    pub(super) fn solve(
+    /// Solves the tile; `hessian [in, in]` is in the original order, dead columns filled.
+    ///
+    /// # Errors
+    /// When the factor lies on scratch and cannot be read.
+    pub fn solve(
         self,
         hessian: &[f32],
         factor: &Factor,
-        scheme: QuantScheme,
-        options: &Options,
+        options: &RoundingOptions,
         space: &mut Space,
     ) -> io::Result<Errors> {
+        let scheme = options.scheme;
         let n = factor.order.len();
         let size = scheme.group_size(n);
         let (groups, count) = (n / size, self.weight.len() / n);
@@ -138,12 +126,21 @@ impl Tile<'_> {
                 *grid = choose_grid(&row[span], importance, scheme, Clip::Search(35));
             }
         }
-        let Space { codes, error, lines, errors } = space;
+        let Space { codes, error, lines, errors, kept } = space;
         // Only rows of padding have to be zero.
         error.clear();
         error.resize(n * rows, 0.0);
         codes.resize(n * rows, 0.0);
         lines.resize(n * rows, 0.0);
+        kept.clear();
+        if options.mask != Mask::None {
+            kept.resize(n * rows, 0.0);
+            for (r, row) in self.weight.chunks(n).enumerate() {
+                for (c, &w) in row.iter().enumerate() {
+                    kept[c * rows + r] = f32::from(u8::from(w != 0.0));
+                }
+            }
+        }
         let mut work = Work {
             factor,
             hessian,
@@ -152,6 +149,7 @@ impl Tile<'_> {
             size,
             rows,
             codes,
+            kept,
             scales: vec![1.0; groups * rows],
             zeros: vec![0.0; groups * rows],
             error,
@@ -165,6 +163,9 @@ impl Tile<'_> {
         }
         // Zero rows of padding stay exactly zero: their codes are their zero points.
         work.sweep(self.weight, errors)?;
+        if let Some(target) = self.target {
+            work.turn(target);
+        }
         work.fill_error();
         let (h, shape) = (work.hessian, (n, rows, n));
         gemm_tn(shape, 1.0, (h, n), (work.error, rows), false, (work.residual, rows));
@@ -172,12 +173,13 @@ impl Tile<'_> {
             if size > WIDE {
                 work.refit_wide();
                 for first in (0..n).step_by(BLOCK) {
-                    work.refine_block(first, (first + BLOCK).min(n), 1, false);
+                    work.refine_block(first, (first + BLOCK).min(n), (1, false, options.mask));
                 }
             } else {
                 let block = (BLOCK / size).max(1) * size;
                 for first in (0..n).step_by(block) {
-                    work.refine_block(first, (first + block).min(n), options.inner, true);
+                    let how = (options.inner, true, options.mask);
+                    work.refine_block(first, (first + block).min(n), how);
                 }
             }
         }
@@ -199,8 +201,8 @@ impl Tile<'_> {
 }
 
 impl Work<'_, '_> {
-    /// Rounds column by column in the factor's order; fills `codes` and puts the weights into `error`.
-    fn sweep(&mut self, weight: &[f32], errors: &mut Vec<f32>) -> io::Result<()> {
+    /// Puts the weights into `error`.
+    fn turn(&mut self, weight: &[f32]) {
         let (n, rows) = (self.n, self.rows);
         for (first, lines) in weight.chunks(LANES * n).enumerate() {
             for c in 0..n {
@@ -210,6 +212,12 @@ impl Work<'_, '_> {
                 }
             }
         }
+    }
+
+    /// Rounds column by column in the factor's order; fills `codes` and puts the weights into `error`.
+    fn sweep(&mut self, weight: &[f32], errors: &mut Vec<f32>) -> io::Result<()> {
+        let (n, rows) = (self.n, self.rows);
+        self.turn(weight);
         let work = std::mem::take(&mut self.residual);
         for (line, &column) in work.chunks_mut(rows).zip(&self.factor.order) {
             line.copy_from_slice(&self.error[column * rows..(column + 1) * rows]);
@@ -248,10 +256,9 @@ impl Work<'_, '_> {
     }
 
     /// Refines the columns `first..end` and carries the change to the residual of all columns.
-    fn refine_block(&mut self, first: usize, end: usize, inner: usize, refit: bool) {
+    fn refine_block(&mut self, first: usize, end: usize, options: (usize, bool, Mask)) {
         let (n, rows, width) = (self.n, self.rows, end - first);
         let mut delta = vec![0.0f32; width * rows];
-        let options = (inner, refit);
         arch().dispatch(Refine { tile: self, delta: &mut delta, span: (first, end), options });
         let h = (&self.hessian[first * n..], n);
         let out = (&mut *self.residual, rows);
@@ -323,6 +330,17 @@ impl WithSimd for Sweep<'_, '_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        if self.tile.kept.is_empty() {
+            self.run::<S, false>(simd);
+        } else {
+            self.run::<S, true>(simd);
+        }
+    }
+}
+
+impl Sweep<'_, '_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const MASKED: bool>(self, simd: S) {
         let Self { tile, lines: (work, errors), upper, span: (start, end) } = self;
         let (rows, size) = (tile.rows, tile.size);
         let top = simd.splat_f32s(f32::from(tile.scheme.max_code()));
@@ -339,7 +357,11 @@ impl WithSimd for Sweep<'_, '_, '_> {
                 let upper = &upper.values[(i - start) * upper.stride..][i - start..end - start];
                 let (here, behind) = local[i - start..].split_first_mut().expect("column i");
                 let code = simd.add_f32s(simd.div_f32s(*here, scale), zero);
-                let code = round_code(simd, code, top);
+                let mut code = round_code(simd, code, top);
+                if MASKED {
+                    let kept = load::<S>(tile.kept, column * rows + r);
+                    code = simd.mul_add_f32s(simd.sub_f32s(code, zero), kept, zero);
+                }
                 store::<S>(tile.codes, column * rows + r, code);
                 let value = simd.mul_f32s(simd.sub_f32s(code, zero), scale);
                 let inverse = simd.splat_f32s(-1.0 / upper[0]);
@@ -356,8 +378,8 @@ struct Refine<'t, 'a, 's> {
     tile: &'t mut Work<'a, 's>,
     delta: &'t mut [f32],
     span: (usize, usize),
-    /// Repetitions, and whether scales move.
-    options: (usize, bool),
+    /// Repetitions, whether scales move, and whether the mask does.
+    options: (usize, bool, Mask),
 }
 
 impl WithSimd for Refine<'_, '_, '_> {
@@ -365,7 +387,18 @@ impl WithSimd for Refine<'_, '_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tile, delta, span: (first, end), options: (inner, refit) } = self;
+        if self.tile.kept.is_empty() {
+            self.run::<S, false>(simd);
+        } else {
+            self.run::<S, true>(simd);
+        }
+    }
+}
+
+impl Refine<'_, '_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const MASKED: bool>(self, simd: S) {
+        let Self { tile, delta, span: (first, end), options: (inner, refit, mask) } = self;
         let (width, rows) = (end - first, tile.rows);
         let zeros = vec![simd.splat_f32s(0.0); width];
         let (mut residual, mut product, mut old) = (zeros.clone(), zeros.clone(), zeros);
@@ -381,7 +414,10 @@ impl WithSimd for Refine<'_, '_, '_> {
                     if refit {
                         tile.refit(simd, &mut residual, &mut product, span, group, r);
                     }
-                    tile.descend(simd, &mut residual, span, (group, group + step), r);
+                    tile.descend::<S, MASKED>(simd, &mut residual, span, (group, group + step), r);
+                }
+                if let (true, Mask::Free(group)) = (MASKED, mask) {
+                    tile.exchange(simd, &mut residual, (first, end), group, r);
                 }
             }
             for (at, &old) in old.iter().enumerate() {
@@ -461,7 +497,7 @@ impl Work<'_, '_> {
 
     /// Each code of the columns `from..to` moves to the minimum along its column.
     #[inline(always)]
-    fn descend<S: Simd>(
+    fn descend<S: Simd, const MASKED: bool>(
         &mut self,
         simd: S,
         residual: &mut [S::f32s],
@@ -480,12 +516,52 @@ impl Work<'_, '_> {
             let inverse = simd.splat_f32s(1.0 / h[column - first]);
             let gain = simd.mul_f32s(inverse, simd.div_f32s(one, scale));
             let ideal = simd.mul_add_f32s(residual[column - first], gain, code);
-            let moved = round_code(simd, ideal, top);
+            let mut moved = round_code(simd, ideal, top);
+            if MASKED {
+                let (zero, kept) =
+                    (load::<S>(&self.zeros, column / size * rows + r), load::<S>(self.kept, at));
+                moved = simd.mul_add_f32s(simd.sub_f32s(moved, zero), kept, zero);
+            }
             let minus = simd.mul_f32s(simd.sub_f32s(code, moved), scale);
             if simd.reduce_max_f32s(simd.abs_f32s(minus)) > 0.0 {
                 store::<S>(self.codes, at, moved);
                 add_scaled(simd, residual, minus, h);
             }
+        }
+    }
+
+    /// Exchanges pruned weights for kept ones where that lowers the objective.
+    #[inline(always)]
+    fn exchange<S: Simd>(
+        &mut self,
+        simd: S,
+        residual: &mut [S::f32s],
+        (first, end): (usize, usize),
+        group: Group,
+        r: usize,
+    ) {
+        let (n, rows, size) = (self.n, self.rows, self.size);
+        let none = simd.splat_f32s(0.0);
+        let (mut values, mut kept) = (vec![none; end - first], vec![none; end - first]);
+        for column in first..end {
+            values[column - first] = self.values(simd, column, r);
+            kept[column - first] = load::<S>(self.kept, column * rows + r);
+        }
+        let top = f32::from(self.scheme.max_code());
+        let (scales, zeros) = (&self.scales, &self.zeros);
+        let project = |at: usize, lane: usize, value: f32| {
+            let group = (first + at) / size * rows + r + lane;
+            let (scale, zero) = (scales[group], zeros[group]);
+            ((value / scale + zero).round_ties_even().clamp(0.0, top) - zero) * scale
+        };
+        swap(simd, residual, &mut values, &mut kept, (self.hessian, n, first), group, project);
+        for column in first..end {
+            let at = column / size * rows + r;
+            let (scale, zero) = (load::<S>(&self.scales, at), load::<S>(&self.zeros, at));
+            let level = simd.div_f32s(values[column - first], scale);
+            let code = round_code(simd, simd.add_f32s(level, zero), simd.splat_f32s(top));
+            store::<S>(self.codes, column * rows + r, code);
+            store::<S>(self.kept, column * rows + r, kept[column - first]);
         }
     }
 }
