@@ -128,6 +128,7 @@ pub(crate) fn verify(
         opened.checkpoint.release(&header.name);
     }
     if let Some(source) = source {
+        let gone = removed_blocks(path, opened.decoder.spec.layers);
         for header in source.headers() {
             let here = |name: &str| opened.checkpoint.header(name).is_some();
             let site = header.name.strip_suffix(".weight").unwrap_or(&header.name);
@@ -137,7 +138,8 @@ pub(crate) fn verify(
             let computed = opened.checkpoint.gguf().is_some() && header.name.ends_with(".inv_freq");
             let renamed = header.name == opened.decoder.graph.embedding
                 || (opened.decoder.graph.tied && header.name == "lm_head.weight");
-            if !here(&header.name) && !packed && !renamed && !computed {
+            let removed = gone.iter().any(|prefix| header.name.starts_with(prefix));
+            if !here(&header.name) && !packed && !renamed && !computed && !removed {
                 result
                     .problems
                     .push(format!("{}: in the source, but not in the artifact", header.name));
@@ -145,4 +147,18 @@ pub(crate) fn verify(
         }
     }
     Ok(result)
+}
+
+/// Prefixes of the blocks of the source that have no place among the `left` ones of the artifact: those that a pass
+/// on the whole model has removed, as the report says.
+fn removed_blocks(path: &Path, left: usize) -> Vec<String> {
+    let report = attar_formats::read_json(&path.join(artifact::REPORT)).ok();
+    let entries = report.as_ref().and_then(|report| report.get("model")?.as_array());
+    let removed = entries.into_iter().flatten().filter(|entry| entry["what"] == "blocks");
+    let removed: u64 = removed
+        .filter_map(|entry| {
+            Some(entry["before"].as_u64()?.saturating_sub(entry["after"].as_u64()?).min(1 << 16))
+        })
+        .sum();
+    (left..left + removed as usize).map(|index| format!("model.layers.{index}.")).collect()
 }

@@ -5,6 +5,7 @@ mod bundle;
 mod gguf;
 mod headers;
 mod memory;
+mod model_passes;
 mod provenance;
 mod refusals;
 mod resume;

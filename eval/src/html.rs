@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use attar_ir::Event;
+use attar_ir::{Event, ModelEntry};
 
 use crate::{
     Evaluation, Report,
@@ -64,6 +64,9 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
              <code>attar eval</code> with <code>--reference</code>.</p>",
         );
     }
+    if !report.model.is_empty() {
+        whole_model(out, &report.model)?;
+    }
     let quantized: Vec<&SiteEntry> = report.sites.iter().filter(|s| s.scheme.is_some()).collect();
     if !quantized.is_empty() {
         errors(out, &quantized)?;
@@ -93,6 +96,31 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
     sites(out, report)?;
     ledger(out, report)?;
     writeln!(out, "<p><small>attar {}</small></html>", escape(&report.attar))
+}
+
+/// What passes on the whole model took away.
+fn whole_model(out: &mut String, entries: &[ModelEntry]) -> std::fmt::Result {
+    out.push_str(
+        "<h2>Whole model</h2><table><tr><th>step<th>what<th class=\"n\">before<th class=\"n\">after\
+         <th class=\"n\">output error<th>removed",
+    );
+    for entry in entries {
+        let error = entry.output_error.map_or_else(|| "-".to_owned(), |e| format!("{e:.3e}"));
+        let first: Vec<_> = entry.removed.iter().take(12).map(usize::to_string).collect();
+        let more = entry.removed.len().saturating_sub(first.len());
+        write!(
+            out,
+            "<tr><td>{}<td>{}<td class=\"n\">{}<td class=\"n\">{}<td class=\"n\">{error}<td>{}{}",
+            escape(&entry.step),
+            escape(&entry.what),
+            entry.before,
+            entry.after,
+            first.join(", "),
+            if more > 0 { format!(" and {more} more") } else { String::new() }
+        )?;
+    }
+    out.push_str("</table>");
+    Ok(())
 }
 
 fn accuracy(out: &mut String, eval: &Evaluation) -> std::fmt::Result {

@@ -178,6 +178,8 @@ pub struct ModelPassDef {
     pub summary: &'static str,
     /// Source of the algorithm.
     pub paper: &'static str,
+    /// A recipe that runs on any small model, for RECIPES.md. Calibration data comes from the command line.
+    pub example: &'static str,
     /// Builds the pass from the step's own options; refuses unknown keys.
     pub build: fn(&toml::Table) -> Result<Box<dyn ModelPass>, RecipeError>,
     /// JSON Schema of the step's own options.

@@ -161,7 +161,12 @@ impl Decoder {
             }],
             norms: vec![Norm { tensor: "model.norm.weight".into(), width: hidden }],
             inputs: vec![InputGroup { name: "head input", width: hidden, sites: vec![0] }],
-            folds: Vec::new(),
+            // A scale folded into a tied head would reach the embedding.
+            folds: if spec.tied {
+                Vec::new()
+            } else {
+                vec![Fold { producer: Producer::Norm(0), input: 0, map: ChannelMap::Identity }]
+            },
             attention: None,
         };
         let graph = ModelGraph {

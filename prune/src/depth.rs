@@ -14,6 +14,12 @@ pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "prune_depth",
     summary: "take whole blocks away, those that change the stream or the loss least",
     paper: "Men et al. 2024, arXiv:2403.03853; Song et al. 2024, arXiv:2402.09025",
+    example: "\
+[[step]]\n\
+pass = \"prune_depth\"\n\
+blocks = 1\n\
+by = \"loss\"\n\
+",
     build: |table| Ok(Box::new(Depth(options(table, &["blocks", "by"])?))),
     schema: || schemars::schema_for!(Options),
 };

@@ -19,6 +19,15 @@ pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "prune_ffn",
     summary: "take whole FFN channels away, equally many in every block",
     paper: "Ling et al. 2024, arXiv:2412.18110; Meng et al. 2024, arXiv:2403.12983",
+    example: "\
+[[step]]\n\
+pass = \"prune_ffn\"\n\
+ratio = 0.25\n\
+\n\
+[[step]]\n\
+pass = \"gptq\"\n\
+scheme = { bits = 4, group_size = 32 }\n\
+",
     build: |table| {
         let known = ["ratio", "importance", "update", "multiple_of", "percdamp"];
         Ok(Box::new(Ffn(options(table, &known)?)))

@@ -19,6 +19,11 @@ pub(crate) const GROUPS: ModelPassDef = ModelPassDef {
     name: "prune_kv_groups",
     summary: "take key/value heads away with their query heads, equally many in every block",
     paper: "Kurtic et al. 2023, arXiv:2302.04089",
+    example: "\
+[[step]]\n\
+pass = \"prune_kv_groups\"\n\
+ratio = 0.25\n\
+",
     build: |table| Ok(Box::new(Heads { groups: true, options: options(table, KEYS)? })),
     schema: || schemars::schema_for!(Options),
 };
@@ -28,6 +33,11 @@ pub(crate) const HEADS: ModelPassDef = ModelPassDef {
     name: "prune_heads",
     summary: "take query heads away, equally many of every key/value head",
     paper: "Kurtic et al. 2023, arXiv:2302.04089",
+    example: "\
+[[step]]\n\
+pass = \"prune_heads\"\n\
+ratio = 0.5\n\
+",
     build: |table| Ok(Box::new(Heads { groups: false, options: options(table, KEYS)? })),
     schema: || schemars::schema_for!(Options),
 };

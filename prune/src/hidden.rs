@@ -21,6 +21,11 @@ pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "prune_hidden",
     summary: "take channels of the residual stream away in the whole model",
     paper: "Muralidharan et al. 2024, arXiv:2407.14679",
+    example: "\
+[[step]]\n\
+pass = \"prune_hidden\"\n\
+ratio = 0.25\n\
+",
     build: |table| Ok(Box::new(Hidden(options(table, &["ratio", "multiple_of"])?))),
     schema: || schemars::schema_for!(Options),
 };

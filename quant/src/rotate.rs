@@ -31,6 +31,14 @@ pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "rotate",
     summary: "turn the residual stream and the value heads by orthogonal matrices merged into the weights",
     paper: "Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406",
+    example: "\
+[[step]]\n\
+pass = \"rotate\"\n\
+\n\
+[[step]]\n\
+pass = \"gptq\"\n\
+scheme = { bits = 4, group_size = -1 }\n\
+",
     build: |table| {
         let options = options(table, &["kind", "stream", "values"])?;
         Ok(Box::new(Rotate { options, known: Mutex::default() }))

@@ -1,0 +1,169 @@
+//! Passes on the whole model from the command line: what they promise holds in the files.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use super::{attar, data, model};
+
+fn compress(recipe: &str, out: &Path, extra: &[&str]) -> (i32, String, String) {
+    let file = out.with_extension("toml");
+    fs::write(&file, recipe).unwrap();
+    let (model, file, text) = (model(), file.display().to_string(), data("tinystories_calib.txt"));
+    let (out, text) = (out.display().to_string(), text.display().to_string());
+    let mut args = vec!["compress", &model, "--recipe", &file, "--out", &out, "--text", &text];
+    args.extend(["--context", "256", "--samples", "12"]);
+    args.extend(extra);
+    attar(&args)
+}
+
+fn logits(path: &Path) -> Vec<f32> {
+    let dump = path.with_extension("logits");
+    let (path, text) = (path.display().to_string(), data("tinystories_val.txt"));
+    let (to, text) = (dump.display().to_string(), text.display().to_string());
+    let mut args = vec!["eval", &path, "--text", &text, "--context", "256"];
+    args.extend(["--max-windows", "2", "--dump-logits", &to, "--json"]);
+    let (code, _, error) = attar(&args);
+    assert_eq!(code, 0, "{error}");
+    let bytes = fs::read(dump).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let data = tensors.tensor("logits").unwrap().data().to_vec();
+    data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// `‖a − b‖ / ‖b‖`.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|v| f64::from(v) * f64::from(v)).sum::<f64>()
+    };
+    assert_eq!(a.len(), b.len());
+    (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut b.iter().copied())).sqrt()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_rotated_model_computes_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let original = logits(&data("tinystories-656k"));
+    for (name, options) in
+        [("hadamard", ""), ("orthogonal", "kind = \"orthogonal\""), ("values", "stream = false")]
+    {
+        let out = dir.path().join(name);
+        let recipe = format!("[[step]]\npass = \"rotate\"\n{options}\n");
+        let (code, _, error) = compress(&recipe, &out, &[]);
+        assert_eq!(code, 0, "{error}");
+        let far = distance(&logits(&out), &original);
+        assert!(far < 1e-5, "{name}: {far:e}");
+        let config = json(&out.join("config.json"));
+        assert_eq!(config["tie_word_embeddings"], name == "values", "{name}");
+        let (code, stdout, error) =
+            attar(&["verify", &out.display().to_string(), "--source", &model()]);
+        assert_eq!(code, 0, "{stdout}{error}");
+    }
+    // Another basis, another rounding: the seed reaches the bytes, threads do not.
+    let recipe = "[[step]]\npass = \"rotate\"\n[[step]]\npass = \"rtn\"\nscheme = { bits = 4 }\n";
+    let bytes = |name: &str, extra: &[&str]| {
+        let out = dir.path().join(name);
+        let (code, _, error) = compress(recipe, &out, extra);
+        assert_eq!(code, 0, "{error}");
+        fs::read(out.join("model.safetensors")).unwrap()
+    };
+    let one = bytes("one", &["--threads", "1"]);
+    assert!(one == bytes("two", &["--threads", "2"]));
+    assert!(one != bytes("other", &["--seed", "1"]));
+}
+
+#[test]
+fn a_pruned_model_has_the_shapes_that_were_planned_and_the_update_lowers_its_error() {
+    let dir = tempfile::tempdir().unwrap();
+    for (pass, options, expected) in [
+        ("prune_ffn", "ratio = 0.25\nmultiple_of = 32", ("intermediate_size", 288)),
+        ("prune_kv_groups", "ratio = 0.25", ("num_attention_heads", 6)),
+        ("prune_heads", "ratio = 0.5", ("num_attention_heads", 4)),
+    ] {
+        let mut errors = Vec::new();
+        for update in [true, false] {
+            let out = dir.path().join(format!("{pass}-{update}"));
+            let recipe = format!("[[step]]\npass = \"{pass}\"\n{options}\nupdate = {update}\n");
+            let (code, _, error) = compress(&recipe, &out, &[]);
+            assert_eq!(code, 0, "{pass}: {error}");
+            let config = json(&out.join("config.json"));
+            assert_eq!(config[expected.0], expected.1, "{pass}");
+            let report = json(&out.join("report.json"));
+            let lines = report["model"].as_array().unwrap();
+            assert_eq!(lines.len(), 2, "{pass}: one line for each block");
+            errors.push(lines[0]["output_error"].as_f64().unwrap());
+            let (code, stdout, error) =
+                attar(&["verify", &out.display().to_string(), "--source", &model()]);
+            assert_eq!(code, 0, "{pass}: {stdout}{error}");
+            assert!(logits(&out).iter().all(|v| v.is_finite()));
+        }
+        assert!(errors[0] < errors[1], "{pass}: {errors:?}");
+    }
+}
+
+#[test]
+fn blocks_and_channels_of_the_whole_model_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("depth");
+    let recipe = "[[step]]\npass = \"prune_depth\"\nby = \"loss\"\n\
+                  [[step]]\npass = \"prune_hidden\"\nratio = 0.25\n\
+                  [[step]]\npass = \"rtn\"\nscheme = { bits = 8, group_size = 32 }\n";
+    let (code, _, error) = compress(recipe, &out, &[]);
+    assert_eq!(code, 0, "{error}");
+    let config = json(&out.join("config.json"));
+    assert_eq!((&config["num_hidden_layers"], &config["hidden_size"]), (&1.into(), &96.into()));
+    // The width of a head no longer follows from the others.
+    assert_eq!(config["head_dim"], 16);
+    let report = json(&out.join("report.json"));
+    let what: Vec<_> = report["model"].as_array().unwrap().iter().map(|e| &e["what"]).collect();
+    assert_eq!(what, ["blocks", "hidden"]);
+    let (code, stdout, error) =
+        attar(&["verify", &out.display().to_string(), "--source", &model()]);
+    assert_eq!(code, 0, "{stdout}{error}");
+    // The same recipe again, as the manifest tells it.
+    let again = dir.path().join("again");
+    let (code, _, error) = compress(recipe, &again, &["--threads", "1"]);
+    assert_eq!(code, 0, "{error}");
+    for file in ["model.safetensors", "attar_manifest.json"] {
+        assert!(fs::read(out.join(file)).unwrap() == fs::read(again.join(file)).unwrap(), "{file}");
+    }
+}
+
+#[test]
+fn what_cannot_be_reshaped_is_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let rtn = "[[step]]\npass = \"rtn\"\nscheme = { bits = 4 }\n";
+    for (at, (recipe, expected)) in [
+        (
+            format!("{rtn}[[step]]\npass = \"prune_ffn\"\n"),
+            "step[1] (prune_ffn): works on the whole model",
+        ),
+        ("[[step]]\npass = \"prune_ffn\"\nratio = 1.5\n".into(), "between 0 and 1"),
+        ("[[step]]\npass = \"prune_ffn\"\nratio = 0.01\n".into(), "leaves 384"),
+        ("[[step]]\npass = \"prune_kv_groups\"\nratio = 0.1\n".into(), "leaves 4"),
+        ("[[step]]\npass = \"prune_heads\"\nratio = 0.1\n".into(), "equally many of each of 4"),
+        ("[[step]]\npass = \"prune_depth\"\nblocks = 2\n".into(), "expected 1 to 1"),
+        (format!("[[step]]\npass = \"prune_ffn\"\nratio = 0.25\nmultiple_of = 32\n{rtn}"), "288"),
+        ("[[step]]\npass = \"rotate\"\nsites = \"mlp.*\"\n".into(), "leave `sites` away"),
+        ("[[step]]\npass = \"rotate\"\nstream = false\nvalues = false\n".into(), "neither"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(at.to_string());
+        let (code, _, error) = compress(&recipe, &out, &[]);
+        assert_eq!(code, 2, "{recipe}: {error}");
+        assert!(error.contains(expected), "{recipe}: {error}");
+        assert!(!out.exists() && !out.with_extension("scratch").exists());
+    }
+    let out = dir.path().join("text").display().to_string();
+    let file = dir.path().join("r.toml");
+    fs::write(&file, "[[step]]\npass = \"prune_ffn\"\n").unwrap();
+    let file = file.display().to_string();
+    let (code, _, error) = attar(&["compress", &model(), "--recipe", &file, "--out", &out]);
+    assert!(code == 2 && error.contains("needs calibration data"), "{error}");
+}
