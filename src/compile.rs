@@ -478,6 +478,7 @@ fn produce(
                 source_bytes: job.checkpoint.file_bytes()?,
                 bits_per_weight: opened.bits_per_weight(),
                 sites: sites.clone(),
+                sparsity: checked.sparsity,
                 eval,
                 notes: [plan.notes.clone(), kept.warnings].concat(),
                 ledger,

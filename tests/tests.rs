@@ -6,6 +6,7 @@ mod gguf;
 mod headers;
 mod memory;
 mod provenance;
+mod pruning;
 mod refusals;
 mod resume;
 mod targets;

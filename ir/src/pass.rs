@@ -26,6 +26,8 @@ pub enum Touches {
     /// One site at a time: may run stage by stage, each stage reading what the compressed former stage
     /// puts out.
     Sites,
+    /// One site at a time, on the statistics of the whole block as it was before any of its sites changed.
+    Block,
     /// Producers along folds too: needs the statistics of the whole block before any site of it is
     /// quantized.
     Folds,

@@ -3,8 +3,10 @@
 //! The score of a weight is `|w_ij| · ‖x_j‖₂` with `‖x_j‖₂` the norm of input channel j over all calibration tokens; of
 //! each output row the least become zero, with n:m of each m weights of a row. Kept weights stay what they are.
 //! `weight [out, in]`, cost O(out·in). The norms come from the sum of squares over tokens; when the Hessian is there
-//! its diagonal would do as well. Differs from the authors' code: inputs of later layers of a block are those that the
-//! pruned earlier ones put out, where theirs are the unpruned block's.
+//! its diagonal would do as well.
+//!
+//! Statistics are those of the original model, which takes one forward; the authors' code takes those of each block
+//! before it is pruned, behind the pruned earlier blocks, which takes two: `upstream = "compressed"`.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
@@ -61,8 +63,8 @@ impl Pass for Wanda {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange { sparsity, ..FormChange::NONE },
             needs: Needs::SQUARE_SUM,
-            upstream: Upstream::Compressed,
-            touches: Touches::Sites,
+            upstream: Upstream::Original,
+            touches: Touches::Block,
             looks_ahead: false,
         }
     }

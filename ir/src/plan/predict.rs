@@ -542,7 +542,7 @@ impl<'a> Walk<'a> {
                 let stored = Self::stored(block, targets, &steps[step]);
                 self.add(Moment {
                     what: steps[step].label.clone(),
-                    place: if steps[step].contract.touches == Touches::Folds {
+                    place: if steps[step].contract.touches != Touches::Sites {
                         "whole block".into()
                     } else {
                         String::new()
