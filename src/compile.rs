@@ -593,6 +593,7 @@ fn walk_variant<'a>(
             Ok(())
         });
         let mut walking = || -> Result<bool, Error> {
+            walk.survey()?;
             for block in job.decoder.graph.all_blocks() {
                 if blocks[block.index].rounds.is_empty() {
                     bar.inc(1);

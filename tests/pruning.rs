@@ -190,6 +190,40 @@ fn pruning_does_not_depend_on_threads_and_goes_on_after_a_kill() {
 }
 
 #[test]
+fn owl_gives_blocks_their_own_ratios() {
+    let dir = tempfile::tempdir().unwrap();
+    for (pass, more) in [("wanda", ""), ("sparsegpt", "scheme = { bits = 4, group_size = 64 }")] {
+        let options = format!("sparsity = 0.5\nratios = \"owl\"\nlambda = 0.1\n{more}");
+        let (out, cache) = (dir.path().join(pass), dir.path().join("cache").display().to_string());
+        let (code, _, error) = compress(&step(pass, &options), &out, &["--scratch", &cache]);
+        assert_eq!(code, 0, "{error}");
+        let report: Value =
+            serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
+        let zeros: Vec<f64> = report["sparsity"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|l| l["zeros"].as_f64().unwrap())
+            .collect();
+        // Two blocks: one is at each end of the range.
+        let (first, second) = (zeros[0], zeros[13]);
+        assert!((first + second - 1.0).abs() < 0.01, "{zeros:?}");
+        assert!(((first - second).abs() - 0.2).abs() < 0.01, "{zeros:?}");
+        // A second run has nothing left to do, and asks for no survey.
+        let again = dir.path().join(format!("{pass}-again"));
+        let (code, stdout, _) = compress(&step(pass, &options), &again, &["--scratch", &cache]);
+        assert!(code == 0 && stdout.contains("results were there already"), "{stdout}");
+        assert!(
+            fs::read(out.join("model.safetensors")).unwrap()
+                == fs::read(again.join("model.safetensors")).unwrap()
+        );
+    }
+    let (code, _, error) =
+        compress(&step("wanda", "pattern = \"2:4\"\nratios = \"owl\""), &dir.path().join("x"), &[]);
+    assert!(code == 2 && error.contains("step[0].ratios: `owl` gives each block"), "{error}");
+}
+
+#[test]
 fn recipes_md_is_what_the_passes_say() {
     let (code, stdout, _) = attar(&["passes", "--markdown"]);
     assert_eq!(code, 0);

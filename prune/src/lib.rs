@@ -3,6 +3,7 @@
 
 mod magnitude;
 mod options;
+mod owl;
 mod sparsegpt;
 mod wanda;
 

@@ -206,6 +206,10 @@ fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
 fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     let Facts { graph, steps, passes, tokens, context, .. } = *facts;
     let mut work = Work::default();
+    if passes.iter().any(|pass| pass.surveys().is_some()) {
+        let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
+        work.forward += each.sum::<f64>();
+    }
     let (block_rounds, last_observed) = schedule(facts);
     let mut original = false;
     for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
