@@ -61,8 +61,8 @@ pub(crate) fn check(path: &Path, opened: &Opened) -> Result<(Vec<Zeros>, Vec<Str
     if promises.is_empty() {
         return Ok((lines, problems));
     }
-    let mean =
-        promises.values().map(|promise| promise.density).sum::<f64>() / promises.len() as f64;
+    // Of all sites together: OWL shares zeros out among blocks.
+    let mut promised = 0.0;
     let (mut zeros, mut weights) = (0, 0);
     for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
         let Some(promise) = promises.get(&site.name) else { continue };
@@ -70,6 +70,7 @@ pub(crate) fn check(path: &Path, opened: &Opened) -> Result<(Vec<Zeros>, Vec<Str
         let count = values.iter().filter(|&&w| w == 0.0).count();
         zeros += count;
         weights += values.len();
+        promised += (1.0 - promise.density) * values.len() as f64;
         let mut pattern = None;
         if let Sparsity::NM { n, m } = promise.sparsity {
             let rows = values.chunks(site.in_features.max(1)).enumerate();
@@ -90,13 +91,13 @@ pub(crate) fn check(path: &Path, opened: &Opened) -> Result<(Vec<Zeros>, Vec<Str
         lines.push(Zeros { site: site.name.clone(), zeros, pattern });
     }
     // Rows and tiles are rounded to whole weights, half a weight each.
-    let found = zeros as f64 / f64::from(u32::try_from(weights.max(1)).unwrap_or(u32::MAX));
-    if found + 0.01 < 1.0 - mean {
+    let part = |count: f64| count / weights.max(1) as f64;
+    if part(zeros as f64) + 0.01 < part(promised) {
         problems.push(format!(
             "{:.2} % of the weights of {} sites are zero, promised were {:.2} %",
-            100.0 * found,
+            100.0 * part(zeros as f64),
             lines.len(),
-            100.0 * (1.0 - mean)
+            100.0 * part(promised)
         ));
     }
     Ok((lines, problems))

@@ -125,6 +125,14 @@ fn print_report(path: &std::path::Path, report: &Report) {
         };
         say!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
     }
+    if !report.sparsity.is_empty() {
+        let mean = report.sparsity.iter().map(|line| line.zeros).sum::<f64>();
+        say!(
+            "  {} pruned linears, {:.2} % zero on average, read back",
+            report.sparsity.len(),
+            100.0 * mean / report.sparsity.len() as f64
+        );
+    }
     if report.reused.0 > 0 {
         say!("  {} of {} results were there already", report.reused.0, report.reused.1);
     }
