@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""peer_llmc.py MODEL IDS.jsonl OUT --algorithm rtn|gptq|awq [--samples N] [--context N] [--threads N]
+"""peer_llmc.py MODEL IDS.jsonl OUT --algorithm rtn|gptq|awq|sparsegpt|wanda [--pattern 50|2:4] [--samples N] [--context N] [--threads N]
              [--bits 4] [--group 128]
 
 llm-compressor on a CPU, for comparisons in one run: by default W4 group 128, symmetric (AWQ asymmetric, 20 grid points, duo scaling), loaded as
@@ -8,7 +8,7 @@ f32, head and embeddings untouched. Runs in llm-compressor's own environment; pr
 import argparse, json, os, sys, time
 start = time.time()
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("model"); p.add_argument("ids"); p.add_argument("out"); p.add_argument("--algorithm", required=True, choices=["rtn", "gptq", "awq"])
+p.add_argument("model"); p.add_argument("ids"); p.add_argument("out"); p.add_argument("--algorithm", required=True, choices=["rtn", "gptq", "awq", "sparsegpt", "wanda"]); p.add_argument("--pattern", default="50", choices=["50", "2:4"])
 p.add_argument("--samples", type=int, default=64); p.add_argument("--context", type=int, default=512); p.add_argument("--threads", type=int, default=1)
 p.add_argument("--bits", type=int, default=4); p.add_argument("--group", type=int, default=128)
 a = p.parse_args()
@@ -33,6 +33,10 @@ weights = QuantizationArgs(num_bits=a.bits, type="int", symmetric=a.algorithm !=
 common = dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
 if a.algorithm == "gptq": recipe = [GPTQModifier(**common)]
 elif a.algorithm == "rtn": recipe = [QuantizationModifier(**common)]
+elif a.algorithm in ("sparsegpt", "wanda"):
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    kind = SparseGPTModifier if a.algorithm == "sparsegpt" else WandaPruningModifier
+    recipe = [kind(sparsity=0.5, mask_structure="2:4" if a.pattern == "2:4" else "0:0", targets=["Linear"], ignore=["re:.*lm_head"])]
 else:
     from llmcompressor.modifiers.transform.awq import AWQModifier
     recipe = [AWQModifier(duo_scaling=True), QuantizationModifier(**common)]
@@ -41,5 +45,5 @@ if a.algorithm != "rtn":
     rows = [json.loads(line)["input_ids"][: a.context] for line in open(a.ids) if line.strip()][: a.samples]
     data = dict(dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]}), max_seq_length=a.context, num_calibration_samples=len(rows))
 oneshot(model=model, recipe=recipe, **data); done("oneshot")
-model.save_pretrained(a.out, save_compressed=True); done("save")
+model.save_pretrained(a.out, save_compressed=a.algorithm not in ("sparsegpt", "wanda")); done("save")
 print("PHASES " + json.dumps({k: round(v, 2) for k, v in phases.items()}), flush=True)

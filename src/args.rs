@@ -65,6 +65,9 @@ pub(crate) enum Command {
         /// Print the JSON Schema of recipes.
         #[arg(long)]
         schema: bool,
+        /// Print every pass with its options and a recipe that runs: RECIPES.md.
+        #[arg(long, conflicts_with = "schema")]
+        markdown: bool,
     },
 }
 

@@ -528,6 +528,7 @@ fn produce(
                 bits_per_weight: opened.bits_per_weight(),
                 model: start.made.as_ref().map(|made| made.entries.clone()).unwrap_or_default(),
                 sites: sites.clone(),
+                sparsity: checked.sparsity,
                 eval,
                 notes: [plan.notes.clone(), kept.warnings].concat(),
                 ledger,
@@ -677,6 +678,7 @@ fn walk_variant<'a>(
             Ok(())
         });
         let mut walking = || -> Result<bool, Error> {
+            walk.survey()?;
             for block in decoder.graph.all_blocks() {
                 if blocks[block.index].rounds.is_empty() {
                     bar.inc(1);

@@ -28,6 +28,7 @@ mod packed;
 mod progress;
 mod provenance;
 mod registry;
+mod sparsity;
 mod trace;
 mod verify;
 

@@ -16,6 +16,9 @@ const PIECE: usize = 1 << 20;
 pub(crate) struct Verification {
     pub(crate) quantized: usize,
     pub(crate) dense: usize,
+    /// Zeros of sites that were pruned.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) sparsity: Vec<attar_eval::report::Zeros>,
     pub(crate) kernels: Vec<KernelLine>,
     pub(crate) problems: Vec<String>,
 }
@@ -61,6 +64,9 @@ pub(crate) fn verify(
     }
     let opened = Opened::open(path)?;
     result.problems.extend(crate::bundle::check(path, &opened)?);
+    let (sparsity, broken) = crate::sparsity::check(path, &opened)?;
+    result.sparsity = sparsity;
+    result.problems.extend(broken);
     let mut smallest: BTreeMap<String, (usize, String)> = BTreeMap::new();
     for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
         if let Some(scheme) = opened.scheme_of(site) {

@@ -7,6 +7,7 @@ mod headers;
 mod memory;
 mod model_passes;
 mod provenance;
+mod pruning;
 mod refusals;
 mod resume;
 mod targets;

@@ -71,6 +71,7 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
     if !quantized.is_empty() {
         errors(out, &quantized)?;
     }
+    sparsity(out, report)?;
     time(out, &report.timings)?;
     timeline(out, &report.timeline)?;
     if report.reused.0 > 0 {
@@ -117,6 +118,25 @@ fn whole_model(out: &mut String, entries: &[ModelEntry]) -> std::fmt::Result {
             entry.after,
             first.join(", "),
             if more > 0 { format!(" and {more} more") } else { String::new() }
+        )?;
+    }
+    out.push_str("</table>");
+    Ok(())
+}
+
+/// Zeros per site that was pruned.
+fn sparsity(out: &mut String, report: &Report) -> std::fmt::Result {
+    if report.sparsity.is_empty() {
+        return Ok(());
+    }
+    out.push_str("<h2>Zeros</h2><table><tr><th>site<th class=\"n\">% zero<th>pattern, read back");
+    for line in &report.sparsity {
+        write!(
+            out,
+            "<tr><td>{}<td class=\"n\">{:.2}<td>{}",
+            escape(&line.site),
+            100.0 * line.zeros,
+            line.pattern.as_deref().unwrap_or("-")
         )?;
     }
     out.push_str("</table>");
@@ -399,6 +419,11 @@ mod tests {
         };
         let span = |phase, start, end| Span { phase, what: "a&b".into(), start, end };
         let report = Report {
+            sparsity: vec![crate::report::Zeros {
+                site: "model.layers.0.mlp.up_proj".into(),
+                zeros: 0.5,
+                pattern: Some("2:4".into()),
+            }],
             attar: "0".into(),
             layout: "<b>".into(),
             isa: "scalar".into(),

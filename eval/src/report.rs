@@ -101,6 +101,17 @@ pub struct Span {
     pub end: f64,
 }
 
+/// Zeros of a site that was pruned, counted in the artifact as it is read back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Zeros {
+    /// Site name.
+    pub site: String,
+    /// Fraction of the weights.
+    pub zeros: f64,
+    /// The pattern that was found to hold, `2:4`.
+    pub pattern: Option<String>,
+}
+
 /// The report of one artifact.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -125,6 +136,9 @@ pub struct Report {
     pub model: Vec<ModelEntry>,
     /// Per site and pass.
     pub sites: Vec<SiteEntry>,
+    /// Zeros per pruned site.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub sparsity: Vec<Zeros>,
     /// Accuracy, when an evaluation text was given.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub eval: Option<Evaluation>,

@@ -26,6 +26,8 @@ pub enum Touches {
     /// One site at a time: may run stage by stage, each stage reading what the compressed former stage
     /// puts out.
     Sites,
+    /// One site at a time, on the statistics of the whole block as it was before any of its sites changed.
+    Block,
     /// Producers along folds too: needs the statistics of the whole block before any site of it is
     /// quantized.
     Folds,
@@ -76,6 +78,8 @@ pub struct PassContext<'a> {
     pub block: &'a Block,
     /// Seed of the run.
     pub seed: u64,
+    /// What [`Pass::survey`] found in each decoder block, in order; empty for passes that survey nothing.
+    pub survey: &'a [f64],
     /// Where the large parts of a factorization lie; `None` is memory. Bits do not depend on it.
     pub scratch: Option<&'a Scratch>,
 }
@@ -194,6 +198,19 @@ pub trait Pass: Debug + Send + Sync {
                             `scheme` that the layout carries",
             ),
         }
+    }
+
+    /// Statistics of the original model that [`Pass::survey`] reads; `None` for passes that work on a block without
+    /// knowing the others.
+    fn surveys(&self) -> Option<Needs> {
+        None
+    }
+
+    /// One number of a decoder block as it is in the checkpoint, taken of all blocks (one forward of the original
+    /// model) before any is worked on, and given back in [`PassContext::survey`]. `stats` holds what
+    /// [`Pass::surveys`] asks for, for every input.
+    fn survey(&self, _: &Block, _: &[Target], _: &BlockState, _: &BlockStats) -> f64 {
+        0.0
     }
 
     /// What it costs on `targets` of a block, statistics excluded, within `limits`.

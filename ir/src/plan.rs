@@ -169,7 +169,7 @@ pub struct PlanStep {
 /// Steps of one block that run on the same statistics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Round {
-    /// True: one step that touches folds and needs the statistics of the whole block beforehand. False:
+    /// True: one step that needs the statistics of the whole block beforehand. False:
     /// steps that run stage by stage (input group by input group, in data order), each stage reading
     /// what the former compressed ones put out.
     pub whole: bool,
@@ -365,7 +365,7 @@ impl std::fmt::Display for Plan {
     }
 }
 
-/// Splits a block's steps: each that touches folds alone, consecutive others of one upstream together.
+/// Splits a block's steps: each that needs the whole block alone, consecutive others of one upstream together.
 fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
     let shape = graph.all_blocks().nth(block).expect("a block of this graph");
     let mut rounds: Vec<Round> = Vec::new();
@@ -374,7 +374,7 @@ fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
         if targets.is_empty() {
             continue;
         }
-        let whole = step.contract.touches == Touches::Folds;
+        let whole = step.contract.touches != Touches::Sites;
         let upstream = step.contract.upstream;
         let joins =
             rounds.last().is_some_and(|last| !whole && !last.whole && last.upstream == upstream);

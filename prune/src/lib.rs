@@ -9,6 +9,7 @@ mod heads;
 mod hidden;
 mod magnitude;
 mod options;
+mod owl;
 mod sparsegpt;
 mod wanda;
 

@@ -36,7 +36,11 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::{magnitude::finish, options::pattern};
+use crate::{
+    magnitude::finish,
+    options::pattern,
+    owl::{NEEDS, Owl, Ratios, chosen},
+};
 
 /// Registration of `sparsegpt`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -54,13 +58,25 @@ scheme = { bits = 4, group_size = 64 }
     build: |table| {
         let options: Options = recipe::options(
             table,
-            &["sparsity", "pattern", "percdamp", "block_size", "refine", "inner", "exchange"],
+            &[
+                "sparsity",
+                "pattern",
+                "ratios",
+                "lambda",
+                "outlier",
+                "percdamp",
+                "block_size",
+                "refine",
+                "inner",
+                "exchange",
+            ],
         )?;
         let pattern = pattern(options.sparsity, options.pattern.as_deref())?;
         if options.block_size == 0 {
             return Err(RecipeError::invalid("block_size", "expected at least 1 column"));
         }
-        Ok(Box::new(SparseGpt { pattern, options }))
+        let owl = Owl::new(options.ratios, options.lambda, options.outlier, pattern)?;
+        Ok(Box::new(SparseGpt { pattern, owl, options }))
     },
     schema: || schemars::schema_for!(Options),
 };
@@ -72,6 +88,12 @@ struct Options {
     sparsity: Option<f64>,
     /// `n:m`: n of every m consecutive weights of a row stay, e.g. `2:4`.
     pattern: Option<String>,
+    /// `owl` gives blocks whose scores have few outliers more zeros (arXiv:2310.05175); not with a pattern.
+    ratios: Ratios,
+    /// OWL: half of the largest difference between the sparsities of two blocks.
+    lambda: f64,
+    /// OWL: what is an outlier, in units of the mean score.
+    outlier: f64,
     /// Dampening as a fraction of the Hessian's mean diagonal.
     percdamp: f64,
     /// Columns whose mask is chosen at once, and that are swept before the rest is updated.
@@ -89,6 +111,9 @@ impl Default for Options {
         Self {
             sparsity: None,
             pattern: None,
+            ratios: Ratios::Uniform,
+            lambda: 0.08,
+            outlier: 5.0,
             percdamp: 0.01,
             block_size: 128,
             refine: 4,
@@ -101,6 +126,7 @@ impl Default for Options {
 #[derive(Debug)]
 struct SparseGpt {
     pattern: Pattern,
+    owl: Option<Owl>,
     options: Options,
 }
 
@@ -121,9 +147,9 @@ struct Solved {
 }
 
 impl SparseGpt {
-    fn masking(&self) -> masking::MaskingOptions {
+    fn masking(&self, pattern: Pattern) -> masking::MaskingOptions {
         let Options { refine, inner, exchange, .. } = self.options;
-        masking::MaskingOptions { pattern: self.pattern, refine, inner, exchange }
+        masking::MaskingOptions { pattern, refine, inner, exchange }
     }
 
     fn rounding(&self, scheme: QuantScheme) -> rounding::RoundingOptions {
@@ -154,7 +180,13 @@ impl SparseGpt {
     }
 
     /// `hessian` has dead columns filled.
-    fn prune(&self, weight: &Mat, hessian: &Mat, factor: &Factor) -> io::Result<Solved> {
+    fn prune(
+        &self,
+        weight: &Mat,
+        hessian: &Mat,
+        factor: &Factor,
+        pattern: Pattern,
+    ) -> io::Result<Solved> {
         let n = weight.ncols();
         let mut pruned = Mat::zeros(weight.dim());
         let errors = tiles(
@@ -163,7 +195,7 @@ impl SparseGpt {
             |_, w, out, space| {
                 let tile = masking::Tile { weight: w, out };
                 let hessian = hessian.as_slice().expect("standard layout");
-                tile.solve(hessian, factor, &self.masking(), &mut space.masking)
+                tile.solve(hessian, factor, &self.masking(pattern), &mut space.masking)
             },
             n,
         )?;
@@ -176,6 +208,7 @@ impl SparseGpt {
         weight: &Mat,
         hessian: &Mat,
         factor: &Factor,
+        pattern: Pattern,
         scheme: QuantScheme,
     ) -> io::Result<Solved> {
         let (out, n) = weight.dim();
@@ -183,7 +216,7 @@ impl SparseGpt {
         let hessian = hessian.as_slice().expect("standard layout");
         let grids = Mutex::new(vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups]);
         let mut codes = vec![0u8; out * n];
-        let (masking, rounding) = (self.masking(), self.rounding(scheme));
+        let (masking, rounding) = (self.masking(pattern), self.rounding(scheme));
         let errors = tiles(
             weight,
             &mut codes,
@@ -268,6 +301,20 @@ impl Pass for SparseGpt {
         Some(self.pattern.density())
     }
 
+    fn surveys(&self) -> Option<Needs> {
+        self.owl.map(|_| NEEDS)
+    }
+
+    fn survey(
+        &self,
+        block: &Block,
+        targets: &[Target],
+        state: &BlockState,
+        stats: &BlockStats,
+    ) -> f64 {
+        self.owl.map_or(f64::NAN, |owl| owl.survey(block, targets, state, stats))
+    }
+
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {
         let mut cost = Cost::default();
         let mut seen = Vec::new();
@@ -316,6 +363,9 @@ impl Pass for SparseGpt {
         state: &mut BlockState,
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
+        let pattern = self.owl.map_or(self.pattern, |owl| {
+            owl.pattern(context.survey, context.block.index, self.pattern)
+        });
         let mut sites = Vec::new();
         let mut shared: Option<(usize, Factor)> = None;
         for target in targets {
@@ -340,13 +390,13 @@ impl Pass for SparseGpt {
             };
             factor.fill(hessian, true);
             let solved = match target.scheme {
-                None => self.prune(weight, hessian, &factor),
-                Some(scheme) => self.prune_and_round(weight, hessian, &factor, scheme),
+                None => self.prune(weight, hessian, &factor, pattern),
+                Some(scheme) => self.prune_and_round(weight, hessian, &factor, pattern, scheme),
             };
             factor.fill(hessian, false);
             let solved =
                 solved.map_err(|source| PassError::Scratch { site: site.name.clone(), source })?;
-            let mut events = Vec::new();
+            let mut events = chosen(self.owl, pattern);
             if factor.dead > 0 {
                 events.push(Event::DeadColumns { count: factor.dead });
             }

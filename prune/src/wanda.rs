@@ -3,8 +3,10 @@
 //! The score of a weight is `|w_ij| · ‖x_j‖₂` with `‖x_j‖₂` the norm of input channel j over all calibration tokens; of
 //! each output row the least become zero, with n:m of each m weights of a row. Kept weights stay what they are.
 //! `weight [out, in]`, cost O(out·in). The norms come from the sum of squares over tokens; when the Hessian is there
-//! its diagonal would do as well. Differs from the authors' code: inputs of later layers of a block are those that the
-//! pruned earlier ones put out, where theirs are the unpruned block's.
+//! its diagonal would do as well.
+//!
+//! Statistics are those of the original model, which takes one forward; the authors' code takes those of each block
+//! before it is pruned, behind the pruned earlier blocks, which takes two: `upstream = "compressed"`.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
@@ -17,6 +19,7 @@ use serde::Deserialize;
 use crate::{
     magnitude::{finish, prune_spans},
     options::pattern,
+    owl::{NEEDS, Owl, Ratios, chosen},
 };
 
 /// Registration of `wanda`.
@@ -32,23 +35,40 @@ pattern = \"4:8\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let options: Options = options(table, &["sparsity", "pattern"])?;
-        Ok(Box::new(Wanda(pattern(options.sparsity, options.pattern.as_deref())?)))
+        let known = ["sparsity", "pattern", "ratios", "lambda", "outlier"];
+        let Options { sparsity, pattern: text, ratios, lambda, outlier } = options(table, &known)?;
+        let pattern = pattern(sparsity, text.as_deref())?;
+        Ok(Box::new(Wanda { pattern, owl: Owl::new(ratios, lambda, outlier, pattern)? }))
     },
     schema: || schemars::schema_for!(Options),
 };
 
-#[derive(Debug, Clone, Default, Deserialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Options {
     /// Fraction of the weights of each row that become zero; 0.5 when there is no pattern either.
     sparsity: Option<f64>,
     /// `n:m`: n of every m consecutive weights of a row stay, e.g. `2:4`.
     pattern: Option<String>,
+    /// `owl` gives blocks whose scores have few outliers more zeros (arXiv:2310.05175); not with a pattern.
+    ratios: Ratios,
+    /// OWL: half of the largest difference between the sparsities of two blocks.
+    lambda: f64,
+    /// OWL: what is an outlier, in units of the mean score.
+    outlier: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { sparsity: None, pattern: None, ratios: Ratios::Uniform, lambda: 0.08, outlier: 5.0 }
+    }
 }
 
 #[derive(Debug)]
-struct Wanda(Pattern);
+struct Wanda {
+    pattern: Pattern,
+    owl: Option<Owl>,
+}
 
 impl Pass for Wanda {
     fn name(&self) -> &'static str {
@@ -56,19 +76,33 @@ impl Pass for Wanda {
     }
 
     fn contract(&self) -> Contract {
-        let sparsity = Some(Sparsity::from(self.0));
+        let sparsity = Some(Sparsity::from(self.pattern));
         Contract {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange { sparsity, ..FormChange::NONE },
             needs: Needs::SQUARE_SUM,
-            upstream: Upstream::Compressed,
-            touches: Touches::Sites,
+            upstream: Upstream::Original,
+            touches: Touches::Block,
             looks_ahead: false,
         }
     }
 
     fn density(&self) -> Option<f64> {
-        Some(self.0.density())
+        Some(self.pattern.density())
+    }
+
+    fn surveys(&self) -> Option<Needs> {
+        self.owl.map(|_| NEEDS)
+    }
+
+    fn survey(
+        &self,
+        block: &Block,
+        targets: &[Target],
+        state: &BlockState,
+        stats: &BlockStats,
+    ) -> f64 {
+        self.owl.map_or(f64::NAN, |owl| owl.survey(block, targets, state, stats))
     }
 
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
@@ -104,17 +138,20 @@ impl Pass for Wanda {
                 });
             }
             let mut pruned = weight.clone();
-            let span = match self.0 {
+            let pattern = self.owl.map_or(self.pattern, |owl| {
+                owl.pattern(context.survey, context.block.index, self.pattern)
+            });
+            let span = match pattern {
                 Pattern::NM { m, .. } => usize::from(m),
                 Pattern::Fraction(_) => site.in_features,
             };
-            prune_spans(&mut pruned, span, self.0, |w, column| w.abs() * norms[column]);
+            prune_spans(&mut pruned, span, pattern, |w, column| w.abs() * norms[column]);
             sites.push(SiteReport {
                 site: site.name.clone(),
                 pass: "wanda".into(),
                 weight_error: relative(squares(&(&pruned - weight)), squares(weight)),
                 output_error: None,
-                events: Vec::new(),
+                events: chosen(self.owl, pattern),
             });
             finish(state, target.site, pruned);
         }

@@ -88,6 +88,9 @@ struct Explanation {
     layout: Option<String>,
     scheme: Option<String>,
     bits_per_weight: Option<f64>,
+    /// Zeros that pruning left, as they were read back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zeros: Option<attar_eval::report::Zeros>,
     /// The line of the report's ledger for the source tensor.
     ledger: Option<Line>,
     steps: Vec<StepLine>,
@@ -506,6 +509,9 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         layout,
         scheme,
         bits_per_weight,
+        zeros: record.report.as_ref().and_then(|report| {
+            report.sparsity.iter().find(|zeros| Some(zeros.site.as_str()) == site).cloned()
+        }),
         ledger: line,
         steps,
         folded_by: folded,
@@ -539,6 +545,10 @@ fn print(e: &Explanation) {
     }
     if let (Some(layout), Some(bits)) = (&e.layout, e.bits_per_weight) {
         say!("  layout   {layout}, {bits:.3} bits per weight");
+    }
+    if let Some(zeros) = &e.zeros {
+        let pattern = zeros.pattern.as_ref().map(|pattern| format!(", {pattern}"));
+        say!("  zeros    {:.2} %{}", 100.0 * zeros.zeros, pattern.unwrap_or_default());
     }
     if let Some(line) = &e.ledger {
         say!("  ledger   {}: {}, {}", line.tensor, line.fate, line.detail);

@@ -9,6 +9,7 @@ mod diff;
 mod evaluate;
 mod explain;
 mod inspect;
+mod recipes;
 mod reproduce;
 pub(crate) mod run;
 mod targets;
@@ -57,7 +58,11 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Convert(args) => convert::convert(&args),
         Command::Cache(args) => cache::cache(&args),
         Command::Targets(args) => targets::targets(&args),
-        Command::Passes { schema } => passes(schema),
+        Command::Passes { markdown: true, .. } => {
+            say!("{}", recipes::markdown(registry::known().as_known()).trim_end());
+            Ok(true)
+        }
+        Command::Passes { schema, .. } => passes(schema),
     }
 }
 
@@ -119,6 +124,14 @@ fn print_report(path: &std::path::Path, report: &Report) {
             None => ("weight", worst.result.weight_error),
         };
         say!("  largest relative {what} error: {error:.3e} at {}", worst.result.site);
+    }
+    if !report.sparsity.is_empty() {
+        let mean = report.sparsity.iter().map(|line| line.zeros).sum::<f64>();
+        say!(
+            "  {} pruned linears, {:.2} % zero on average, read back",
+            report.sparsity.len(),
+            100.0 * mean / report.sparsity.len() as f64
+        );
     }
     if report.reused.0 > 0 {
         say!("  {} of {} results were there already", report.reused.0, report.reused.1);
@@ -190,6 +203,16 @@ fn verify_artifact(args: &Verify) -> Result<bool, Error> {
         say!("{}", serde_json::to_string_pretty(&json)?);
     } else {
         say!("{} quantized linears, {} dense", result.quantized, result.dense);
+        if !result.sparsity.is_empty() {
+            let all = result.sparsity.iter().map(|line| line.zeros);
+            let (least, most) = all.fold((1.0f64, 0.0f64), |(a, b), z| (a.min(z), b.max(z)));
+            say!(
+                "{} pruned linears, {:.2} to {:.2} % zero; patterns hold as read back",
+                result.sparsity.len(),
+                100.0 * least,
+                100.0 * most
+            );
+        }
         for line in &result.kernels {
             say!(
                 "kernel {} on {} ({} linears): nmse {:.2e}, allowed {:.1e}; worst element {:.3} of its bound",

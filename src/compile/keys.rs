@@ -159,8 +159,16 @@ pub(crate) fn blocks(
 ) -> Vec<BlockKeys> {
     let graph: &ModelGraph = &plan.graph;
     let start = ground.embedded(&tensor(&graph.embedding));
-    let (mut compressed, mut original) = (start.clone(), start);
+    let (mut compressed, mut original) = (start.clone(), start.clone());
     let mut all = Vec::new();
+    // What a survey of all blocks depends on.
+    let mut surveyed = start.clone();
+    for block in graph.all_blocks() {
+        let source = source_slots(ground, graph, block, tensor);
+        let mut parts = vec![surveyed.as_str()];
+        parts.extend(source.weights.iter().chain(&source.norms).map(String::as_str));
+        surveyed = ground.key("survey", &parts);
+    }
     for block in graph.all_blocks() {
         let source = source_slots(ground, graph, block, tensor);
         let mut slots = Slots { weights: source.weights.clone(), norms: source.norms.clone() };
@@ -175,7 +183,7 @@ pub(crate) fn blocks(
                 block,
                 round,
                 staged,
-                (&compressed, &original),
+                (&compressed, &original, &surveyed),
                 (&source, &mut slots),
                 &original_needs[block.index],
                 &mut has,
@@ -230,7 +238,7 @@ fn round_keys(
     block: &Block,
     round: Round,
     staged: bool,
-    activations: (&str, &str),
+    activations: (&str, &str, &str),
     (source, slots): (&Slots, &mut Slots),
     original_needs: &[Needs],
     has: &mut impl FnMut(&str) -> bool,
@@ -292,6 +300,9 @@ fn round_keys(
                 None => statistics.iter().flatten().collect(),
             };
             parts.extend(read.iter().map(|s| s.key.as_str()));
+            if plan.passes[step].surveys().is_some() {
+                parts.push(activations.2);
+            }
             match input {
                 Some(_) => parts.extend(targets.iter().map(|t| slots.weights[t.site].as_str())),
                 None => parts.extend(slots.weights.iter().chain(&slots.norms).map(String::as_str)),

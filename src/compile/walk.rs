@@ -3,12 +3,16 @@
 //! statistic of it (or of a later one) has to be computed: from the stored stream nearest to it, through the
 //! blocks between as they are now known to be.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use attar_eval::report::{Phase, SiteEntry, Timings};
 use attar_formats::{Checkpoint, Windows, stage::Stage};
 use attar_ir::{
-    Block, BlockState, BlockStats, InputStats, PassContext, Upstream, plan::Plan, recipe::Recipe,
+    Block, BlockState, BlockStats, InputStats, Needs, PassContext, Upstream, plan::Plan,
+    recipe::Recipe,
 };
 use attar_model::{BlockRun, Decoder, Spill, Stream, embed, observe_block};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
@@ -52,6 +56,8 @@ pub(super) struct Walk<'a> {
     stored: Instant,
     /// Where activations and sums go that do not fit.
     spill: Spill,
+    /// What steps found in all blocks before any was worked on, by step.
+    surveys: BTreeMap<usize, Vec<f64>>,
 }
 
 const fn lane_of(upstream: Upstream) -> usize {
@@ -109,7 +115,53 @@ impl<'a> Walk<'a> {
             lanes: Default::default(),
             stored: Instant::now(),
             spill: measure::spill(&plan.limits, &scratch_of(stage)),
+            surveys: BTreeMap::new(),
         }
+    }
+
+    /// Takes the numbers of all blocks that steps with work to do ask for: one forward of the original model.
+    pub(super) fn survey(&mut self) -> Result<(), Error> {
+        let (decoder, checkpoint, plan) = (self.decoder, self.checkpoint, self.plan);
+        let works = |step: usize| {
+            let mut units =
+                self.blocks.iter().flat_map(|block| &block.rounds).flat_map(|round| &round.units);
+            units.any(|unit| unit.step == step && !unit.cached)
+        };
+        let steps: Vec<(usize, Needs)> = (0..plan.steps.len())
+            .filter_map(|step| Some((step, plan.passes[step].surveys()?)))
+            .filter(|(step, _)| works(*step))
+            .collect();
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let needs = steps.iter().fold(Needs::empty(), |all, (_, needs)| all | *needs);
+        let lane = lane_of(Upstream::Original);
+        for block in &decoder.graph.blocks {
+            self.bring(Upstream::Original, block.index)?;
+            let state = self.load(block)?;
+            let mut stream = self.lanes[lane].stream.take().ok_or("the plan counted on data")?;
+            let spill = Some(self.spill.clone());
+            let mut run = BlockRun::begin(decoder, block.index, checkpoint, &mut stream, spill)?;
+            let mut stats = BlockStats::empty(block.inputs.len());
+            for input in 0..block.inputs.len() {
+                let observing = || run.observe(input, &state, needs);
+                let found = self.trace.run(Phase::Calibrate, name_of(block), observing).0?;
+                stats.inputs[input] = Some(found);
+            }
+            let timing =
+                self.trace.run(Phase::Calibrate, name_of(block), || run.finish(&state)).0?;
+            self.time.forward += timing.forward.as_secs_f64();
+            self.time.statistics += timing.statistics.as_secs_f64();
+            self.lanes[lane].stream = Some(stream);
+            self.lanes[lane].at = block.index + 1;
+            for &(step, _) in &steps {
+                let targets = &plan.steps[step].targets[block.index];
+                let number = plan.passes[step].survey(block, targets, &state, &stats);
+                self.surveys.entry(step).or_default().push(number);
+            }
+        }
+        self.lanes[lane] = Lane::default();
+        Ok(())
     }
 
     /// The block after all its steps.
@@ -185,7 +237,7 @@ impl<'a> Walk<'a> {
             .statistics
             .iter()
             .flatten()
-            .fold(attar_ir::Needs::empty(), |all, statistic| all | statistic.needs);
+            .fold(Needs::empty(), |all, statistic| all | statistic.needs);
         let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let stream = self.lanes[lane_of(Upstream::Compressed)]
             .stream
@@ -504,6 +556,7 @@ impl<'a> Walk<'a> {
         let context = PassContext {
             block,
             seed: self.seed,
+            survey: self.surveys.get(&unit.step).map_or(&[], Vec::as_slice),
             scratch: self.plan.limits.factor_on_scratch.then_some(&scratch),
         };
         let what = name_of(block);

@@ -233,6 +233,10 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
             }
         }
     }
+    if passes.iter().any(|pass| pass.surveys().is_some()) {
+        let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
+        work.forward += each.sum::<f64>();
+    }
     let (block_rounds, last_observed) = schedule(facts);
     let mut original = false;
     for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
@@ -613,7 +617,7 @@ impl<'a> Walk<'a> {
                 let stored = Self::stored(block, targets, &steps[step]);
                 self.add(Moment {
                     what: steps[step].label.clone(),
-                    place: if steps[step].contract.touches == Touches::Folds {
+                    place: if steps[step].contract.touches != Touches::Sites {
                         "whole block".into()
                     } else {
                         String::new()

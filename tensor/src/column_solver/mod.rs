@@ -14,6 +14,8 @@ mod lanes;
 pub mod masking;
 pub mod rounding;
 mod swap;
+#[cfg(test)]
+mod tests;
 
 pub use factor::{Factor, FactorOptions, SolverError, factorize};
 pub use swap::Group;

@@ -169,16 +169,21 @@ impl Tile<'_> {
         work.fill_error();
         let (h, shape) = (work.hessian, (n, rows, n));
         gemm_tn(shape, 1.0, (h, n), (work.error, rows), false, (work.residual, rows));
+        let block = if size > WIDE { BLOCK } else { (BLOCK / size).max(1) * size };
+        let mask = match options.mask {
+            // Weights are exchanged inside a block, which has to hold whole groups of n:m.
+            Mask::Free(Group::Columns(m)) if !block.is_multiple_of(m) => Mask::Fixed,
+            mask => mask,
+        };
         for _ in 0..options.refine {
             if size > WIDE {
                 work.refit_wide();
                 for first in (0..n).step_by(BLOCK) {
-                    work.refine_block(first, (first + BLOCK).min(n), (1, false, options.mask));
+                    work.refine_block(first, (first + BLOCK).min(n), (1, false, mask));
                 }
             } else {
-                let block = (BLOCK / size).max(1) * size;
                 for first in (0..n).step_by(block) {
-                    let how = (options.inner, true, options.mask);
+                    let how = (options.inner, true, mask);
                     work.refine_block(first, (first + block).min(n), how);
                 }
             }
