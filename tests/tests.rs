@@ -9,6 +9,7 @@ mod provenance;
 mod refusals;
 mod resume;
 mod targets;
+mod w8a8;
 
 use std::{
     fs,

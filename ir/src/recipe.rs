@@ -6,7 +6,7 @@ mod preset;
 mod read;
 mod schema;
 
-use attar_tensor::{BlockType, Granularity};
+use attar_tensor::{ActivationScheme, BlockType, Granularity};
 use serde::{Deserialize, Serialize};
 
 pub use mixture::{MIXTURES, Mixture};
@@ -95,6 +95,9 @@ pub struct SchemeSpec {
     pub granularity: Granularity,
     /// `None` until [`Recipe::resolve`] fills in what the pass prefers.
     pub symmetric: Option<bool>,
+    /// What runtimes do to the inputs: `int8` in the file is signed bytes with a scale per token.
+    #[serde(skip_serializing_if = "ActivationScheme::is_float")]
+    pub activations: ActivationScheme,
 }
 
 /// One `[[step]]`: a pass on some sites.
@@ -246,8 +249,11 @@ impl Recipe {
 
     /// Layout of the artifact that is written where none is asked for.
     pub fn default_layout(&self) -> &'static str {
-        let mixture = self.steps.iter().find_map(|step| step.types);
-        mixture.map_or("compressed-tensors", |mixture| mixture.base().name())
+        if let Some(mixture) = self.steps.iter().find_map(|step| step.types) {
+            return mixture.base().name();
+        }
+        let rounds = |step: &Step| step.scheme.is_some_and(|s| !s.activations.is_float());
+        if self.steps.iter().any(rounds) { "compressed-tensors-int" } else { "compressed-tensors" }
     }
 
     /// The recipe with every default written out and keys in a fixed order: what manifests keep and

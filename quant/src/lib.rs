@@ -1,13 +1,16 @@
 //! Quantization passes. Each maps one block's float weights to codes, scales and zero points (or, for
-//! awq, prepares them by scaling and clipping); [`PASSES`] is the list that recipes may name.
+//! awq and smoothquant, prepares them by scaling); [`PASSES`] is the list that recipes may name.
 
 mod awq;
 mod common;
 mod gptq;
 mod rtn;
+mod smoothquant;
+#[cfg(test)]
+mod testing;
 
 use attar_ir::PassDef;
 pub use rtn::round_to_nearest;
 
 /// Every pass of this crate.
-pub const PASSES: &[PassDef] = &[rtn::DEF, gptq::DEF, awq::DEF];
+pub const PASSES: &[PassDef] = &[rtn::DEF, gptq::DEF, awq::DEF, smoothquant::DEF];
