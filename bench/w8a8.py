@@ -7,7 +7,7 @@ which multiplies with its W8A8 kernel and reads both tools' files. Windows of --
 window predicting, no special token. Run it with an interpreter that has transformers and compressed-tensors; PYTHON has llm-compressor.
 Exit 1 when preset w8a8 is more than 1 % above the original, or the two judges differ by more than 0.5 % on any artifact.
 """
-import argparse, datetime, json, math, subprocess, sys, tempfile
+import argparse, datetime, json, math, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent; sys.path.insert(0, str(HERE.parent / "tests" / "interop"))
@@ -59,6 +59,7 @@ for at, (tool, name, how) in enumerate(RUNS):
             run([a.attar, "compress", a.model, *recipe, "--ids", a.ids, "--samples", samples, "--context", a.context, "--layout", "compressed-tensors-int", "--out", out], work / f"{tag}.compress.log")
         else:
             run([a.peer_python, HERE / "peer_llmc.py", a.model, a.ids, out, "--algorithm", "rtn", "--bits", 8, "--group", 0, "--activations", "int8", *how, "--samples", samples, "--context", a.context, "--threads", a.threads], work / f"{tag}.compress.log")
+    if not (out / "tokenizer.json").exists(): shutil.copy(Path(a.model) / "tokenizer.json", out)
     theirs, first = client(out); report, dump = ours(out, tag); floats, _ = ours(out, tag + "-f32", "--activations", "f32")
     rows.append(dict(tool=tool, recipe=name, client=theirs, attar=report["perplexity"], kl=report["kl_mean"], weights_only=floats["perplexity"], activations=report["activations"], kernels=report["kernels"],
                      logits=((dump.double() - first.double()).norm() / first.double().norm()).item())); print(json.dumps(rows[-1]), flush=True)

@@ -93,10 +93,10 @@ pub trait Layout: LayoutSpec {
 /// All layouts, in the order in which they are listed to people.
 pub static LAYOUTS: &[&dyn Layout] = &[
     &CtPacked,
-    &CtInt,
     &Gptq::V1,
     &Gptq::V2,
     &Awq,
+    &CtInt,
     &Ggml::ALL[0],
     &Ggml::ALL[1],
     &Ggml::ALL[2],
