@@ -110,7 +110,6 @@ pub(crate) fn check_plan(
 /// Writes the bundle of the artifact in `artifact`, whole or not at all; one that is there is replaced.
 /// Returns the number of packed linears.
 pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Error> {
-    let library = Library::find(library)?;
     let opened = Opened::open(artifact)?;
     if opened.checkpoint.gguf().is_some() {
         return Err(format!("{}: {NO_BUNDLE}", artifact.display()).into());
@@ -118,6 +117,7 @@ pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Er
     if opened.layout() == Some(LayoutSpec::id(&CtInt).0) {
         return Err(format!("{}: {NO_W8A8}", artifact.display()).into());
     }
+    let library = Library::find(library)?;
     let mut device = cuda::Needed::new();
     let tensors = tensors(&opened, artifact, &mut device)?;
     if tensors.is_empty() {

@@ -374,7 +374,9 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
         return Ok(Some(Relaid { packed, error: None }));
     }
     let expected = from.dequantize(&packed).map_err(fail)?;
-    if let Ok(affine) = from.unpack(&packed) {
+    if let Ok(mut affine) = from.unpack(&packed) {
+        // The numbers of weights are what is carried over; W8A8 has one layout only.
+        affine.scheme.activations = attar_tensor::ActivationScheme::Float;
         for candidate in std::iter::once(affine.clone()).chain(widened(&affine)) {
             if let Ok(packed) = to.pack(&candidate, DType::F16) {
                 let same = to.dequantize(&packed).map_err(fail)?;

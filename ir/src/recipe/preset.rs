@@ -25,7 +25,8 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("w8a8", "SmoothQuant, then 8 bits per row and int8 activations per token, symmetric"),
 ];
 
-/// The preset whose activations are quantized, too; it has one scale per row.
+/// The preset whose activations are quantized, too; it has one scale per row. Weights are rounded to nearest: with
+/// 8 bits gptq's perplexity is the same within 0.01 %, at many times the cost (`bench/results/2026-11-26-w8a8`).
 const W8A8: &str = "w8a8";
 
 /// Builds a preset.
