@@ -23,7 +23,7 @@ SMOOTH = '[[step]]\npass = "smoothquant"\n'
 # What runs: our recipe (None: the preset), or llm-compressor's flags.
 RUNS = [("attar", "rtn, no smoothing", f'[[step]]\npass = "rtn"\n{SCHEME}\n'), ("attar", "preset w8a8", None)]
 RUNS += [("attar", f"smoothquant {a_} {f}, {q}", f'{SMOOTH}alpha = {a_}\nfolds = "{f}"\n[[step]]\npass = "{q}"\n{SCHEME}\n')
-         for a_, f, q in [("0.5", "norms", "rtn"), ("0.5", "all", "rtn"), ("0.8", "norms", "rtn"), ('"auto"', "norms", "rtn"), ('"auto"', "all", "rtn"), ("0.5", "norms", "gptq"), ('"auto"', "all", "gptq")]]
+         for a_, f, q in [("0.5", "norms", "rtn"), ("0.5", "all", "rtn"), ("0.8", "norms", "rtn"), ("0.5", "norms", "gptq"), ("0.5", "all", "gptq")]]
 RUNS += [("attar", "gptq, no smoothing", f'[[step]]\npass = "gptq"\n{SCHEME}\n')]
 RUNS += [("llm-compressor", "rtn, no smoothing", []), ("llm-compressor", "smoothquant 0.5, rtn", ["--smooth", 0.5]), ("llm-compressor", "smoothquant 0.8, rtn", ["--smooth", 0.8])]
 work = Path(a.work or tempfile.mkdtemp(prefix="attar-w8a8-")); work.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ fn the_artifact_says_what_is_done_to_activations_and_is_measured_so() {
         seen.push(json["kl_mean"].as_f64().unwrap());
     }
     assert!(
-        seen[0] == seen[1] && seen[2] < seen[0],
+        seen[0].to_bits() == seen[1].to_bits() && seen[2] < seen[0],
         "rounded activations cost something: {seen:?}"
     );
     let (code, stdout, error) = attar(&["verify", &path, "--source", &source, "--target", "vllm"]);
@@ -162,6 +162,5 @@ fn what_w8a8_cannot_be_is_refused_before_work() {
     let smooth = "[[step]]\npass = \"smoothquant\"\n";
     refused(&format!("{smooth}alpha = 1.5\n{rtn}"), &[], &["step[0].alpha", "0 to 1", "1.5"]);
     refused(&format!("{rtn}{smooth}"), &[], &["step[1] (smoothquant)", "step[0] (rtn)"]);
-    refused(&format!("{smooth}alpha = \"auto\"\n"), &[], &["step[0] (smoothquant)"]);
     refused(&rtn, &["--kernels"], &["compressed-tensors-int", "rounds activations"]);
 }

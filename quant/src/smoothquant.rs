@@ -5,29 +5,23 @@
 //! the consumers' columns are multiplied by it; `max|W_j|` is over all linears that read the input. The
 //! function of the block stays what it was.
 //!
-//! `alpha = "auto"` takes the α of a grid (0 to 1, and no scaling at all) with the least expected squared
-//! error of all consumers, in the measure of the Hessian `H = 2/n XᵀX`:
-//! `Σ tr(ΔW H ΔWᵀ) + 2 σ² Σ_j s_j² ‖W_j‖²`. The first term is what rounding the scaled weights does to the
-//! calibration inputs; the second what rounding the inputs does: an error that is uniform within half a
-//! step, the step `max_j(max|X_j| / s_j) / 127`, so `σ² = step² / 12`. The step is that of the largest
-//! token: smaller ones err less, for every α alike, if outliers stand in the same channels.
-//!
 //! Differs from the authors' code (and llm-compressor's): the largest magnitude takes the place of the
 //! range; channels that were always zero, or whose weights are, keep their scale of 1; scales have the
 //! geometric mean 1, which changes no rounding (scales per token and per row follow) and keeps norms in the
 //! range of f16; `folds = "all"` smooths the inputs of o (through v, one scale per key/value channel
-//! shared by its query heads) and of down (through up), too. Cost O(out · in), with `auto` O(grid · out · in²).
+//! shared by its query heads) and of down (through up), too. An exponent for each fold, chosen by the expected
+//! error in the metric of the Hessian with the step of the largest token, was tried and was no better than
+//! 0.5 (`bench/results/2026-11-26-w8a8`). Cost O(out · in).
 
 use attar_ir::{
     Block, BlockState, BlockStats, ChannelMap, Contract, Cost, Event, Fold, FormChange, FormSet,
-    InputStats, Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Producer, Target,
-    Touches, Upstream, recipe::RecipeError,
+    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Producer, Target, Touches,
+    Upstream, recipe::RecipeError,
 };
-use attar_tensor::{Mat, QuantScheme, grid::Clip};
+use attar_tensor::Mat;
 use serde::Deserialize;
 
-use crate::common::{check_finite, dense, fold_scale, metric, options, report};
-use crate::rtn::round_to_nearest;
+use crate::common::{check_finite, dense, fold_scale, options, report};
 
 /// Registration of `smoothquant`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -39,25 +33,6 @@ pub(crate) const DEF: PassDef = PassDef {
     build: |table| Ok(Box::new(SmoothQuant(checked(options(table, &["alpha", "folds"])?)?))),
     schema: || schemars::schema_for!(Options),
 };
-
-/// Exponents that `auto` tries beside no scaling: 0, 1/20, ..., 1.
-const GRID: usize = 20;
-
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize, schemars::JsonSchema)]
-#[serde(untagged, expecting = "alpha: expected a number of 0 to 1 or `auto`")]
-enum Alpha {
-    /// The exponent itself, 0 (weights decide) to 1 (activations decide).
-    Fixed(f64),
-    /// Chosen for each fold.
-    Named(Named),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "lowercase")]
-enum Named {
-    /// By the least expected error.
-    Auto,
-}
 
 /// Which inputs are smoothed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
@@ -73,25 +48,24 @@ enum Folds {
 #[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Options {
-    /// How much of the range goes from activations to weights: 0 to 1, or `auto`.
-    alpha: Alpha,
+    /// How much of the range goes from activations to weights, 0 to 1.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    alpha: f64,
     folds: Folds,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { alpha: Alpha::Fixed(0.5), folds: Folds::Norms }
+        Self { alpha: 0.5, folds: Folds::Norms }
     }
 }
 
 fn checked(options: Options) -> Result<Options, RecipeError> {
-    match options.alpha {
-        Alpha::Fixed(alpha) if !(0.0..=1.0).contains(&alpha) => Err(RecipeError::invalid(
-            "alpha",
-            format!("expected a number of 0 to 1 or `auto`, got {alpha}"),
-        )),
-        _ => Ok(options),
+    let alpha = options.alpha;
+    if (0.0..=1.0).contains(&alpha) {
+        return Ok(options);
     }
+    Err(RecipeError::invalid("alpha", format!("expected a number of 0 to 1, got {alpha}")))
 }
 
 #[derive(Debug)]
@@ -132,69 +106,17 @@ fn scales(x: &[f32], w: &[f32], alpha: f64) -> Vec<f32> {
     logs.iter().map(|log| scale(log) as f32).collect()
 }
 
-/// Expected squared error of the consumers for one scale per column, see the head of this file.
-fn expected_error(weights: &[(&Mat, QuantScheme)], scale: &[f32], x: &[f32], h: &Mat) -> f64 {
-    let largest = x.iter().zip(scale).map(|(x, s)| x / s).fold(0.0, f32::max);
-    let step = f64::from(largest) / 127.0;
-    let error = |(weight, scheme): &(&Mat, QuantScheme)| {
-        let scaled = Mat::from_shape_fn(weight.dim(), |(r, c)| weight[[r, c]] * scale[c]);
-        let power: f64 = scaled.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();
-        let mut delta = round_to_nearest(&scaled, *scheme, Clip::MinMax).0.dequantize();
-        for ((r, c), d) in delta.indexed_iter_mut() {
-            *d = *d / scale[c] - weight[[r, c]];
-        }
-        let rounded = if scheme.activations.is_float() { 0.0 } else { step * step / 6.0 * power };
-        metric(&delta, h) + rounded
-    };
-    weights.iter().map(error).sum()
-}
-
 impl SmoothQuant {
-    fn automatic(&self) -> bool {
-        self.0.alpha == Alpha::Named(Named::Auto)
-    }
-
     /// Folds that the options name.
     fn folds<'a>(&self, block: &'a Block) -> impl Iterator<Item = &'a Fold> {
         let all = self.0.folds == Folds::All;
         block.folds.iter().filter(move |fold| all || matches!(fold.producer, Producer::Norm(_)))
     }
 
-    /// Scale per producer channel and its exponent; `None` when no scaling at all is best.
-    fn choose(
-        &self,
-        fold: &Fold,
-        weights: &[(&Mat, Option<QuantScheme>)],
-        input: &InputStats,
-    ) -> Option<(Vec<f32>, f64)> {
-        let x = input.abs_max.as_ref().expect("the contract asks for it");
-        let bare: Vec<&Mat> = weights.iter().map(|(weight, _)| *weight).collect();
-        let (largest_x, largest_w) =
-            (per_producer(fold.map, x), per_producer(fold.map, &column_max(&bare)));
-        let alpha = match self.0.alpha {
-            Alpha::Fixed(alpha) => alpha,
-            Alpha::Named(Named::Auto) => {
-                let h = input.hessian.as_ref().expect("the contract asks for it");
-                let known: Vec<(&Mat, QuantScheme)> = weights
-                    .iter()
-                    .map(|(weight, scheme)| (*weight, scheme.expect("the plan looks ahead")))
-                    .collect();
-                let expand = |s: &[f32]| -> Vec<f32> {
-                    (0..x.len()).map(|c| s[fold.map.producer_of(c)]).collect()
-                };
-                let error = |scale: &[f32]| expected_error(&known, &expand(scale), x, h);
-                let mut best = (error(&vec![1.0; largest_x.len()]), None);
-                for step in 0..=GRID {
-                    let alpha = step as f64 / GRID as f64;
-                    let found = error(&scales(&largest_x, &largest_w, alpha));
-                    if found < best.0 {
-                        best = (found, Some(alpha));
-                    }
-                }
-                best.1?
-            }
-        };
-        Some((scales(&largest_x, &largest_w, alpha), alpha))
+    /// Scale per producer channel of a fold, from the largest magnitudes of its input.
+    fn scale(&self, fold: &Fold, weights: &[&Mat], x: &[f32]) -> Vec<f32> {
+        let of = |values: &[f32]| per_producer(fold.map, values);
+        scales(&of(x), &of(&column_max(weights)), self.0.alpha)
     }
 }
 
@@ -204,30 +126,19 @@ impl Pass for SmoothQuant {
     }
 
     fn contract(&self) -> Contract {
-        let hessian = if self.automatic() { Needs::HESSIAN } else { Needs::default() };
         Contract {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange::NONE,
-            needs: Needs::ABS_MAX.union(hessian),
+            needs: Needs::ABS_MAX,
             upstream: Upstream::Compressed,
             touches: Touches::Folds,
-            looks_ahead: self.automatic(),
+            looks_ahead: false,
         }
     }
 
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
-        let mut cost = Cost::default();
-        for target in targets {
-            let site = &block.sites[target.site];
-            let (o, n) = (site.out_features as f64, site.in_features as f64);
-            cost.flops += 2.0 * o * n;
-            if self.automatic() {
-                // A scaled copy, its codes, and their error.
-                cost.flops += 2.0 * o * n * n * (GRID + 2) as f64;
-                cost.peak_bytes = cost.peak_bytes.max(site.weights() * 10);
-            }
-        }
-        cost
+        let weights = |target: &Target| block.sites[target.site].weights() as f64;
+        Cost { flops: 2.0 * targets.iter().map(weights).sum::<f64>(), ..Cost::default() }
     }
 
     fn apply(
@@ -238,14 +149,13 @@ impl Pass for SmoothQuant {
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
         let block = context.block;
-        let target_of = |site: usize| targets.iter().find(|target| target.site == site);
         let mut events = vec![Vec::new(); block.sites.len()];
         for fold in self.folds(block) {
             let consumers = &block.inputs[fold.input].sites;
             // A fold is used only when every consumer is to be smoothed.
-            let chosen: Option<Vec<&Target>> =
-                consumers.iter().map(|&site| target_of(site)).collect();
-            let Some(chosen) = chosen else { continue };
+            if consumers.iter().any(|site| !targets.iter().any(|target| target.site == *site)) {
+                continue;
+            }
             let input = stats.inputs[fold.input].as_ref().expect("the plan provides statistics");
             let x = input.abs_max.as_ref().expect("the contract asks for it");
             let first = &block.sites[consumers[0]].name;
@@ -256,22 +166,20 @@ impl Pass for SmoothQuant {
                 );
                 return Err(PassError::Numeric { site: first.clone(), reason });
             }
-            let weights: Vec<(&Mat, Option<QuantScheme>)> =
-                chosen.iter().map(|target| (dense(state, target.site), target.scheme)).collect();
-            for (target, (weight, _)) in chosen.iter().zip(&weights) {
-                check_finite(&block.sites[target.site].name, "the weight", weight)?;
+            let weights: Vec<&Mat> = consumers.iter().map(|&site| dense(state, site)).collect();
+            for (&site, weight) in consumers.iter().zip(&weights) {
+                check_finite(&block.sites[site].name, "the weight", weight)?;
             }
             let dead = x.iter().filter(|x| **x == 0.0).count();
-            if let Some((scale, alpha)) = self.choose(fold, &weights, input) {
-                let width = x.len();
-                fold_scale(block, fold, &scale, state);
-                let columns: Vec<f32> =
-                    (0..width).map(|c| scale[fold.map.producer_of(c)]).collect();
-                stats.inputs[fold.input].as_mut().expect("present above").fold(&columns);
-                state.scale_input(fold.input, &columns);
-                for &site in consumers {
-                    events[site].push(Event::Chosen { name: "alpha".into(), value: alpha });
-                }
+            let scale = self.scale(fold, &weights, x);
+            let width = x.len();
+            fold_scale(block, fold, &scale, state);
+            let columns: Vec<f32> = (0..width).map(|c| scale[fold.map.producer_of(c)]).collect();
+            stats.inputs[fold.input].as_mut().expect("present above").fold(&columns);
+            state.scale_input(fold.input, &columns);
+            for &site in consumers {
+                let event = Event::Chosen { name: "alpha".into(), value: self.0.alpha };
+                events[site].push(event);
             }
             for &site in consumers.iter().filter(|_| dead > 0) {
                 events[site].push(Event::DeadColumns { count: dead });
@@ -292,9 +200,12 @@ impl Pass for SmoothQuant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rtn::round_to_nearest;
     use crate::testing::{HIDDEN, KV, block, forward, inputs, state, statistics};
     use attar_ir::Weight;
-    use attar_tensor::{ActivationScheme, Granularity, ScaleGrid, rng::Rng};
+    use attar_tensor::{
+        ActivationScheme, Granularity, QuantScheme, ScaleGrid, grid::Clip, rng::Rng,
+    };
 
     fn scheme() -> QuantScheme {
         QuantScheme {
@@ -338,7 +249,7 @@ mod tests {
 
     #[test]
     fn smoothing_keeps_the_output_and_follows_the_statistics() {
-        for options in ["", "folds = \"all\"", "alpha = 1", "alpha = \"auto\"\nfolds = \"all\""] {
+        for options in ["", "folds = \"all\"", "alpha = 1", "alpha = 0.8\nfolds = \"all\""] {
             let mut rng = Rng::new(41);
             let (before, x) = (state(&mut rng), inputs(&mut rng));
             let [h, a, y] = forward(&before, &x);
@@ -367,29 +278,21 @@ mod tests {
         let mut rng = Rng::new(42);
         let (before, x) = (state(&mut rng), inputs(&mut rng));
         let [h, a, _] = forward(&before, &x);
-        let mut errors = vec![rounded_error(&h, dense(&before, 0))];
-        for options in ["alpha = 0.5", "alpha = \"auto\""] {
-            let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
-            let (x_max, w_max) = (
-                stats.inputs[0].as_ref().unwrap().abs_max.clone().unwrap(),
-                column_max(&[dense(&before, 0)]),
-            );
-            let mut after = before.clone();
-            apply(options, &[0, 1], &mut after, &mut stats).unwrap();
-            let [h2, ..] = forward(&after, &x);
-            errors.push(rounded_error(&h2, dense(&after, 0)));
-            if options == "alpha = 0.5" {
-                // Both ranges end at the square root of their product, up to the common factor.
-                let ratio = |c: usize| {
-                    before.norms[0][c] / after.norms[0][c] / (x_max[c] / w_max[c]).sqrt()
-                };
-                for c in 0..HIDDEN {
-                    assert!((ratio(c) / ratio(0) - 1.0).abs() < 1e-4, "{c}");
-                }
-            }
+        let error = rounded_error(&h, dense(&before, 0));
+        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let x_max = stats.inputs[0].as_ref().unwrap().abs_max.clone().unwrap();
+        let w_max = column_max(&[dense(&before, 0)]);
+        let mut after = before.clone();
+        apply("alpha = 0.5", &[0, 1], &mut after, &mut stats).unwrap();
+        let [h2, ..] = forward(&after, &x);
+        let smoothed = rounded_error(&h2, dense(&after, 0));
+        assert!(smoothed < 0.5 * error, "{smoothed} {error}");
+        // Both ranges end at the square root of their product, up to the common factor.
+        let ratio =
+            |c: usize| before.norms[0][c] / after.norms[0][c] / (x_max[c] / w_max[c]).sqrt();
+        for c in 0..HIDDEN {
+            assert!((ratio(c) / ratio(0) - 1.0).abs() < 1e-4, "{c}");
         }
-        assert!(errors[1] < 0.5 * errors[0], "{errors:?}");
-        assert!(errors[2] < 1.1 * errors[1], "auto is not much worse than 0.5: {errors:?}");
     }
 
     #[test]
@@ -404,7 +307,8 @@ mod tests {
         let map = block().folds[1].map;
         let mut of = vec![None; KV];
         for (c, s) in scale.iter().enumerate() {
-            assert_eq!(*of[map.producer_of(c)].get_or_insert(*s), *s);
+            let shared: &mut f32 = of[map.producer_of(c)].get_or_insert(*s);
+            assert_eq!(shared.to_bits(), s.to_bits());
         }
         assert!(of.iter().flatten().any(|s| (s - 1.0).abs() > 0.01));
     }
@@ -422,7 +326,8 @@ mod tests {
         let report = apply("", &[0, 1], &mut after, &mut stats).unwrap();
         assert!(report.sites[0].events.contains(&Event::DeadColumns { count: 1 }));
         let scale = after.input_scale[0].as_ref().unwrap();
-        assert!(scale[3] == 1.0 && scale[5] == 1.0 && scale.iter().all(|s| s.is_finite()));
+        assert_eq!([scale[3], scale[5]], [1.0; 2]);
+        assert!(scale.iter().all(|s| s.is_finite()));
         let [.., y2] = forward(&after, &x);
         let size = y.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         assert!(y.iter().zip(&y2).all(|(a, b)| (a - b).abs() < 1e-5 * size));
@@ -445,18 +350,16 @@ mod tests {
 
     #[test]
     fn what_options_say_is_what_is_asked_for() {
-        let fixed = pass("alpha = 0.8").contract();
-        assert!(fixed.needs == Needs::ABS_MAX && !fixed.looks_ahead);
-        let auto = pass("alpha = \"auto\"").contract();
-        assert!(auto.needs == Needs::ABS_MAX | Needs::HESSIAN && auto.looks_ahead);
+        let contract = pass("alpha = 0.8").contract();
+        assert!(contract.needs == Needs::ABS_MAX && !contract.looks_ahead);
         let refused = |options: &str, part: &str| {
             let error = (DEF.build)(&options.parse().unwrap()).unwrap_err().to_string();
             assert!(error.contains(part), "{options}: {error}");
         };
-        refused("alpha = 1.5", "expected a number of 0 to 1 or `auto`, got 1.5");
+        refused("alpha = 1.5", "expected a number of 0 to 1, got 1.5");
         refused("alpha = -0.1", "got -0.1");
         refused("alpha = nan", "NaN");
-        refused("alpha = \"atuo\"", "expected a number of 0 to 1 or `auto`");
+        refused("alpha = \"auto\"", "f64");
         refused("alhpa = 0.5", "did you mean `alpha`?");
         refused("folds = \"norm\"", "norms");
     }
