@@ -17,6 +17,7 @@ fn quantized(bits: u8) -> QuantizedLinear {
         symmetric: false,
         scale_grid: ScaleGrid::F16,
         zero_min: 1,
+        activations: attar_tensor::ActivationScheme::Float,
     };
     let mut rng = Rng::new(1);
     let levels = usize::from(scheme.max_code()) + 1;

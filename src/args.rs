@@ -85,7 +85,10 @@ pub(crate) struct What {
     #[arg(long, default_value_t = 128, allow_negative_numbers = true, conflicts_with = "recipe")]
     pub(crate) group: i64,
     /// Layout of the packed weights; with several, one subdirectory each.
-    #[arg(long, value_name = "compressed-tensors|gptq|gptq_v2|awq|q4_0|q8_0|q4_k|...")]
+    #[arg(
+        long,
+        value_name = "compressed-tensors|compressed-tensors-int|gptq|gptq_v2|awq|q4_0|q8_0|q4_k|..."
+    )]
     pub(crate) layout: Vec<String>,
     /// Calibration text.
     #[arg(long, num_args = 1.., conflicts_with = "ids")]
@@ -295,9 +298,10 @@ pub(crate) struct Eval {
     /// Put the beginning-of-sequence token in the first slot of each window.
     #[arg(long)]
     pub(crate) bos: bool,
-    /// What the kernels of packed linears do to activations.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub(crate) activations: ActivationsArg,
+    /// What the kernels of packed linears do to activations; by default what the artifact says (W8A8: bytes
+    /// with a scale per token), else f32.
+    #[arg(long, value_enum)]
+    pub(crate) activations: Option<ActivationsArg>,
     /// Write the logits of the first window (tensor `logits`, f32 [context, vocab]).
     #[arg(long)]
     pub(crate) dump_logits: Option<PathBuf>,
@@ -461,9 +465,10 @@ pub(crate) struct Run {
     /// Seed of the draw.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// What the kernels of packed linears do to activations.
-    #[arg(long, value_enum, default_value = "int8")]
-    pub(crate) activations: ActivationsArg,
+    /// What the kernels of packed linears do to activations; by default what the artifact says (W8A8: bytes
+    /// with a scale per token), else int8.
+    #[arg(long, value_enum)]
+    pub(crate) activations: Option<ActivationsArg>,
     /// Instead of text: measure the prefill of so many tokens and the decoding of so many others,
     /// each from an empty cache.
     #[arg(long, value_name = "PREFILL,DECODE", conflicts_with = "prompt")]
@@ -481,7 +486,7 @@ pub(crate) struct Run {
 pub(crate) enum ActivationsArg {
     /// Nothing: products and sums in f32.
     F32,
-    /// Round them to bytes, one scale for each 32.
+    /// Round them to bytes, one scale for each 32, or for each token where the artifact says so.
     Int8,
 }
 
@@ -498,7 +503,7 @@ impl From<ActivationsArg> for Activations {
 pub(crate) struct Convert {
     /// Checkpoint, artifact or GGUF file.
     pub(crate) source: PathBuf,
-    /// Layout: compressed-tensors, gptq, gptq_v2, awq, a block type of GGUF (q4_0, q8_0, q4_k, ...), or f32,
+    /// Layout: compressed-tensors, compressed-tensors-int, gptq, gptq_v2, awq, a block type of GGUF (q4_0, q8_0, q4_k, ...), or f32,
     /// f16, bf16 for a GGUF file of plain numbers.
     #[arg(long)]
     pub(crate) layout: String,

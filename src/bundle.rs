@@ -8,8 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use attar_kernels::{Backend, KernelReport, Layout};
-use attar_tensor::{Granularity, LayoutId, PackedLinear};
+use attar_kernels::{Backend, KernelReport, Layout, layout::CtInt};
+use attar_tensor::{Granularity, LayoutId, LayoutSpec, PackedLinear};
 use serde_json::{Value, json};
 
 use crate::{Error, packed::Opened, progress};
@@ -22,6 +22,10 @@ pub(crate) const FOLDER: &str = "kernels";
 pub(crate) const TABLE: &str = "kernels.json";
 /// Version of the C interface, as in the header.
 const ABI: u32 = 1;
+/// Why there is no bundle.
+const NO_W8A8: &str = "rounds activations, which the C interface cannot be told; bundles are for layouts of \
+     weights alone";
+/// As above.
 const NO_BUNDLE: &str = "lies in a GGUF file, whose runtimes bring their own kernels; bundles are for \
                          compressed-tensors, gptq and awq";
 const HEADER: &str = include_str!("../kernels/capi/include/attar_kernels.h");
@@ -95,8 +99,10 @@ pub(crate) fn check_plan(
     let block = |id: &LayoutId| {
         attar_kernels::layout(id.0).is_some_and(|layout| layout.block_type().is_some())
     };
-    if let Some(layout) = layouts.find(block) {
-        return Err(format!("--kernels: layout {layout} {NO_BUNDLE}").into());
+    let rounds = |id: &LayoutId| *id == LayoutSpec::id(&CtInt);
+    if let Some(layout) = layouts.find(|id| block(id) || rounds(id)) {
+        let why = if rounds(&layout) { NO_W8A8 } else { NO_BUNDLE };
+        return Err(format!("--kernels: layout {layout} {why}").into());
     }
     Library::find(folder).map(drop)
 }
@@ -104,11 +110,14 @@ pub(crate) fn check_plan(
 /// Writes the bundle of the artifact in `artifact`, whole or not at all; one that is there is replaced.
 /// Returns the number of packed linears.
 pub(crate) fn write(artifact: &Path, library: Option<&Path>) -> Result<usize, Error> {
-    let library = Library::find(library)?;
     let opened = Opened::open(artifact)?;
     if opened.checkpoint.gguf().is_some() {
         return Err(format!("{}: {NO_BUNDLE}", artifact.display()).into());
     }
+    if opened.layout() == Some(LayoutSpec::id(&CtInt).0) {
+        return Err(format!("{}: {NO_W8A8}", artifact.display()).into());
+    }
+    let library = Library::find(library)?;
     let mut device = cuda::Needed::new();
     let tensors = tensors(&opened, artifact, &mut device)?;
     if tensors.is_empty() {

@@ -10,7 +10,7 @@ use std::{
 use attar_formats::{Checkpoint, quant_config};
 use attar_ir::Site;
 use attar_kernels::cpu::dense::Dense;
-use attar_kernels::layout::SUFFIXES;
+use attar_kernels::layout::suffixes_of;
 use attar_kernels::{Activations, Prepared};
 use attar_model::{Decoder, LinearOp, ModelError, WeightSource};
 use attar_tensor::{LayoutId, PackedLinear, TensorSource};
@@ -23,8 +23,10 @@ use crate::Error;
 pub(crate) struct Opened {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) decoder: Decoder,
-    /// What its kernels do to activations.
+    /// What its kernels do to activations where the scheme says nothing of them.
     pub(crate) activations: Activations,
+    /// Whether weights whose scheme rounds activations (W8A8) are multiplied with activations as they come.
+    pub(crate) weights_only: bool,
     /// Whether dense weights stay in memory in the type of their file, to be read at its speed; otherwise
     /// they become f32.
     pub(crate) resident: bool,
@@ -65,6 +67,7 @@ impl Opened {
             checkpoint,
             decoder,
             activations: Activations::F32,
+            weights_only: false,
             resident: false,
             kernels: Mutex::default(),
             quant,
@@ -94,10 +97,22 @@ impl Opened {
         self.dense.as_ref().unwrap_or(&self.checkpoint)
     }
 
+    /// Suffixes of the packed parts of a site.
+    fn suffixes(&self, site: &str) -> Vec<&'static str> {
+        suffixes_of(|suffix| self.checkpoint.header(&format!("{site}.{suffix}")).is_some())
+    }
+
+    /// Uses `asked`, or what the schemes say, and `otherwise` where they say nothing.
+    pub(crate) fn set_activations(&mut self, asked: Option<Activations>, otherwise: Activations) {
+        self.activations = asked.unwrap_or(otherwise);
+        self.weights_only = asked == Some(Activations::F32);
+    }
+
     /// Names and bytes of the tensors that hold a site's weight.
     pub(crate) fn weight_tensors(&self, site: &Site) -> Vec<(String, usize)> {
         let dense = self.decoder.weight_tensor(site);
-        let packed: Vec<_> = SUFFIXES
+        let packed: Vec<_> = self
+            .suffixes(&site.name)
             .iter()
             .map(|part| format!("{}.{part}", site.name))
             .filter_map(|name| self.checkpoint.header(&name).map(|h| (name, h.bytes())))
@@ -137,12 +152,10 @@ impl Opened {
             format!("{}: packed, but quantization_config has no scheme for it", site.name)
         })?;
         let mut parts = Vec::new();
-        for part in SUFFIXES {
+        for part in self.suffixes(&site.name) {
             let name = format!("{}.{part}", site.name);
-            if self.checkpoint.header(&name).is_some() {
-                parts.push((*part, self.checkpoint.read(&name)?.to_tensor()));
-                self.checkpoint.release(&name);
-            }
+            parts.push((part, self.checkpoint.read(&name)?.to_tensor()));
+            self.checkpoint.release(&name);
         }
         Ok(Some(PackedLinear {
             layout: LayoutId(quant.layout_of(scheme)),
@@ -201,7 +214,12 @@ impl WeightSource for Opened {
         let fail = |reason: String| ModelError::Tensor { name: site.name.clone(), reason };
         match self.packed(site).map_err(|error| fail(error.to_string()))? {
             Some(packed) => {
-                let (name, kernel) = attar_kernels::select_kernel(&packed, self.activations)
+                let activations = match Activations::of(packed.scheme.activations) {
+                    Activations::F32 => self.activations,
+                    _ if self.weights_only => Activations::F32,
+                    said => said,
+                };
+                let (name, kernel) = attar_kernels::select_kernel(&packed, activations)
                     .map_err(|error| fail(error.to_string()))?;
                 self.took(name, kernel.resident_bytes());
                 Ok(Box::new(Kernel(kernel)))

@@ -8,7 +8,7 @@ use std::path::Path;
 use attar_eval::{Report, report::Inputs};
 use attar_formats::{Checkpoint, CorpusSource, artifact, quant_config};
 use attar_ir::{plan::PlannedEmit, recipe::Recipe};
-use attar_kernels::layout::SUFFIXES;
+use attar_kernels::layout::{SUFFIXES, suffixes_of};
 use attar_tensor::{TensorHeader, TensorSource, linalg};
 use serde_json::{Map, Value, json};
 
@@ -149,17 +149,16 @@ impl Weights {
 
     /// Tensors of the packed linear of this name; empty when there is none.
     pub(crate) fn parts(&self, site: &str) -> Vec<&TensorHeader> {
-        SUFFIXES
-            .iter()
-            .filter_map(|part| self.checkpoint().header(&format!("{site}.{part}")))
-            .collect()
+        let header = |part: &str| self.checkpoint().header(&format!("{site}.{part}"));
+        suffixes_of(|part| header(part).is_some()).into_iter().filter_map(header).collect()
     }
 }
 
-/// The site of a packed part's name, e.g. `a.q_proj` of `a.q_proj.weight_packed`.
+/// The site of a packed part's name, e.g. `a.q_proj` of `a.q_proj.weight_packed`; a tensor `weight` alone
+/// tells nothing.
 pub(crate) fn site_of_part(name: &str) -> Option<&str> {
     let (site, part) = name.rsplit_once('.')?;
-    SUFFIXES.contains(&part).then_some(site)
+    (part != "weight" && SUFFIXES.contains(&part)).then_some(site)
 }
 
 /// Digits of a hash that people compare.

@@ -66,6 +66,7 @@ fn artifacts_have_the_headers_and_configs_of_the_reference_tools() {
                 "w4_g128_sym",
                 "w4_g32_asym",
                 "w8_channel_sym",
+                "w8_channel_sym_int8",
             ],
         ),
         ("gptq", vec!["w3_g64_sym", "w4_g128_asym", "w4_g128_sym", "w4_g128_sym_v2"]),
@@ -81,7 +82,10 @@ fn artifacts_have_the_headers_and_configs_of_the_reference_tools() {
             let group = parts.next().unwrap();
             let group = if group == "channel" { "-1" } else { &group[1..] };
             let symmetric = parts.next() == Some("sym");
-            let layout = match (tool, parts.next()) {
+            let last = parts.next();
+            let activations = if last == Some("int8") { ", activations = \"int8\"" } else { "" };
+            let layout = match (tool, last) {
+                ("compressed_tensors", Some("int8")) => "compressed-tensors-int",
                 ("gptq", Some("v2")) => "gptq_v2",
                 ("gptq", _) => "gptq",
                 ("awq", _) => "awq",
@@ -91,7 +95,7 @@ fn artifacts_have_the_headers_and_configs_of_the_reference_tools() {
             fs::write(
                 &recipe,
                 format!(
-                    "[[step]]\npass = \"rtn\"\nscheme = {{ bits = {bits}, group_size = {group}, symmetric = {symmetric} }}\n"
+                    "[[step]]\npass = \"rtn\"\nscheme = {{ bits = {bits}, group_size = {group}, symmetric = {symmetric}{activations} }}\n"
                 ),
             )
             .unwrap();
@@ -109,7 +113,7 @@ fn artifacts_have_the_headers_and_configs_of_the_reference_tools() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 11);
+    assert_eq!(seen, 12);
 }
 
 fn compare_tensors(tool: &str, case: &str, got: &Map<String, Value>, want: &Value) {

@@ -11,6 +11,7 @@ mod pruning;
 mod refusals;
 mod resume;
 mod targets;
+mod w8a8;
 
 use std::{
     fs,

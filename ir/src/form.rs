@@ -1,6 +1,7 @@
 //! The *type* of a site's weight: a product of axes. Contracts state which forms they accept and which
 //! axes they change; the plan follows each site's form through the steps.
 
+use attar_tensor::ActivationScheme;
 use serde::{Deserialize, Serialize};
 
 /// Rank axis.
@@ -60,12 +61,19 @@ pub struct Form {
     pub sparsity: Sparsity,
     /// Float or quantized.
     pub numeric: Numeric,
+    /// In which numbers the site's input enters; the scheme of the step that quantizes says it.
+    #[serde(default, skip_serializing_if = "ActivationScheme::is_float")]
+    pub activations: ActivationScheme,
 }
 
 impl Form {
     /// What every site of a plain checkpoint is.
-    pub const DENSE_FLOAT: Self =
-        Self { rank: Rank::Full, sparsity: Sparsity::Dense, numeric: Numeric::Float };
+    pub const DENSE_FLOAT: Self = Self {
+        rank: Rank::Full,
+        sparsity: Sparsity::Dense,
+        numeric: Numeric::Float,
+        activations: ActivationScheme::Float,
+    };
 }
 
 impl std::fmt::Display for Form {
@@ -84,7 +92,11 @@ impl std::fmt::Display for Form {
             Rank::Factored => "factored",
             Rank::FullPlusLowRank => "full + low rank",
         };
-        write!(f, "{numeric}, {sparsity}, {rank}")
+        write!(f, "{numeric}, {sparsity}, {rank}")?;
+        match self.activations {
+            ActivationScheme::Float => Ok(()),
+            ActivationScheme::Int8PerToken => f.write_str(", int8 activations"),
+        }
     }
 }
 
@@ -154,7 +166,7 @@ impl FormChange {
     pub const QUANTIZE: Self =
         Self { rank: None, sparsity: None, numeric: Some(Numeric::Quantized) };
 
-    /// The form after the pass.
+    /// The form after the pass; the scheme it quantizes to adds the activations.
     pub const fn apply(self, form: Form) -> Form {
         Form {
             rank: match self.rank {
@@ -169,6 +181,7 @@ impl FormChange {
                 Some(numeric) => numeric,
                 None => form.numeric,
             },
+            activations: form.activations,
         }
     }
 }
@@ -193,5 +206,7 @@ mod tests {
             FormChange::QUANTIZE.apply(pruned).to_string(),
             "quantized, 2:4 sparse, full rank"
         );
+        let w8a8 = Form { activations: ActivationScheme::Int8PerToken, ..quantized };
+        assert_eq!(w8a8.to_string(), "quantized, dense, full rank, int8 activations");
     }
 }

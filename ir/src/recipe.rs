@@ -6,7 +6,7 @@ mod preset;
 mod read;
 mod schema;
 
-use attar_tensor::{BlockType, Granularity};
+use attar_tensor::{ActivationScheme, BlockType, Granularity};
 use serde::{Deserialize, Serialize};
 
 pub use mixture::{MIXTURES, Mixture};
@@ -95,6 +95,9 @@ pub struct SchemeSpec {
     pub granularity: Granularity,
     /// `None` until [`Recipe::resolve`] fills in what the pass prefers.
     pub symmetric: Option<bool>,
+    /// What runtimes do to the inputs: `int8` in the file is signed bytes with a scale per token.
+    #[serde(skip_serializing_if = "ActivationScheme::is_float")]
+    pub activations: ActivationScheme,
 }
 
 /// The pass of a step.
@@ -292,6 +295,10 @@ impl Recipe {
     pub fn default_layout(&self) -> &'static str {
         if let Some(mixture) = self.steps.iter().find_map(|step| step.types) {
             return mixture.base().name();
+        }
+        let rounds = |step: &Step| step.scheme.is_some_and(|s| !s.activations.is_float());
+        if self.steps.iter().any(rounds) {
+            return "compressed-tensors-int";
         }
         let quantizes = self.steps.iter().any(|step| step.scheme.is_some());
         if quantizes { "compressed-tensors" } else { crate::plan::DENSE.0 }

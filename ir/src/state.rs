@@ -406,6 +406,7 @@ mod tests {
                 symmetric: false,
                 scale_grid: ScaleGrid::F16,
                 zero_min: 0,
+                activations: attar_tensor::ActivationScheme::Float,
             };
             let mut state = fresh();
             let top = u32::from(scheme.max_code());

@@ -143,6 +143,7 @@ impl Case {
                 _ => ScaleGrid::F32,
             },
             zero_min: 1,
+            activations: attar_tensor::ActivationScheme::Float,
         }
     }
 

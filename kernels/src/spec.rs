@@ -2,7 +2,7 @@
 
 use attar_tensor::compare::Tolerance;
 use attar_tensor::linalg::Isa;
-use attar_tensor::{LayoutError, PackedLinear, QuantScheme};
+use attar_tensor::{ActivationScheme, LayoutError, PackedLinear, QuantScheme};
 use serde::Serialize;
 
 use crate::layout::layout_of;
@@ -46,6 +46,14 @@ impl Activations {
             Self::F32 => "f32",
             Self::Int8 => "int8",
             Self::Int8PerToken => "int8-per-token",
+        }
+    }
+
+    /// What a scheme says of activations.
+    pub const fn of(scheme: ActivationScheme) -> Self {
+        match scheme {
+            ActivationScheme::Float => Self::F32,
+            ActivationScheme::Int8PerToken => Self::Int8PerToken,
         }
     }
 

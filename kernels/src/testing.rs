@@ -6,7 +6,14 @@ use attar_tensor::{Granularity, QuantScheme, QuantizedLinear, ScaleGrid};
 /// Group 0 is one group per channel.
 pub(crate) fn scheme(bits: u8, group: usize, symmetric: bool) -> QuantScheme {
     let granularity = if group == 0 { Granularity::Channel } else { Granularity::Group(group) };
-    QuantScheme { bits, granularity, symmetric, scale_grid: ScaleGrid::F16, zero_min: 1 }
+    QuantScheme {
+        bits,
+        granularity,
+        symmetric,
+        scale_grid: ScaleGrid::F16,
+        zero_min: 1,
+        activations: attar_tensor::ActivationScheme::Float,
+    }
 }
 
 /// Codes and asymmetric zero points uniform, scales positive on the scheme's grid, no column order.

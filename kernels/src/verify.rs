@@ -1,11 +1,13 @@
-//! Every kernel against the reference, on random activations.
+//! Every kernel against the reference, on random activations. Kernels that round activations just as the
+//! scheme of the weight says (W8A8) are held to the oracle of that scheme, as tightly as exact ones.
 
 use attar_tensor::compare::Tolerance;
-use attar_tensor::{LayoutError, PackedLinear};
+use attar_tensor::{ActivationScheme, LayoutError, PackedLinear};
 use serde::Serialize;
 
-use crate::cases::{Finding, Input, Judge};
+use crate::cases::{Expected, Finding, Input, Judge};
 use crate::layout::Layout;
+use crate::reference;
 use crate::spec::{Activations, Backend};
 
 /// How one kernel compares with the reference.
@@ -56,9 +58,14 @@ pub fn verify_tokens(
     tokens: &[usize],
 ) -> Result<Vec<KernelReport>, LayoutError> {
     let all = tokens;
-    let judge = match layout.block_type() {
-        Some(_) => Judge::of_blocks(&layout.unpack_blocks(packed)?),
-        None => Judge::new(&layout.unpack(packed)?),
+    let says = packed.scheme.activations;
+    let (judge, w8a8) = match layout.block_type() {
+        Some(_) => (Judge::of_blocks(&layout.unpack_blocks(packed)?), None),
+        None => {
+            let weight = layout.unpack(packed)?;
+            let judge = Judge::new(&weight);
+            (judge, (says == ActivationScheme::Int8PerToken).then_some(weight))
+        }
     };
     let (rows, columns) = (packed.out_features, packed.in_features);
     let most = all.iter().copied().max().unwrap_or(0);
@@ -66,7 +73,11 @@ pub fn verify_tokens(
         .map(|input| {
             let x = input.activations(most, columns, seed);
             let expected = judge.expect(&x);
-            (x, expected)
+            let as_said = w8a8.as_ref().map(|weight| Expected {
+                reference: reference::w8a8(weight, &x),
+                powers: expected.powers.clone(),
+            });
+            (x, expected, as_said)
         })
         .collect();
     let mut reports = Vec::new();
@@ -77,7 +88,10 @@ pub fn verify_tokens(
             continue;
         }
         let prepared = kernel.prepare(packed)?;
-        let tolerance = kernel.tolerance();
+        // Rounding that the scheme asks for is no error.
+        let as_said = w8a8.is_some() && kernel.activations() == Activations::Int8PerToken;
+        let judged = if as_said { Activations::F32 } else { kernel.activations() };
+        let tolerance = judged.tolerance();
         let mut report = KernelReport {
             kernel: kernel.name(),
             backend: kernel.backend(),
@@ -89,21 +103,22 @@ pub fn verify_tokens(
             tolerance,
         };
         let mut few = 0.0f64;
-        let mut averaged = kernel.activations() == Activations::F32;
-        for (x, expected) in &inputs {
-            let bounds = judge.bounds(x, kernel.activations());
+        let mut averaged = judged == Activations::F32;
+        for (x, exact, rounded) in &inputs {
+            let expected = rounded.as_ref().filter(|_| as_said).unwrap_or(exact);
+            let bounds = judge.bounds(x, judged);
             for &m in &tokens {
                 let mut got = vec![f32::NAN; m * rows];
                 prepared.matmul(&x[..m * columns], m, &mut got);
                 let found: Finding = judge.compare(&got, expected, &bounds);
                 few = few.max(found.nmse);
-                if kernel.activations() == Activations::F32 || found.averaged {
+                if judged == Activations::F32 || found.averaged {
                     averaged = true;
                     report.nmse = report.nmse.max(found.nmse);
                 }
                 report.max_abs = report.max_abs.max(found.max_abs);
                 report.worst = report.worst.max(found.worst);
-                report.ok &= found.within(kernel.activations(), tolerance);
+                report.ok &= found.within(judged, tolerance);
             }
         }
         // Never a zero that nobody measured.
@@ -123,7 +138,7 @@ mod tests {
     use proptest::prelude::{ProptestConfig, any, prop, prop_assert, proptest};
 
     use super::*;
-    use crate::layout::{CtPacked, Gptq, affine_layouts};
+    use crate::layout::{CtInt, CtPacked, Gptq, affine_layouts};
     use crate::spec::Prepared;
     use crate::testing::{quantized, scheme, shuffle_groups};
 
@@ -162,6 +177,21 @@ mod tests {
             let reports = verify(layout, &packed, 1).unwrap();
             assert_eq!(reports[0].kernel, "cpu-scalar");
             assert!(reports.iter().all(|report| report.ok), "{reports:?}");
+        }
+    }
+
+    /// The same kernel on the same bytes: 10 % off the exact product is allowed, 1e-11 off what W8A8 says.
+    #[test]
+    fn kernels_of_w8a8_are_held_to_what_the_scheme_says() {
+        let mut weight = quantized(scheme(8, 0, true), 48, 384, 4);
+        weight.scheme.activations = ActivationScheme::Int8PerToken;
+        let packed = CtInt.pack(&weight, DType::F16).unwrap();
+        let reports = verify(&CtInt, &packed, 1).unwrap();
+        assert!(reports.iter().all(|report| report.ok), "{reports:?}");
+        let per_token = |report: &&KernelReport| report.activations == Activations::Int8PerToken;
+        assert!(reports.iter().filter(per_token).count() >= 1);
+        for report in reports.iter().filter(per_token) {
+            assert!(report.nmse < 1e-11 && report.tolerance == Activations::F32.tolerance());
         }
     }
 

@@ -12,8 +12,8 @@
 
 use attar_ir::{
     Block, BlockState, BlockStats, ChannelMap, Contract, Cost, Event, Fold, FormChange, FormSet,
-    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Producer, Target, Touches,
-    Upstream, Weight,
+    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Target, Touches, Upstream,
+    Weight,
 };
 use attar_tensor::{
     Mat, QuantScheme, block_search,
@@ -23,7 +23,7 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, check_finite, metric, options, report};
+use crate::common::{ROW_TILE, check_finite, dense, fold_scale, metric, options, report};
 use crate::rtn::round_to_nearest;
 
 /// Registration of `awq`.
@@ -62,10 +62,6 @@ impl Default for Options {
 
 #[derive(Debug)]
 struct Awq(Options);
-
-fn dense(state: &BlockState, site: usize) -> &Mat {
-    state.linears[site].weight.as_dense().expect("the plan proved a float weight")
-}
 
 /// Loss of one candidate scale (per consumer column).
 fn candidate_loss(weights: &[(&Mat, QuantScheme)], scale: &[f32], h: &Mat) -> f64 {
@@ -169,45 +165,6 @@ impl Awq {
             }
         }
         (best.1, best.2)
-    }
-}
-
-/// Divides the producer's channels by `scale` and multiplies the consumers' columns.
-fn fold_scale(block: &Block, fold: &Fold, scale: &[f32], state: &mut BlockState) {
-    match fold.producer {
-        Producer::Norm(norm) => {
-            state.norm_changed[norm] = true;
-            for (w, s) in state.norms[norm].iter_mut().zip(scale) {
-                *w /= s;
-            }
-        }
-        Producer::Rows(site) => {
-            state.weight_changed[site] = true;
-            let linear = &mut state.linears[site];
-            let Weight::Dense(weight) = &mut linear.weight else {
-                unreachable!("the plan proved float producers")
-            };
-            for (mut row, s) in weight.outer_iter_mut().zip(scale) {
-                row.map_inplace(|w| *w /= s);
-            }
-            if let Some(bias) = &mut linear.bias {
-                state.bias_changed[site] = true;
-                for (b, s) in bias.iter_mut().zip(scale) {
-                    *b /= s;
-                }
-            }
-        }
-    }
-    for &site in &block.inputs[fold.input].sites {
-        state.weight_changed[site] = true;
-        let Weight::Dense(weight) = &mut state.linears[site].weight else {
-            unreachable!("the plan proved float consumers")
-        };
-        for mut row in weight.outer_iter_mut() {
-            for (c, w) in row.iter_mut().enumerate() {
-                *w *= scale[fold.map.producer_of(c)];
-            }
-        }
     }
 }
 
@@ -366,92 +323,8 @@ impl Pass for Awq {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use attar_ir::{InputGroup, InputStats, LinearState, Norm, Role, Site};
-    use attar_tensor::{DType, Granularity, ScaleGrid, linalg::matmul_nt, rng::Rng};
-
-    const HIDDEN: usize = 64;
-    const KV: usize = 32;
-    const TOKENS: usize = 200;
-    const MAP: ChannelMap = ChannelMap::GroupedHeads { head_dim: 16, repeat: 2 };
-
-    /// Values and attention output only: norm → v → (heads repeated) → o.
-    fn block() -> Block {
-        let site = |name: &str, role, out_features, in_features| Site {
-            name: name.into(),
-            role,
-            out_features,
-            in_features,
-            bias: true,
-            dtype: DType::F32,
-        };
-        let input = |name, width, site| InputGroup { name, width, sites: vec![site] };
-        Block {
-            index: 0,
-            prefix: String::new(),
-            sites: vec![
-                site("v", Role::Value, KV, HIDDEN),
-                site("o", Role::AttentionOutput, HIDDEN, HIDDEN),
-            ],
-            norms: vec![Norm { tensor: "n".into(), width: HIDDEN }],
-            inputs: vec![input("attention input", HIDDEN, 0), input("attention output", HIDDEN, 1)],
-            folds: vec![
-                Fold { producer: Producer::Norm(0), input: 0, map: ChannelMap::Identity },
-                Fold { producer: Producer::Rows(0), input: 1, map: MAP },
-            ],
-            attention: None,
-        }
-    }
-
-    fn state(rng: &mut Rng) -> BlockState {
-        let mut linear = |out: usize| LinearState {
-            weight: Weight::Dense(
-                Mat::from_shape_vec((out, HIDDEN), rng.normals(out * HIDDEN)).unwrap(),
-            ),
-            bias: Some(rng.normals(out)),
-        };
-        let linears = vec![linear(KV), linear(HIDDEN)];
-        BlockState::new(0, linears, vec![rng.normals(HIDDEN)])
-    }
-
-    /// Inputs of both sites and the output.
-    fn forward(state: &BlockState, x: &Mat) -> [Mat; 3] {
-        let mut h = x.clone();
-        for mut row in h.outer_iter_mut() {
-            for (v, w) in row.iter_mut().zip(&state.norms[0]) {
-                *v *= w;
-            }
-        }
-        let linear = |site: usize, x: &Mat| {
-            let mut y = matmul_nt(x, dense(state, site));
-            for mut row in y.outer_iter_mut() {
-                for (v, b) in row.iter_mut().zip(state.linears[site].bias.as_ref().unwrap()) {
-                    *v += b;
-                }
-            }
-            y
-        };
-        let v = linear(0, &h);
-        let a = Mat::from_shape_fn((x.nrows(), HIDDEN), |(t, c)| v[[t, MAP.producer_of(c)]]);
-        let y = linear(1, &a);
-        [h, a, y]
-    }
-
-    fn statistics(x: &Mat) -> Option<InputStats> {
-        let n = x.nrows() as f32;
-        let mean = x.columns().into_iter().map(|c| c.iter().map(|v| v.abs()).sum::<f32>() / n);
-        Some(InputStats {
-            tokens: x.nrows(),
-            abs_mean: Some(mean.collect()),
-            hessian: Some(x.t().dot(x).as_standard_layout().to_owned() * (2.0 / n)),
-            ..InputStats::default()
-        })
-    }
-
-    fn inputs(rng: &mut Rng) -> Mat {
-        Mat::from_shape_fn((TOKENS, HIDDEN), |(_, c)| {
-            rng.normal() * if c % 9 == 0 { 12.0 } else { 0.4 }
-        })
-    }
+    use crate::testing::{block, forward, inputs, state, statistics};
+    use attar_tensor::{Granularity, ScaleGrid, rng::Rng};
 
     fn scheme() -> QuantScheme {
         QuantScheme {
@@ -460,6 +333,7 @@ mod tests {
             symmetric: false,
             scale_grid: ScaleGrid::F16,
             zero_min: 1,
+            activations: attar_tensor::ActivationScheme::Float,
         }
     }
 

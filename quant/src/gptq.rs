@@ -330,6 +330,7 @@ mod tests {
             symmetric,
             scale_grid: ScaleGrid::F16,
             zero_min: 1,
+            activations: attar_tensor::ActivationScheme::Float,
         }
     }
 

@@ -249,6 +249,7 @@ mod tests {
                     symmetric,
                     scale_grid: ScaleGrid::F16AndBf16,
                     zero_min: 1,
+                    activations: attar_tensor::ActivationScheme::Float,
                 };
                 let loss = |clip| {
                     let (q, [error, _]) = round_to_nearest(&w, scheme, clip);

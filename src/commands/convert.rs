@@ -8,7 +8,10 @@ use attar_formats::{
     quant_config,
 };
 use attar_ir::{Role, Site};
-use attar_kernels::{Layout, layout::Ggml};
+use attar_kernels::{
+    Layout,
+    layout::{CtInt, Ggml},
+};
 use attar_quant::round_to_nearest;
 use attar_tensor::{
     BlockType, DType, Granularity, Mat, PackedLinear, QuantScheme, QuantizedLinear, Tensor,
@@ -257,7 +260,9 @@ fn others(source: &Opened, sites: &BTreeMap<&str, &Site>, goal: &Goal) -> Vec<St
         }
         let site = name.strip_suffix(".weight").and_then(|site| sites.get(site));
         let packed = site.is_some_and(|site| source.scheme_of(site).is_some());
-        if packed && matches!(goal, Goal::Layout(_)) {
+        let bytes =
+            source.layout().is_some_and(|layout| layout == attar_tensor::LayoutSpec::id(&CtInt).0);
+        if packed && (bytes || matches!(goal, Goal::Layout(_))) {
             continue;
         }
         let second_head =
@@ -369,7 +374,9 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
         return Ok(Some(Relaid { packed, error: None }));
     }
     let expected = from.dequantize(&packed).map_err(fail)?;
-    if let Ok(affine) = from.unpack(&packed) {
+    if let Ok(mut affine) = from.unpack(&packed) {
+        // The numbers of weights are what is carried over; W8A8 has one layout only.
+        affine.scheme.activations = attar_tensor::ActivationScheme::Float;
         for candidate in std::iter::once(affine.clone()).chain(widened(&affine)) {
             if let Ok(packed) = to.pack(&candidate, DType::F16) {
                 let same = to.dequantize(&packed).map_err(fail)?;
@@ -430,6 +437,7 @@ fn round(
         symmetric: from.symmetric,
         scale_grid: to.scale_grid(DType::F16),
         zero_min: to.zero_min(),
+        activations: attar_tensor::ActivationScheme::Float,
     };
     to.pack(&round_to_nearest(weight, scheme, Clip::Search(40)).0, DType::F16)
 }

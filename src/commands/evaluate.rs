@@ -35,7 +35,8 @@ pub(crate) fn line(eval: &Evaluation) -> String {
 
 pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
     let mut model = Opened::open(&args.path)?;
-    model.activations = args.activations.into();
+    let asked = args.activations.map(Into::into);
+    model.set_activations(asked, attar_kernels::Activations::F32);
     let reference = args.reference.as_deref().map(Opened::open).transpose()?;
     let spec = &model.decoder.spec;
     if args.context < 2 || args.context > spec.context {

@@ -155,8 +155,13 @@ fn kernels(taken: &BTreeMap<&'static str, Taken>) -> String {
 
 /// What was done to activations: bytes are asked for, but not every layout has such a kernel.
 pub(crate) fn used(model: &Opened) -> Activations {
-    let fast = model.taken().keys().any(|name| name.ends_with("-int8"));
-    if fast { model.activations } else { Activations::F32 }
+    let taken = model.taken();
+    let any = |end: &str| taken.keys().any(|name| name.ends_with(end));
+    match (any("-w8a8"), any("-int8")) {
+        (true, _) => Activations::Int8PerToken,
+        (_, true) => model.activations,
+        _ => Activations::F32,
+    }
 }
 
 /// Relative root mean square error that kernels are held to on Gaussian and outlier-ridden activations
@@ -174,7 +179,7 @@ fn in_pool<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T,
 
 pub(crate) fn generate(args: &Run) -> Result<bool, Error> {
     let mut model = Opened::open(&args.path)?;
-    model.activations = args.activations.into();
+    model.set_activations(args.activations.map(Into::into), Activations::Int8);
     model.resident = true;
     let (text, prefill, decode) = match (&args.prompt, args.bench) {
         (Some(prompt), None) => {

@@ -259,6 +259,7 @@ impl BlockType {
             symmetric: self.is_affine(),
             scale_grid: ScaleGrid::Blocks(self),
             zero_min: 0,
+            activations: crate::ActivationScheme::Float,
         }
     }
 }

@@ -171,6 +171,7 @@ mod tests {
             symmetric,
             scale_grid: ScaleGrid::F16,
             zero_min: 1,
+            activations: crate::ActivationScheme::Float,
         }
     }
 

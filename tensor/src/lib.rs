@@ -30,7 +30,7 @@ pub use dtype::DType;
 pub use mask::Pattern;
 pub use packed::{LayoutError, LayoutId, LayoutSpec, LinearSpec, PackedLinear, PartHeader};
 pub use quantized::QuantizedLinear;
-pub use scheme::{Granularity, QuantScheme, ScaleGrid};
+pub use scheme::{ActivationScheme, Granularity, QuantScheme, ScaleGrid};
 pub use scratch::{Scratch, Shelf};
 pub use store::{SourceError, TensorHeader, TensorSink, TensorSource};
 pub use tensor::{Tensor, TensorView};

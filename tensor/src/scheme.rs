@@ -80,6 +80,27 @@ impl ScaleGrid {
     }
 }
 
+/// In which numbers the input of a linear enters the product: what the artifact says, whatever kernel eats
+/// it.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationScheme {
+    /// As they come: weight-only quantization.
+    #[default]
+    Float,
+    /// Signed bytes, symmetric, one scale for each token, found while it runs (W8A8).
+    Int8PerToken,
+}
+
+impl ActivationScheme {
+    /// True for weight-only quantization.
+    pub const fn is_float(&self) -> bool {
+        matches!(self, Self::Float)
+    }
+}
+
 /// Numbers of an affine integer quantization: `w = (code - zero) * scale`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct QuantScheme {
@@ -93,6 +114,9 @@ pub struct QuantScheme {
     pub scale_grid: ScaleGrid,
     /// Smallest zero point that every target layout can store (GPTQ v1 stores `zero - 1`, so 1).
     pub zero_min: u8,
+    /// What the runtime does to the input.
+    #[serde(default, skip_serializing_if = "ActivationScheme::is_float")]
+    pub activations: ActivationScheme,
 }
 
 impl QuantScheme {
@@ -125,7 +149,7 @@ impl QuantScheme {
         }
     }
 
-    /// Short name as people write it, e.g. `w4 g128 sym` or `q4_k`.
+    /// Short name as people write it, e.g. `w4 g128 sym`, `w8a8 channel sym` or `q4_k`.
     pub fn label(self) -> String {
         if let Some(block) = self.block() {
             return block.name().to_owned();
@@ -134,7 +158,12 @@ impl QuantScheme {
             Granularity::Channel => "channel".to_owned(),
             Granularity::Group(size) => format!("g{size}"),
         };
-        format!("w{} {group} {}", self.bits, if self.symmetric { "sym" } else { "asym" })
+        let activations = match self.activations {
+            ActivationScheme::Float => "",
+            ActivationScheme::Int8PerToken => "a8",
+        };
+        let symmetric = if self.symmetric { "sym" } else { "asym" };
+        format!("w{}{activations} {group} {symmetric}", self.bits)
     }
 }
 

@@ -15,7 +15,7 @@ def load(directory, dtype="float32", native=False):
     """The artifact as a torch model: through the runtime that transformers picks, or dense through dequantize.py."""
     if not native:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), device_map="cpu").eval()
-    from dequantize import dense_state
+    from dequantize import dense_state, round_inputs
     config, state, _ = dense_state(directory)
     with tempfile.TemporaryDirectory() as d:
         (Path(d) / "config.json").write_text(json.dumps(config))
@@ -29,6 +29,7 @@ def load(directory, dtype="float32", native=False):
     if missing or left.unexpected_keys:
         raise ValueError(f"{directory}: missing {missing[:5]}, unexpected {left.unexpected_keys[:5]}")
     model.tie_weights()
+    round_inputs(model, directory)
     return model.eval()
 
 

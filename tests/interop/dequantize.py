@@ -1,8 +1,10 @@
-"""An independent reader of packed checkpoints: compressed-tensors `pack-quantized`, GPTQ (v1, v2, g_idx) and AutoAWQ GEMM.
+"""An independent reader of packed checkpoints: compressed-tensors `pack-quantized` and `int-quantized`, GPTQ (v1, v2, g_idx) and AutoAWQ GEMM.
 
 Shares no code with Attar nor with the runtimes. Everything is expanded to dense f32 weights, in numpy:
 
     weight[o, i] = (code[o, i] - zero[o, group(i)]) * scale[o, group(i)]
+
+The inputs of `int-quantized` linears are rounded while the model runs (`round_inputs`): signed bytes, one step of max/127 per token.
 """
 import json
 from pathlib import Path
@@ -91,13 +93,31 @@ def weights_for(name, config):
     return groups[0]["weights"]
 
 
+def int_quantized(t):
+    """Names of the linears that are stored as signed bytes."""
+    return [n[: -len(".weight")] for n, v in t.items() if n.endswith(".weight") and v.dtype == np.int8]
+
+
+def round_inputs(model, directory):
+    """Makes each `int-quantized` linear of a torch model round its input as vLLM's kernels do: step = max/127 of the token, ties to even."""
+    def pre(_, inputs):
+        step = inputs[0].abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return ((inputs[0] / step).round() * step,)
+    for name in int_quantized(tensors(directory)):
+        model.get_submodule(name).register_forward_pre_hook(pre)
+
+
 def dense_state(directory):
     """(config without quantization, {name: f32 tensor}, method) of an artifact directory."""
     config = json.loads((Path(directory) / "config.json").read_text())
     q = config.pop("quantization_config")
     method, t, out = q["quant_method"], tensors(directory), {}
+    byte_linears = set(int_quantized(t))
     for name, value in t.items():
         base = name.rsplit(".", 1)[0]
+        if name.endswith(".weight") and base in byte_linears:
+            out[name] = value.astype(np.float32) * t[base + ".weight_scale"]
+            continue
         if name.endswith(".weight_packed"):
             out[base + ".weight"] = compressed_tensors(t, base, weights_for(base, q)["num_bits"])
         elif name.endswith(".qweight") and method == "awq":

@@ -21,10 +21,17 @@ py() { PYTHONPATH="$here" PYTHONDONTWRITEBYTECODE=1 "$venv/bin/python" "$@" 2>> 
 check() { echo "$1 '$d' '$2' --text '$val' $3" >> "$list"; }
 
 py "$here/check_golden.py" > "$out/golden.txt" || { failed=1; grep DIFFERENT "$out/golden.txt" || echo "check_golden.py could not run, see $out/clients.log"; }
-rm -rf "$out/gptq-w4" "$out/awq-w4" "$out/gptq-w3"
+rm -rf "$out/gptq-w4" "$out/awq-w4" "$out/gptq-w3" "$out/w8a8"
 "$ATTAR" compress "$model" --preset gptq-w4 --layout compressed-tensors --layout gptq --layout awq --text "$calib" --context 256 --out "$out/gptq-w4"
 "$ATTAR" compress "$model" --preset awq-w4 --layout compressed-tensors --layout awq --text "$calib" --context 256 --out "$out/awq-w4"
 "$ATTAR" compress "$model" --preset gptq-w3 --layout compressed-tensors --text "$calib" --context 256 --out "$out/gptq-w3"
+"$ATTAR" compress "$model" --preset w8a8 --text "$calib" --context 256 --out "$out/w8a8"
+# W8A8: transformers rounds activations with another step (max/127.5, not max/127), so logits agree to the rounding itself.
+d=$out/w8a8; "$ATTAR" eval "$d" --text "$val" --context 256 --dump-logits "$out/w8a8.safetensors" --json > "$out/w8a8.json"
+check check_logits "$out/w8a8.safetensors" "--native --bound 5e-3"
+check check_ppl "$out/w8a8.json" --native
+check check_logits "$out/w8a8.safetensors" "--bound 4e-2"
+check check_ppl "$out/w8a8.json" ""
 for a in gptq-w4/compressed-tensors gptq-w4/gptq gptq-w4/awq awq-w4/compressed-tensors awq-w4/awq gptq-w3; do
   d=$out/$a; tag=$(echo "$a" | tr / _); report=$out/$tag.json; dump=$out/$tag.safetensors
   "$ATTAR" eval "$d" --text "$val" --context 256 --dump-logits "$dump" --json > "$report"

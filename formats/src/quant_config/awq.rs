@@ -34,6 +34,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
         symmetric: !quant.get("zero_point").and_then(Value::as_bool).unwrap_or(true),
         scale_grid: ScaleGrid::F16,
         zero_min: 0,
+        activations: attar_tensor::ActivationScheme::Float,
     };
     Ok(Parsed { layout: "awq", rules: vec![(Pattern::Any, Some(scheme))] })
 }

@@ -1,6 +1,6 @@
-//! The compressed-tensors dialect, format `pack-quantized`.
+//! The compressed-tensors dialect, formats `pack-quantized` (weights alone) and `int-quantized` (W8A8).
 
-use attar_tensor::{Granularity, QuantScheme, ScaleGrid};
+use attar_tensor::{ActivationScheme, Granularity, QuantScheme, ScaleGrid};
 use serde_json::{Map, Value, json};
 
 use super::{Compiler, Entry, Parsed, Pattern};
@@ -26,10 +26,69 @@ fn weights(scheme: QuantScheme) -> Value {
     })
 }
 
-pub(super) fn write(linears: &[Entry], dense: &[String]) -> Result<Value, String> {
-    if linears.is_empty() {
-        return Err("layout compressed-tensors: nothing is quantized".into());
+/// The layout of each format.
+const FORMATS: [(&str, &str); 2] =
+    [("pack-quantized", "compressed-tensors"), ("int-quantized", "compressed-tensors-int")];
+
+/// What is done to the inputs of linears.
+fn activations(scheme: QuantScheme) -> Value {
+    match scheme.activations {
+        ActivationScheme::Float => Value::Null,
+        ActivationScheme::Int8PerToken => json!({
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": true,
+            "group_size": null,
+            "strategy": "token",
+            "block_structure": null,
+            "dynamic": true,
+            "actorder": null,
+            "observer": null,
+            "observer_kwargs": {},
+            "scale_dtype": null,
+            "zp_dtype": null,
+        }),
     }
+}
+
+/// Reads them; `format` decides, since no layout carries the other combination.
+fn read_activations(name: &str, group: &Value, format: &str) -> Result<ActivationScheme, String> {
+    let said = group.get("input_activations").filter(|value| !value.is_null());
+    let Some(said) = said else {
+        return match format {
+            "pack-quantized" => Ok(ActivationScheme::Float),
+            _ => Err(format!(
+                "{name} quantizes weights alone in format {format}, which is read with int8 activations only"
+            )),
+        };
+    };
+    if format == "pack-quantized" {
+        return Err(format!(
+            "{name} quantizes activations in format {format}, which cannot be read"
+        ));
+    }
+    let is = |key: &str, value: Value| said.get(key) == Some(&value);
+    let symmetric = said.get("symmetric").and_then(Value::as_bool).unwrap_or(true);
+    let read = is("num_bits", json!(8))
+        && said.get("type").is_none_or(|kind| kind == "int")
+        && symmetric
+        && is("dynamic", json!(true))
+        && is("strategy", json!("token"));
+    if read {
+        Ok(ActivationScheme::Int8PerToken)
+    } else {
+        Err(format!(
+            "{name}: input_activations can be read as 8-bit int, symmetric, dynamic, one scale per token only"
+        ))
+    }
+}
+
+pub(super) fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value, String> {
+    if linears.is_empty() {
+        return Err(format!("layout {layout}: nothing is quantized"));
+    }
+    let format = FORMATS.iter().find(|(_, name)| *name == layout);
+    let format = format.map(|(format, _)| *format).ok_or_else(|| format!("no layout {layout}"))?;
     let mut schemes: Vec<QuantScheme> = Vec::new();
     for (_, scheme) in linears {
         if !schemes.contains(scheme) {
@@ -48,15 +107,15 @@ pub(super) fn write(linears: &[Entry], dense: &[String]) -> Result<Value, String
             json!({
                 "targets": targets,
                 "weights": weights(*scheme),
-                "input_activations": null,
+                "input_activations": activations(*scheme),
                 "output_activations": null,
-                "format": "pack-quantized",
+                "format": format,
             }),
         );
     }
     Ok(json!({
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
         "global_compression_ratio": null,
         "kv_cache_scheme": null,
@@ -70,12 +129,12 @@ pub(super) fn write(linears: &[Entry], dense: &[String]) -> Result<Value, String
 
 pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     let format = quant.get("format").and_then(Value::as_str).unwrap_or("");
-    if format != "pack-quantized" {
+    let Some((format, layout)) = FORMATS.iter().copied().find(|(known, _)| *known == format) else {
         return Err(format!(
-            "compressed-tensors format `{}` cannot be read, only pack-quantized",
+            "compressed-tensors format `{}` cannot be read, only pack-quantized and int-quantized",
             crate::brief(format)
         ));
-    }
+    };
     let groups = quant
         .get("config_groups")
         .and_then(Value::as_object)
@@ -100,9 +159,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
             .get("weights")
             .filter(|w| !w.is_null())
             .ok_or(format!("{name} has no weights scheme"))?;
-        if !group.get("input_activations").is_none_or(Value::is_null) {
-            return Err(format!("{name} quantizes activations, which cannot be read yet"));
-        }
+        let activations = read_activations(name, group, format)?;
         if weights.get("type").and_then(Value::as_str) != Some("int") {
             return Err(format!("{name} holds a type of weights that cannot be read, only int"));
         }
@@ -124,6 +181,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
             symmetric: weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true),
             scale_grid: ScaleGrid::F32,
             zero_min: 0,
+            activations,
         };
         let targets = group.get("targets").and_then(Value::as_array);
         for target in targets.into_iter().flatten().filter_map(Value::as_str) {
@@ -137,7 +195,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
     regexes.sort_by(|a, b| a.0.cmp(&b.0));
     rules.extend(regexes.into_iter().map(|(_, pattern, scheme)| (pattern, Some(scheme))));
     rules.extend(classes);
-    Ok(Parsed { layout: "compressed-tensors", rules })
+    Ok(Parsed { layout, rules })
 }
 
 fn pattern(compiler: &Compiler, target: &str) -> Result<Pattern, String> {

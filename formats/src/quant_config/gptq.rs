@@ -47,6 +47,7 @@ pub(super) fn parse(quant: &Value) -> Result<Parsed, String> {
             symmetric: from("sym").get("sym").and_then(Value::as_bool).unwrap_or(true),
             scale_grid: ScaleGrid::F32,
             zero_min: 0,
+            activations: attar_tensor::ActivationScheme::Float,
         })
     };
     // GPTQModel's `dynamic`: in order, `-:` leaves a linear dense, everything else overrides.

@@ -18,7 +18,9 @@ pub type Entry = (String, QuantScheme);
 /// When the dialect cannot say it.
 pub fn write(layout: &str, linears: &[Entry], dense: &[String]) -> Result<Value, String> {
     match layout {
-        "compressed-tensors" => compressed_tensors::write(linears, dense),
+        "compressed-tensors" | "compressed-tensors-int" => {
+            compressed_tensors::write(layout, linears, dense)
+        }
         "gptq" | "gptq_v2" => gptq::write(layout, linears, dense),
         "awq" => awq::write(linears, dense),
         other => Err(format!("no quantization_config dialect for layout {other}")),
@@ -115,7 +117,7 @@ impl Pattern {
 /// A parsed config: the layout's name, and the scheme of a linear found in it.
 #[derive(Debug, Clone)]
 pub struct Parsed {
-    /// `compressed-tensors`, `gptq`, `gptq_v2`, `awq`, or `gguf`, whose linears have layouts of their own.
+    /// `compressed-tensors`, `compressed-tensors-int`, `gptq`, `gptq_v2`, `awq`, or `gguf`, whose linears have layouts of their own.
     pub layout: &'static str,
     /// The first rule that matches counts; `None` says that the linear is not quantized.
     rules: Vec<(Pattern, Option<QuantScheme>)>,
@@ -139,6 +141,7 @@ impl Parsed {
     pub fn marker(&self) -> &'static str {
         match self.layout {
             "compressed-tensors" => ".weight_packed",
+            "compressed-tensors-int" => ".weight_scale",
             "gguf" => ".blocks",
             _ => ".qweight",
         }
@@ -236,6 +239,7 @@ mod tests {
                     symmetric,
                     scale_grid: ScaleGrid::F16,
                     zero_min: 0,
+                    activations: attar_tensor::ActivationScheme::Float,
                 };
                 let linears = vec![("model.layers.0.mlp.up_proj".to_owned(), scheme)];
                 let config = write(layout, &linears, &["lm_head".into()]).unwrap();
@@ -254,6 +258,45 @@ mod tests {
         assert!(
             parse(&serde_json::json!({"quantization_config": {"quant_method": "fp8"}})).is_err()
         );
+    }
+
+    #[test]
+    fn w8a8_is_written_and_read_and_its_relatives_are_refused() {
+        let scheme = QuantScheme {
+            bits: 8,
+            granularity: Granularity::Channel,
+            symmetric: true,
+            scale_grid: ScaleGrid::F32,
+            zero_min: 0,
+            activations: attar_tensor::ActivationScheme::Int8PerToken,
+        };
+        let linears = vec![("a.up_proj".to_owned(), scheme)];
+        let good = write("compressed-tensors-int", &linears, &["lm_head".into()]).unwrap();
+        let read = |config: &Value| parse(&serde_json::json!({"quantization_config": config}));
+        let parsed = read(&good).unwrap().unwrap();
+        assert_eq!((parsed.layout, parsed.marker()), ("compressed-tensors-int", ".weight_scale"));
+        assert_eq!(parsed.scheme_of("a.up_proj"), Some(scheme));
+        assert_eq!(parsed.scheme_of("lm_head"), None);
+        let refused = |key: &str, value: Value, part: &str| {
+            let mut config = good.clone();
+            config["config_groups"]["group_0"]["input_activations"][key] = value;
+            let error = read(&config).unwrap_err();
+            assert!(error.contains("group_0") && error.contains(part), "{key}: {error}");
+        };
+        refused("dynamic", false.into(), "dynamic");
+        refused("dynamic", "local".into(), "dynamic");
+        refused("strategy", "tensor".into(), "one scale per token");
+        refused("symmetric", false.into(), "symmetric");
+        refused("num_bits", 4.into(), "8-bit");
+        refused("type", "float".into(), "int");
+        let mut alone = good.clone();
+        alone["config_groups"]["group_0"]["input_activations"] = Value::Null;
+        assert!(read(&alone).unwrap_err().contains("weights alone"));
+        let mut packed = good.clone();
+        packed["format"] = "pack-quantized".into();
+        assert!(read(&packed).unwrap_err().contains("activations"));
+        packed["format"] = "float-quantized".into();
+        assert!(read(&packed).unwrap_err().contains("float-quantized"));
     }
 
     /// `(\w{100}){100}` takes 20 bytes in a file and gigabytes when it is compiled.

@@ -113,6 +113,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             symmetric: spec.symmetric.unwrap_or(true),
             scale_grid: grids.fold(ScaleGrid::F32, ScaleGrid::intersect),
             zero_min: emits.iter().map(|emit| emit.spec.zero_min()).max().unwrap_or(0),
+            activations: spec.activations,
         })
     };
 
@@ -192,7 +193,10 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             if let Some(kept) = passes[index].density() {
                 state.density = Some(kept);
             }
-            let after = contract.produces.apply(state.form);
+            let mut after = contract.produces.apply(state.form);
+            if let Some(scheme) = scheme.filter(|_| quantizes[index]) {
+                after.activations = scheme.activations;
+            }
             if after != state.form {
                 state.made_by = Some(index);
             }

@@ -1,20 +1,20 @@
 //! TOML to [`Recipe`] and back. The walk is written out, so that every refusal names its key path.
 
-use attar_tensor::Granularity;
+use attar_tensor::{ActivationScheme, Granularity};
 use toml::{Table, Value};
 
 use crate::{Upstream, target::TargetSpec};
 
 use super::{
     Calibration, Emit, GateSpec, MIXTURES, Mixture, Recipe, RecipeError, STEP_KEYS, SchemeSpec,
-    Step,
+    Step, nearest,
 };
 
 type Result<T> = std::result::Result<T, RecipeError>;
 
 const TOP_KEYS: &[&str] = &["calibration", "step", "emit", "gate"];
 const CALIBRATION_KEYS: &[&str] = &["text", "ids", "samples", "context", "seed"];
-const SCHEME_KEYS: &[&str] = &["bits", "group_size", "symmetric"];
+const SCHEME_KEYS: &[&str] = &["bits", "group_size", "symmetric", "activations"];
 const EMIT_KEYS: &[&str] = &["layout", "container", "dir", "of", "target"];
 const GATE_KEYS: &[&str] =
     &["max_perplexity_ratio", "max_kl_mean", "min_top1_agreement", "max_bytes_ratio"];
@@ -136,6 +136,23 @@ fn scheme(mut table: Keys) -> Result<SchemeSpec> {
         bits,
         granularity: granularity(group_size, &table.path("group_size"))?,
         symmetric: table.boolean("symmetric")?,
+        activations: match table.string("activations")?.as_deref() {
+            None => ActivationScheme::Float,
+            Some(name) => activations(name, &table.path("activations"))?,
+        },
+    })
+}
+
+/// Names of what is done to activations.
+const ACTIVATIONS: [(&str, ActivationScheme); 2] =
+    [("float", ActivationScheme::Float), ("int8", ActivationScheme::Int8PerToken)];
+
+fn activations(name: &str, path: &str) -> Result<ActivationScheme> {
+    let known = ACTIVATIONS.iter().find(|(known, _)| *known == name);
+    known.map(|(_, scheme)| *scheme).ok_or_else(|| {
+        let hint = nearest(name, ACTIVATIONS.map(|(name, _)| name))
+            .map_or_else(String::new, |name| format!("; did you mean `{name}`?"));
+        RecipeError::invalid(path, format!("expected `float` or `int8`, got `{name}`{hint}"))
     })
 }
 
@@ -328,6 +345,10 @@ pub(super) fn write(recipe: &Recipe) -> String {
             put(&mut numbers, "bits", i64::from(scheme.bits));
             put(&mut numbers, "group_size", scheme.granularity.as_config());
             put_some(&mut numbers, "symmetric", scheme.symmetric);
+            if !scheme.activations.is_float() {
+                let name = ACTIVATIONS.iter().find(|(_, known)| *known == scheme.activations);
+                put_some(&mut numbers, "activations", name.map(|(name, _)| *name));
+            }
             put(&mut table, "scheme", numbers);
         }
         let upstream = step.upstream.map(|upstream| match upstream {

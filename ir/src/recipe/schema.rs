@@ -144,6 +144,8 @@ fn scheme(symmetric: bool) -> Value {
             "group_size": { "type": "integer", "minimum": -1, "default": 128,
                 "description": "columns that share a scale; -1 is one scale per row" },
             "symmetric": { "type": "boolean", "default": symmetric },
+            "activations": { "enum": ["float", "int8"], "default": "float",
+                "description": "int8: inputs become signed bytes with one scale per token (W8A8)" },
         },
     });
     json!({ "oneOf": [numbers, mixture] })

@@ -287,7 +287,7 @@ fn lacks<T: PartialEq>(list: Option<&Vec<T>>, value: &T) -> bool {
 
 /// True when both are dense, or have the same bits, groups and symmetry.
 fn same(a: Option<QuantScheme>, b: Option<QuantScheme>) -> bool {
-    let numbers = |s: QuantScheme| (s.bits, s.granularity, s.symmetric);
+    let numbers = |s: QuantScheme| (s.bits, s.granularity, s.symmetric, s.activations);
     a.map(numbers) == b.map(numbers)
 }
 

@@ -10,7 +10,34 @@ use super::*;
 fn scheme(bits: u8, group: i64, symmetric: bool) -> QuantScheme {
     let granularity =
         if group < 0 { Granularity::Channel } else { Granularity::Group(group as usize) };
-    QuantScheme { bits, granularity, symmetric, scale_grid: ScaleGrid::F16, zero_min: 0 }
+    QuantScheme {
+        bits,
+        granularity,
+        symmetric,
+        scale_grid: ScaleGrid::F16,
+        zero_min: 0,
+        activations: attar_tensor::ActivationScheme::Float,
+    }
+}
+
+#[test]
+fn w8a8_is_read_per_row_and_by_those_who_have_a_class_for_it() {
+    let mut w8a8 = subject("compressed-tensors");
+    w8a8.layout = Some("compressed-tensors-int".to_owned());
+    for linear in w8a8.linears.iter_mut().filter(|linear| linear.scheme.is_some()) {
+        let activations = attar_tensor::ActivationScheme::Int8PerToken;
+        linear.scheme = Some(QuantScheme { activations, ..scheme(8, -1, true) });
+    }
+    for target in ["vllm", "vllm,tp=2", "transformers", "sglang"] {
+        assert_eq!(judge(&w8a8, target), [], "{target}");
+    }
+    assert_eq!(refusals(&w8a8, "tensorrt-llm")[0], "layout");
+    assert_eq!(refusals(&w8a8, "llama.cpp")[0], "container");
+    let mut mixed = w8a8.clone();
+    mixed.linears[1].scheme = Some(scheme(8, -1, true));
+    assert!(refusals(&mixed, "vllm").contains(&"fused".to_owned()));
+    w8a8.linears[3].scheme = Some(scheme(8, 128, true));
+    assert!(refusals(&w8a8, "vllm").contains(&"ct-int-scheme".to_owned()));
 }
 
 /// Two Llama blocks (hidden 1024, 8 heads of 128, 4 key/value heads, MLP 2048), w4 g128 sym.

@@ -190,8 +190,11 @@ pub unsafe extern "C" fn attar_linear_prepare(
         let spec = unsafe { &*spec };
         // SAFETY: the header's condition on the string.
         let name = unsafe { text(spec.layout, "layout") }?;
-        // Block types are whole tensors of GGUF files and need another description than this one.
-        let affine = |layout: &&'static dyn attar_kernels::Layout| layout.block_type().is_none();
+        // Block types are whole tensors of GGUF files, and W8A8 says what activations are: both need another
+        // description than this one.
+        let affine = |layout: &&'static dyn attar_kernels::Layout| {
+            layout.block_type().is_none() && layout.id().0 != "compressed-tensors-int"
+        };
         let layout = layout(name).filter(affine).ok_or_else(|| {
             let known: Vec<_> =
                 attar_kernels::LAYOUTS.iter().copied().filter(affine).map(|l| l.id().0).collect();
@@ -213,6 +216,7 @@ pub unsafe extern "C" fn attar_linear_prepare(
                 symmetric: spec.symmetric != 0,
                 scale_grid: ScaleGrid::F32,
                 zero_min: layout.zero_min(),
+                activations: attar_tensor::ActivationScheme::Float,
             },
             out_features: size(spec.out_features, "out_features")?,
             in_features: size(spec.in_features, "in_features")?,

@@ -16,8 +16,8 @@ use crate::spec::Activations;
 
 /// Most tokens of a chunk.
 pub(crate) const CHUNK: usize = 8;
-/// Blocks whose largest magnitude is smaller count as zero: their inverse is not finite.
-const SMALLEST: f32 = 1e-30;
+/// Blocks and tokens whose largest magnitude is smaller count as zero: their inverse is not finite.
+pub(crate) const SMALLEST: f32 = 1e-30;
 /// Adding this leaves a rounded integer in the low bits of a float.
 const ROUND: f32 = 12_582_912.0;
 

@@ -32,7 +32,7 @@ mod avx512;
 mod blocks;
 mod buffer;
 pub mod dense;
-mod input;
+pub(crate) mod input;
 mod isa;
 pub mod roofline;
 mod scalar;

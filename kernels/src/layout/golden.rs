@@ -39,7 +39,14 @@ fn scheme(name: &str) -> QuantScheme {
         group => Granularity::Group(group.strip_prefix('g').unwrap().parse().unwrap()),
     };
     let symmetric = words.next().unwrap() == "sym";
-    QuantScheme { bits, granularity, symmetric, scale_grid: ScaleGrid::F32, zero_min: 0 }
+    QuantScheme {
+        bits,
+        granularity,
+        symmetric,
+        scale_grid: ScaleGrid::F32,
+        zero_min: 0,
+        activations: attar_tensor::ActivationScheme::Float,
+    }
 }
 
 fn read(

@@ -16,6 +16,7 @@ use crate::spec::Kernel;
 
 pub mod awq;
 pub(crate) mod bits;
+pub mod ct_int;
 pub mod ct_packed;
 pub mod ggml;
 #[cfg(test)]
@@ -23,6 +24,7 @@ mod golden;
 pub mod gptq;
 
 pub use awq::Awq;
+pub use ct_int::CtInt;
 pub use ct_packed::CtPacked;
 pub use ggml::Ggml;
 pub use gptq::Gptq;
@@ -94,6 +96,7 @@ pub static LAYOUTS: &[&dyn Layout] = &[
     &Gptq::V1,
     &Gptq::V2,
     &Awq,
+    &CtInt,
     &Ggml::ALL[0],
     &Ggml::ALL[1],
     &Ggml::ALL[2],
@@ -108,14 +111,16 @@ pub static LAYOUTS: &[&dyn Layout] = &[
     &Ggml::ALL[11],
 ];
 
-/// The layouts that store affine weights as named parts, not blocks.
+/// The layouts that store affine weights of any group as named parts, not blocks.
 #[cfg(test)]
 pub(crate) fn affine_layouts() -> impl Iterator<Item = &'static dyn Layout> {
-    LAYOUTS.iter().copied().filter(|layout| layout.block_type().is_none())
+    LAYOUTS.iter().copied().filter(|l| l.block_type().is_none() && l.id() != CtInt.id())
 }
 
-/// Suffixes of the parts of every layout, in the order in which they are looked for.
+/// Suffixes of the parts of every layout, in the order in which they are looked for. A dense linear has a
+/// tensor `weight`, too.
 pub const SUFFIXES: &[&str] = &[
+    "weight",
     "weight_packed",
     "weight_scale",
     "weight_shape",
@@ -127,6 +132,15 @@ pub const SUFFIXES: &[&str] = &[
     "g_idx",
     "blocks",
 ];
+
+/// Suffixes of the packed parts of a linear that has tensors of the suffixes that `has` knows; none for a dense
+/// one.
+pub fn suffixes_of(has: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    // A tensor `weight` is a part when scales lie beside it, and codes nowhere else.
+    let bytes = has("weight_scale") && !has("weight_packed");
+    let part = |suffix: &&&str| has(suffix) && (**suffix != "weight" || bytes);
+    SUFFIXES.iter().filter(part).copied().collect()
+}
 
 /// The layout of this name.
 pub fn layout(name: &str) -> Option<&'static dyn Layout> {
@@ -150,6 +164,18 @@ pub fn layout_of(packed: &PackedLinear) -> Result<&'static dyn Layout, LayoutErr
 /// As [`Layout::unpack`], or an unknown layout.
 pub fn unpack(packed: &PackedLinear) -> Result<QuantizedLinear, LayoutError> {
     layout_of(packed)?.unpack(packed)
+}
+
+/// Refuses what a layout of weights alone cannot say of activations.
+pub(crate) fn weights_only(layout: LayoutId, scheme: QuantScheme) -> Result<(), LayoutError> {
+    if scheme.activations.is_float() {
+        return Ok(());
+    }
+    Err(LayoutError::Scheme {
+        layout,
+        scheme: scheme.label(),
+        reason: "it says nothing of activations; emit compressed-tensors-int, or leave `activations` out",
+    })
 }
 
 /// Groups of a row, or why there are none.

@@ -95,6 +95,7 @@ fn round(w: &Mat, target: Option<&Mat>, h: &Mat, mask: Mask, refine: usize) -> Q
         symmetric: false,
         scale_grid: ScaleGrid::F16,
         zero_min: 1,
+        activations: crate::ActivationScheme::Float,
     };
     let groups = n / 48;
     let (mut codes, mut grids) =

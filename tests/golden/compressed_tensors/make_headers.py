@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Golden headers of llm-compressor artifacts.   python make_headers.py CHECKPOINT
+"""Golden headers of llm-compressor artifacts.   python make_headers.py CHECKPOINT [CASE...]
 
 CHECKPOINT is the demo model (2 layers, hidden 128), loaded as bfloat16. Round to nearest, so that no calibration is needed.
 Writes <case>.json: every tensor's name, dtype and shape, and the `quantization_config` of config.json.
@@ -15,12 +15,17 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# Bits, group, symmetric; W8A8 quantizes activations too and is stored as int-quantized.
 CASES = {"w4_g128_sym": (4, 128, True), "w4_g32_asym": (4, 32, False), "w3_g64_sym": (3, 64, True), "w8_channel_sym": (8, None, True),
-         "w2_g64_sym": (2, 64, True), "w3_g128_asym": (3, 128, False)}
+         "w2_g64_sym": (2, 64, True), "w3_g128_asym": (3, 128, False), "w8_channel_sym_int8": (8, None, True)}
+only = sys.argv[2:]
 for name, (bits, group, sym) in CASES.items():
+    if only and name not in only:
+        continue
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=sym, strategy="group" if group else "channel", group_size=group)
-    oneshot(model=model, recipe=[QuantizationModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])])
+    tokens = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True, observer=None) if name.endswith("_int8") else None
+    oneshot(model=model, recipe=[QuantizationModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=tokens)}, ignore=["lm_head"])])
     with tempfile.TemporaryDirectory() as out:
         model.save_pretrained(out, save_compressed=True)
         AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(out)

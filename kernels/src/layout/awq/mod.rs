@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::{
     Layout, check_multiple, check_packed_head, check_quantized, groups, part_scales, part_words,
-    scales_tensor, spec_of, transpose, words_tensor,
+    scales_tensor, spec_of, transpose, weights_only, words_tensor,
 };
 
 /// Largest normalised mean squared error of a kernel: f32 sums against f64 sums.
@@ -50,6 +50,7 @@ impl LayoutSpec for Awq {
     }
 
     fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
+        weights_only(ID, linear.scheme)?;
         if linear.scheme.bits != 4 {
             let bits = linear.scheme.bits;
             return Err(LayoutError::Bits { layout: ID, bits, supported: "only 4" });

@@ -27,7 +27,7 @@ use rayon::prelude::*;
 
 use super::{
     Layout, bits, check_packed_head, check_quantized, groups, part, part_g_idx, part_scales,
-    part_words, scales_tensor, spec_of, words_tensor,
+    part_words, scales_tensor, spec_of, weights_only, words_tensor,
 };
 
 /// Largest normalised mean squared error of a kernel: f32 sums against f64 sums.
@@ -51,6 +51,7 @@ impl LayoutSpec for CtPacked {
 
     fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
         let scheme = linear.scheme;
+        weights_only(ID, scheme)?;
         if !matches!(scheme.bits, 2 | 3 | 4 | 8) {
             return Err(LayoutError::Bits {
                 layout: ID,

@@ -17,7 +17,7 @@ use attar_tensor::{
 use half::f16;
 use rayon::prelude::*;
 
-use super::{Layout, check_multiple, check_quantized, groups, part};
+use super::{Layout, check_multiple, check_quantized, groups, part, weights_only};
 use crate::cpu::BlockKernel;
 use crate::spec::Kernel;
 
@@ -186,6 +186,7 @@ impl LayoutSpec for Ggml {
     }
 
     fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
+        weights_only(self.id(), linear.scheme)?;
         if let Some(error) = self.refuse(linear) {
             return Err(error);
         }

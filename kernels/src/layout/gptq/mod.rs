@@ -31,7 +31,7 @@ use rayon::prelude::*;
 
 use super::{
     Layout, bits, check_multiple, check_packed_head, check_quantized, groups, part_g_idx,
-    part_scales, part_words, scales_tensor, spec_of, transpose, words_tensor,
+    part_scales, part_words, scales_tensor, spec_of, transpose, weights_only, words_tensor,
 };
 
 /// Largest normalised mean squared error of a kernel: f32 sums against f64 sums.
@@ -70,6 +70,7 @@ impl LayoutSpec for Gptq {
 
     fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
         let layout = self.id;
+        weights_only(layout, linear.scheme)?;
         let width = linear.scheme.bits;
         if !matches!(width, 2 | 3 | 4 | 8) {
             return Err(LayoutError::Bits { layout, bits: width, supported: "2, 3, 4, 8" });
