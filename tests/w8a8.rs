@@ -77,8 +77,8 @@ fn the_artifact_says_what_is_done_to_activations_and_is_measured_so() {
     let (source, mut seen) = (model(), Vec::new());
     for (extra, activations, kernel) in [
         (&[][..], "int8_per_token", "-w8a8"),
-        (&["--activations", "int8"], "int8_per_token", "-w8a8"),
-        (&["--activations", "f32"], "f32", "cpu-"),
+        (&["--activations", "int8"][..], "int8_per_token", "-w8a8"),
+        (&["--activations", "f32"][..], "f32", "cpu-"),
     ] {
         let mut args = vec!["eval", &path, "--text", &text, "--context", "256", "--json"];
         args.extend(["--max-windows", "16", "--reference", &source]);
