@@ -10,7 +10,7 @@ use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::TensorSource;
 use serde_json::{Value, json};
 
-/// Counts what is allocated. Everything here runs on one thread.
+/// Counts what is allocated. One target runs at a time.
 #[global_allocator]
 static MEMORY: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
 
@@ -65,6 +65,17 @@ pub(crate) fn check(name: &str, input: &[u8]) -> usize {
         input.len()
     );
     taken
+}
+
+/// Runs a target again and again; returns the bytes that are in use more after the last run than after the first.
+#[allow(dead_code, reason = "libFuzzer's targets run one input at a time")]
+pub(crate) fn kept(name: &str, input: &[u8], runs: usize) -> usize {
+    check(name, input);
+    let before = MEMORY.current_usage();
+    for _ in 1..runs {
+        check(name, input);
+    }
+    MEMORY.current_usage().saturating_sub(before)
 }
 
 /// A folder of this process, in memory where the system has such a place.
