@@ -41,7 +41,9 @@ use self::{
 use crate::{
     Error,
     args::{Promise, What},
-    bundle, contract, measure,
+    bundle, contract,
+    importance::Importances,
+    measure,
     packed::Opened,
     progress, provenance, registry,
     trace::Trace,
@@ -57,6 +59,8 @@ pub(crate) struct Job {
     /// Its variants, each with its proof; one when the recipe is a chain.
     pub(crate) variants: Vec<(Variant, Plan)>,
     pub(crate) corpus: Option<CorpusSource>,
+    /// Statistics that are not taken by calibrating.
+    pub(crate) imatrix: Option<Importances>,
     /// What the artifacts must be good for.
     promise: Promise,
     /// What the targets warn of.
@@ -197,6 +201,9 @@ pub(crate) fn prepare(
     };
     let budget = measure::budget(what.memory, threads, checkpoint.folder(), texts, measure);
     let layouts = registry::layouts();
+    let imatrix = what.imatrix.as_deref();
+    let imatrix = imatrix.map(|path| Importances::open(path, &decoder.graph)).transpose()?;
+    let given = imatrix.as_ref().map(Importances::given);
     let (mut variants, mut errors) = (Vec::new(), Vec::new());
     for mut variant in plan::variants(&recipe)? {
         let passes = variant.recipe.resolve(&registry::passes())?;
@@ -209,6 +216,7 @@ pub(crate) fn prepare(
             tokens,
         )
         .numbered(&variant)
+        .with_given(given)
         .with_budget(budget)
         .check();
         match checked {
@@ -228,11 +236,12 @@ pub(crate) fn prepare(
         return Err(PlanErrors(errors).into());
     }
     for (_, plan) in &mut variants {
+        imatrix.as_ref().map_or(Ok(()), |imatrix| imatrix.check(plan))?;
         check_gguf(&checkpoint, &decoder, plan)?;
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
-    Ok(Job { checkpoint, decoder, recipe, variants, corpus, promise, warnings })
+    Ok(Job { checkpoint, decoder, recipe, variants, corpus, imatrix, promise, warnings })
 }
 
 /// Whatever a GGUF file cannot say of this model is told before any work is done.
@@ -274,7 +283,7 @@ fn facts(
     (variant, plan): (&Variant, &Plan),
     emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
-    windows: Option<&Windows>,
+    (windows, imatrix): (Option<&Windows>, Option<&Importances>),
 ) -> Map<String, Value> {
     let recipe = variant.recipe.to_toml();
     // A variant that reads no statistics does not depend on what its siblings were calibrated on.
@@ -287,6 +296,9 @@ fn facts(
     facts.insert("recipe_blake3".into(), json!(attar_formats::hash_bytes(recipe.as_bytes())));
     facts.insert("recipe".into(), json!(recipe));
     facts.insert("calibration_blake3".into(), json!(windows.map(|w| &w.hash)));
+    if let Some(imatrix) = imatrix.filter(|_| plan.steps.iter().any(|step| step.given.is_some())) {
+        facts.insert("imatrix_blake3".into(), json!(imatrix.hash));
+    }
     facts.insert("calibration_tokens".into(), json!(windows.map(Windows::tokens)));
     facts
 }
@@ -380,7 +392,8 @@ fn finished(
     for (variant, plan, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts((variant, plan), emit, &sources, windows.as_ref());
+        let facts =
+            facts((variant, plan), emit, &sources, (windows.as_ref(), job.imatrix.as_ref()));
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -422,6 +435,7 @@ fn produce(
     let ground = Ground {
         salt: salt(&sources)?,
         windows: windows.as_ref().map(|w| w.hash.clone()).unwrap_or_default(),
+        imatrix: job.imatrix.as_ref().map(|own| own.hash.clone()).unwrap_or_default(),
         seed: job.recipe.calibration.seed,
     };
     let original = keys::original_needs(job.variants.iter().map(|(_, plan)| plan));
@@ -635,7 +649,10 @@ fn walk_variant<'a>(
             output.writer.put_json("config.json", &config_json(job, plan, layout)?)?;
         }
         let folder = output.writer.finish()?;
-        artifact::write_manifest(&folder, facts((variant, plan), output.emit, sources, windows))?;
+        artifact::write_manifest(
+            &folder,
+            facts((variant, plan), output.emit, sources, (windows, job.imatrix.as_ref())),
+        )?;
         folders.push((output.emit, folder));
     }
     trace.end(Phase::Emit, "files", begun);

@@ -23,7 +23,7 @@ pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;
 use crate::{
-    Budget, Contract, Form, Limits, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream,
+    Budget, Contract, Form, Given, Limits, ModelGraph, Needs, Pass, Role, Target, Touches, Upstream,
 };
 
 /// Containers that artifacts can be written to.
@@ -43,6 +43,7 @@ pub struct PassGraph<'a> {
     layouts: &'a [&'a dyn LayoutSpec],
     source: &'a [TensorHeader],
     calibration_tokens: usize,
+    given: Option<Given>,
     budget: Budget,
 }
 
@@ -64,12 +65,19 @@ impl<'a> PassGraph<'a> {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
         let budget = Budget::default();
         let numbers = Default::default();
-        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget }
+        let given = None;
+        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, given, budget }
     }
 
     /// Calls steps and emits by their places in the recipe that this is a variant of.
     pub fn numbered(mut self, variant: &Variant) -> Self {
         self.numbers = (variant.steps.clone(), variant.emits.clone());
+        self
+    }
+
+    /// Takes statistics from a file where it has all that a step needs and the step names no upstream.
+    pub fn with_given(mut self, given: Option<Given>) -> Self {
+        self.given = given;
         self
     }
 
@@ -108,6 +116,9 @@ pub struct PlanStep {
     pub targets: Vec<Vec<Target>>,
     /// Number of sites over all blocks.
     pub sites: usize,
+    /// The file of statistics that it reads.
+    #[serde(skip)]
+    pub given: Option<Given>,
 }
 
 /// Steps of one block that run on the same statistics.
@@ -128,7 +139,7 @@ pub struct Round {
 impl Round {
     /// True when a forward of the block has to be observed.
     pub fn observes(&self) -> bool {
-        self.needs.iter().any(|needs| !needs.is_empty())
+        self.upstream != Upstream::Given && self.needs.iter().any(|needs| !needs.is_empty())
     }
 }
 
@@ -273,7 +284,7 @@ impl Plan {
         rounds(&self.graph, &self.steps, block)
     }
 
-    /// True when any step reads statistics.
+    /// True when any step calibrates.
     pub fn calibrates(&self) -> bool {
         self.calibration_tokens > 0
     }
@@ -323,6 +334,11 @@ fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
         }
         let round = rounds.last_mut().expect("one was just there or pushed");
         round.steps.push(index);
+        // What the file does not know of the head is done without.
+        let head = shape.attention.is_none();
+        if head && step.given.is_some_and(|given| !given.head) {
+            continue;
+        }
         for target in targets {
             round.needs[shape.input_of(target.site)] |= step.contract.needs;
         }

@@ -136,12 +136,12 @@ fn fold(mut lanes: [f32; 32]) -> f32 {
     lanes[0]
 }
 
-/// Mean square of each channel.
-fn importance(input: Option<&InputStats>) -> Vec<f32> {
-    let input = input.expect("the plan provides statistics");
+/// Mean square of each channel; `None` where the file that stands for calibration does not know the input.
+fn importance(input: Option<&InputStats>) -> Option<Vec<f32>> {
+    let input = input?;
     let sum = input.square_sum.as_ref().expect("the contract asks for it");
     let tokens = input.tokens.max(1) as f64;
-    sum.iter().map(|&v| (v / tokens) as f32).collect()
+    Some(sum.iter().map(|&v| (v / tokens) as f32).collect())
 }
 
 impl Pass for Rtn {
@@ -194,7 +194,7 @@ impl Pass for Rtn {
                 let values = weight.as_slice().expect("standard layout");
                 let (out, n) = weight.dim();
                 let input = stats.input(context.block.input_of(target.site));
-                let importance = self.0.importance.then(|| importance(input));
+                let importance = importance(input.filter(|_| self.0.importance));
                 // Without weights the types with one level are what their range says, as in llama.cpp.
                 let ranged = block.sub_scale_range().is_none() && block != BlockType::Iq4Nl;
                 let quantized = if ranged && importance.is_none() || block == BlockType::Q80 {

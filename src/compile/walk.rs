@@ -53,7 +53,8 @@ pub(super) struct Walk<'a> {
 
 const fn lane_of(upstream: Upstream) -> usize {
     match upstream {
-        Upstream::Original => 0,
+        // A file of statistics is of the original model too; no activations belong to it.
+        Upstream::Original | Upstream::Given => 0,
         Upstream::Compressed => 1,
     }
 }
@@ -382,7 +383,7 @@ impl<'a> Walk<'a> {
     /// Key of the activations that enter a block.
     fn entering(&self, upstream: Upstream, block: usize) -> &str {
         match upstream {
-            Upstream::Original => &self.blocks[block].original,
+            Upstream::Original | Upstream::Given => &self.blocks[block].original,
             Upstream::Compressed => &self.blocks[block].compressed,
         }
     }
@@ -469,12 +470,18 @@ impl<'a> Walk<'a> {
         round: &RoundKeys,
         state: &BlockState,
     ) -> Result<InputStats, Error> {
-        let begun = self.trace.begin(Phase::Store, name_of(block));
-        let stage = self.stage.ok_or("statistics are read from a work directory")?;
-        let mut stats = get_statistic(stage, &statistic.key)?;
-        self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+        let mut stats = if round.upstream == Upstream::Given {
+            let imatrix = self.job.imatrix.as_ref().ok_or("the plan counted on importances")?;
+            imatrix.stats(block, input)?
+        } else {
+            let begun = self.trace.begin(Phase::Store, name_of(block));
+            let stage = self.stage.ok_or("statistics are read from a work directory")?;
+            let stats = get_statistic(stage, &statistic.key)?;
+            self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+            stats
+        };
         // The original's statistics follow what earlier steps folded into its neighbours.
-        if round.upstream == Upstream::Original
+        if round.upstream != Upstream::Compressed
             && let Some(Some(scale)) = state.input_scale.get(input)
         {
             stats.fold(scale);

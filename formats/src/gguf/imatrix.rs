@@ -213,7 +213,8 @@ mod tests {
     use super::*;
 
     fn sample() -> Imatrix {
-        let entry = |sums: &[f32], counts: &[f32]| Entry { sums: sums.into(), counts: counts.into() };
+        let entry =
+            |sums: &[f32], counts: &[f32]| Entry { sums: sums.into(), counts: counts.into() };
         let entries = [
             ("blk.0.attn_q.weight", entry(&[1.0, 0.0, 2.5, 4.0], &[8.0])),
             ("blk.0.ffn_up_exps.weight", entry(&[1.0, 2.0, 3.0, 4.0], &[3.0, 0.0])),
@@ -287,7 +288,10 @@ mod tests {
         refused(&with(&bytes, b"q.weight.in_sum2", b"q.weight.in_summ"), "neither");
         refused(&with(&bytes, b"q.weight.counts", b"k.weight.counts"), "no sums");
         let value = |v: f32| v.to_le_bytes();
-        refused(&with(&bytes, &value(2.5), &value(f32::NAN)), "attn_q.weight.in_sum2 holds NaN at 2");
+        refused(
+            &with(&bytes, &value(2.5), &value(f32::NAN)),
+            "attn_q.weight.in_sum2 holds NaN at 2",
+        );
         refused(&with(&bytes, &value(2.5), &value(-2.5)), "holds -2.5");
         refused(&with(&bytes, &value(8.0), &value(f32::INFINITY)), "counts holds inf");
         let mut odd = sample();
