@@ -16,7 +16,7 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report};
+use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report_rows};
 
 /// Registration of `rtn`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -167,8 +167,16 @@ impl Pass for Rtn {
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
         let each = if self.0.clip == Range::Mse { 500.0 } else { 8.0 };
-        let largest = targets.iter().map(|t| block.sites[t.site].weights()).max().unwrap_or(0);
-        Cost { flops: each * weights as f64, peak_bytes: largest * 8, scratch_bytes: 0 }
+        // Blocks: codes and what is at work of them; else the result and its error, where a Hessian is there.
+        let bytes = |target: &Target| {
+            let weights = block.sites[target.site].weights();
+            match target.scheme.and_then(QuantScheme::block) {
+                Some(_) => 2 * weights + (8 * weights).min(12 << 20),
+                None => 8 * weights,
+            }
+        };
+        let peak_bytes = targets.iter().map(bytes).max().unwrap_or(0);
+        Cost { flops: each * weights as f64, peak_bytes, scratch_bytes: 0 }
     }
 
     fn apply(
@@ -202,7 +210,8 @@ impl Pass for Rtn {
                 } else {
                     block_search::search(block, values, out, n, importance.as_deref())
                 };
-                let found = report("rtn", &site.name, weight, &quantized.dequantize(), hessian);
+                let row = |at: usize, out: &mut [f32]| quantized.dequantize_row(at, out);
+                let found = report_rows("rtn", &site.name, weight, row, hessian);
                 (Weight::Blocks(quantized), found.weight_error, found.output_error)
             } else {
                 let (quantized, [error, square]) = round_to_nearest(weight, scheme, clip);
