@@ -29,4 +29,4 @@ print(f"{'type':6} {'tensors':>7} {'weights':>10} {'A':>12} {'B':>12} {'A / B':>
 total = sum(sums.values())
 for name, s in [*sorted(sums.items()), ("all", total)]:
     print(f"{name:6} {int(s[0]):7} {int(s[1]):10} {s[2]:12.5g} {s[3]:12.5g} {s[2] / s[3]:8.4f} {s[4] / s[5]:11.4f}")
-sys.exit(total[2] > total[3])
+sys.exit(int(total[2] > total[3]))

@@ -454,8 +454,7 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
 }
 
 fn compare(a: &Mat, b: &Mat) -> Option<f64> {
-    let slice = |m: &Mat| m.as_slice().map(<[f32]>::to_vec).unwrap_or_default();
-    relative(&slice(a), &slice(b))
+    relative(a.as_slice().unwrap_or_default(), b.as_slice().unwrap_or_default())
 }
 
 /// The same numbers with symmetric codes of 8 bits, for widths that a layout has not.
