@@ -10,7 +10,7 @@ use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::TensorSource;
 use serde_json::{Value, json};
 
-/// Counts what is allocated. Everything here runs on one thread.
+/// Counts what is allocated. One target runs at a time.
 #[global_allocator]
 static MEMORY: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
 
@@ -41,6 +41,7 @@ pub(crate) const TARGETS: &[Target] = &[
     Target { name: "manifest", run: manifest, per_byte: 512, constant: 512 * KIB },
     // The header, config.json and the tokenizer made of it.
     Target { name: "gguf", run: gguf, per_byte: 2048, constant: 64 * MIB },
+    Target { name: "imatrix", run: imatrix, per_byte: 18, constant: 16 * KIB },
     Target { name: "pytorch", run: pytorch, per_byte: 128, constant: 64 * KIB },
 ];
 
@@ -65,6 +66,17 @@ pub(crate) fn check(name: &str, input: &[u8]) -> usize {
         input.len()
     );
     taken
+}
+
+/// Runs a target again and again; returns the bytes that are in use more after the last run than after the first.
+#[allow(dead_code, reason = "libFuzzer's targets run one input at a time")]
+pub(crate) fn kept(name: &str, input: &[u8], runs: usize) -> usize {
+    check(name, input);
+    let before = MEMORY.current_usage();
+    for _ in 1..runs {
+        check(name, input);
+    }
+    MEMORY.current_usage().saturating_sub(before)
 }
 
 /// A folder of this process, in memory where the system has such a place.
@@ -107,6 +119,20 @@ fn gguf(input: &[u8]) {
     if let Ok(tokenizer) = checkpoint.tokenizer() {
         let _ = tokenizer.encode("Once upon a time");
     }
+}
+
+/// What is read is written and read again.
+fn imatrix(input: &[u8]) {
+    let Ok(read) = gguf::Imatrix::parse(input) else { return };
+    for (name, entry) in &read.entries {
+        assert_eq!(entry.sums.len() % entry.counts.len().max(1), 0);
+        let _ = read.of(name, entry.sums.len());
+    }
+    // Names that are too long for a tensor cannot come from a file, nor can empty shapes.
+    let path = folder().join("imatrix.gguf");
+    read.write(&path).expect("a temporary file can be written");
+    let again = gguf::Imatrix::open(&path).expect("what was written is read").0;
+    assert!(again == read);
 }
 
 fn safetensors(input: &[u8]) {

@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Gpu(Gpu),
     /// Write a model in another layout: exact where codes carry over, else with the error told.
     Convert(Convert),
+    /// Sum the squares of every linear's input on a text: an importance matrix for this tool and llama.cpp.
+    Imatrix(Imatrix),
     /// List, check or prune a work directory (`compress --scratch DIR`).
     Cache(Cache),
     /// List the runtimes that `--target` knows, with their rules and sources.
@@ -96,6 +98,10 @@ pub(crate) struct What {
     /// Calibration token ids: JSON lines of {"input_ids": [...]}.
     #[arg(long)]
     pub(crate) ids: Option<PathBuf>,
+    /// Importance matrix of llama.cpp (GGUF form), or of `attar imatrix`: what steps need no more than sums of squares
+    /// (preset imatrix-q4_k_m, ...) read instead of calibrating.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) imatrix: Option<PathBuf>,
     /// Calibration windows [default: 128, or the recipe's].
     #[arg(long)]
     pub(crate) samples: Option<usize>,
@@ -399,6 +405,9 @@ pub(crate) struct Reproduce {
     /// Calibration token ids [default: where the report says they were].
     #[arg(long)]
     pub(crate) ids: Option<PathBuf>,
+    /// Importance matrix [default: where the report says it was].
+    #[arg(long)]
+    pub(crate) imatrix: Option<PathBuf>,
     /// Keep the new artifact here [default: a temporary directory beside the artifact, removed afterwards].
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,
@@ -513,6 +522,34 @@ pub(crate) struct Convert {
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Imatrix {
+    /// Directory with config.json and *.safetensors, or a GGUF file of plain numbers.
+    pub(crate) checkpoint: PathBuf,
+    /// Text.
+    #[arg(long, num_args = 1.., conflicts_with = "ids")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Token ids: JSON lines of {"input_ids": [...]}.
+    #[arg(long)]
+    pub(crate) ids: Option<PathBuf>,
+    /// Windows at most, from the beginning [default: all].
+    #[arg(long)]
+    pub(crate) samples: Option<usize>,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) context: usize,
+    /// Put the beginning-of-sequence token in the first slot of each window, as llama-imatrix does where the
+    /// model asks for it.
+    #[arg(long)]
+    pub(crate) bos: bool,
+    /// The input of the output head too.
+    #[arg(long)]
+    pub(crate) process_output: bool,
+    /// The file to write.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -43,7 +43,9 @@ use self::{
 use crate::{
     Error,
     args::{Promise, What},
-    bundle, contract, measure,
+    bundle, contract,
+    importance::Importances,
+    measure,
     packed::Opened,
     progress, provenance, registry,
     trace::Trace,
@@ -62,6 +64,8 @@ pub(crate) struct Job {
     /// What the steps on blocks of each variant begin from, and its whole recipe.
     pub(crate) bases: Vec<(Base, Recipe)>,
     pub(crate) corpus: Option<CorpusSource>,
+    /// Statistics that are not taken by calibrating.
+    pub(crate) imatrix: Option<Importances>,
     /// What the artifacts must be good for.
     promise: Promise,
     /// What the targets warn of.
@@ -207,6 +211,9 @@ pub(crate) fn prepare(
     };
     let budget = measure::budget(what.memory, threads, checkpoint.folder(), texts, measure);
     let layouts = registry::layouts();
+    let imatrix = what.imatrix.as_deref();
+    let imatrix = imatrix.map(|path| Importances::open(path, &decoder.graph)).transpose()?;
+    let given = imatrix.as_ref().map(Importances::given);
     let (mut variants, mut bases, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     // Steps that variants share are refused once.
     let mut refuse = |found: Vec<PlanError>| {
@@ -226,6 +233,13 @@ pub(crate) fn prepare(
                 continue;
             }
         };
+        if let (Some(_), Some(step)) = (given, model.first()) {
+            let reason = "an importance matrix is of the model as it was, not of what this pass leaves; give \
+                          calibration data instead"
+                .to_owned();
+            refuse(vec![PlanError::Reshape { step: step.label.clone(), reason }]);
+            continue;
+        }
         let checked = PassGraph::new(
             base.decoder.graph.clone(),
             passes,
@@ -236,6 +250,7 @@ pub(crate) fn prepare(
         )
         .after(model)
         .numbered(&variant)
+        .with_given(given)
         .with_budget(budget)
         .check();
         match checked {
@@ -252,11 +267,12 @@ pub(crate) fn prepare(
         return Err(PlanErrors(errors).into());
     }
     for ((_, plan), (base, _)) in variants.iter_mut().zip(&bases) {
+        imatrix.as_ref().map_or(Ok(()), |imatrix| imatrix.check(plan))?;
         check_gguf(&checkpoint, &base.decoder, plan)?;
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
-    Ok(Job { checkpoint, decoder, recipe, variants, bases, corpus, promise, warnings })
+    Ok(Job { checkpoint, decoder, recipe, variants, bases, corpus, imatrix, promise, warnings })
 }
 
 /// Whatever a GGUF file cannot say of this model is told before any work is done.
@@ -298,7 +314,7 @@ fn facts(
     (recipe, plan): (&Recipe, &Plan),
     emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
-    windows: Option<&Windows>,
+    (windows, imatrix): (Option<&Windows>, Option<&Importances>),
 ) -> Map<String, Value> {
     let recipe = recipe.to_toml();
     // A variant that reads no statistics does not depend on what its siblings were calibrated on.
@@ -311,6 +327,9 @@ fn facts(
     facts.insert("recipe_blake3".into(), json!(attar_formats::hash_bytes(recipe.as_bytes())));
     facts.insert("recipe".into(), json!(recipe));
     facts.insert("calibration_blake3".into(), json!(windows.map(|w| &w.hash)));
+    if let Some(imatrix) = imatrix.filter(|_| plan.steps.iter().any(|step| step.given.is_some())) {
+        facts.insert("imatrix_blake3".into(), json!(imatrix.hash));
+    }
     facts.insert("calibration_tokens".into(), json!(windows.map(Windows::tokens)));
     facts
 }
@@ -403,7 +422,7 @@ fn finished(
     for (recipe, plan, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts((recipe, plan), emit, &sources, windows.as_ref());
+        let facts = facts((recipe, plan), emit, &sources, (windows.as_ref(), job.imatrix.as_ref()));
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -466,6 +485,7 @@ fn produce(
                 None => format!("{salt} {}", sources.get("config.json").map_or("", String::as_str)),
             },
             windows: windows.as_ref().map(|w| w.hash.clone()).unwrap_or_default(),
+            imatrix: job.imatrix.as_ref().map(|own| own.hash.clone()).unwrap_or_default(),
             seed: job.recipe.calibration.seed,
         };
         // One set of original statistics serves all variants that begin from one model.
@@ -649,6 +669,7 @@ fn walk_variant<'a>(
     let around = Surroundings {
         checkpoint,
         decoder,
+        imatrix: job.imatrix.as_ref(),
         seed: job.recipe.calibration.seed,
         first: plan.model.len(),
         plan,
@@ -723,7 +744,7 @@ fn walk_variant<'a>(
         let folder = output.writer.finish()?;
         artifact::write_manifest(
             &folder,
-            facts((start.recipe, plan), output.emit, sources, windows),
+            facts((start.recipe, plan), output.emit, sources, (windows, job.imatrix.as_ref())),
         )?;
         folders.push((output.emit, folder));
     }

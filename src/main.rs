@@ -23,6 +23,7 @@ mod commands;
 mod compile;
 mod contract;
 mod gguf;
+mod importance;
 mod measure;
 mod packed;
 mod progress;

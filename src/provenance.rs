@@ -40,6 +40,7 @@ pub(crate) fn inputs(job: &Job) -> Inputs {
         Some(CorpusSource::Ids(path)) => inputs.ids = Some(absolute(path)),
         None => {}
     }
+    inputs.imatrix = job.imatrix.as_ref().map(|own| absolute(own.path()));
     inputs
 }
 

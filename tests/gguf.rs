@@ -3,10 +3,12 @@
 use std::{fs, path::Path};
 
 use attar_formats::{
-    Checkpoint,
+    Checkpoint, CorpusSource, corpus,
     gguf::{GgmlType, GgufFile},
 };
-use attar_tensor::TensorSource;
+use attar_ir::{BlockState, BlockStats, Needs, PassContext, Target};
+use attar_model::{Decoder, Stream, embed, observe_block};
+use attar_tensor::{BlockType, TensorSource, block_search};
 use serde_json::Value;
 
 use crate::{attar, compress, data, model, refusals::copy};
@@ -84,7 +86,68 @@ fn a_file_verifies_evaluates_runs_and_is_compressed_again() {
     assert_eq!(attar(&["verify", &text(&out)]).0, 1);
 }
 
-/// Symmetric 4-bit codes of gptq carry over to q4_0, whose scale is repeated within a group.
+/// The chosen scales are never worse than none in awq's own metric, the output error `tr(ΔW H ΔWᵀ)` of all that read
+/// the input after the search weighed by the diagonal of H; and what is packed loads.
+#[test]
+fn awq_prepares_for_block_types_without_harm() {
+    let checkpoint = Checkpoint::open(Path::new(&model())).unwrap();
+    let decoder = Decoder::read(checkpoint.config(), &checkpoint).unwrap();
+    let source = CorpusSource::Text(vec![data("tinystories_calib.txt")]);
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let windows =
+        corpus::calibration(&source, Some(&tokenizer), 256, 4, decoder.spec.vocab).unwrap().ids;
+    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+    let mut stream = Stream::new(&lengths, decoder.spec.hidden, None).unwrap();
+    for (at, ids) in windows.iter().enumerate() {
+        stream.write(at, &embed(&decoder, &checkpoint, ids).unwrap()).unwrap();
+    }
+    let block = decoder.block(0);
+    let before = decoder.load_block(0, &checkpoint).unwrap();
+    let needs = Needs::HESSIAN | Needs::ABS_MEAN;
+    let (stats, _) =
+        observe_block(&decoder, 0, &checkpoint, &before, &stream, needs, None).unwrap();
+    let def = attar_quant::PASSES.iter().find(|def| def.name == "awq").unwrap();
+    let awq = (def.build)(&toml::Table::new()).unwrap();
+    let loss = |ty: BlockType, state: &BlockState, stats: &BlockStats, sites: &[usize]| -> f64 {
+        let one = |site: usize| {
+            let weight = state.linears[site].weight.as_dense().unwrap();
+            let h = stats.input(block.input_of(site)).unwrap().hessian.as_ref().unwrap();
+            let (rows, columns) = weight.dim();
+            let values = weight.as_slice().unwrap();
+            let weights = h.diag().to_vec();
+            let found = block_search::search(ty, values, rows, columns, Some(&weights));
+            let delta = &found.dequantize() - weight;
+            (&delta.dot(h) * &delta).iter().map(|&v| f64::from(v)).sum::<f64>()
+        };
+        sites.iter().map(|&site| one(site)).sum()
+    };
+    let mut lowered = 0;
+    for ty in [BlockType::Q40, BlockType::Q50, BlockType::Iq4Nl] {
+        // One input at a time, so that no later fold rescales what was judged.
+        for input in 0..block.inputs.len() {
+            let sites = &block.inputs[input].sites;
+            let targets: Vec<Target> =
+                sites.iter().map(|&site| Target { site, scheme: Some(ty.scheme()) }).collect();
+            let context = PassContext { block, seed: 0, survey: &[], scratch: None };
+            let (mut state, mut stats) = (before.clone(), stats.clone());
+            let plain = loss(ty, &state, &stats, sites);
+            awq.apply(&context, &targets, &mut state, &mut stats).unwrap();
+            let scaled = loss(ty, &state, &stats, sites);
+            assert!(scaled <= 1.001 * plain, "{ty} input {input}: {scaled} above {plain}");
+            lowered += usize::from(scaled < 0.98 * plain);
+        }
+    }
+    assert!(lowered > 0, "no scale was of use anywhere");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let (code, _, error) = compress("awq-q4_k_m", &out, &[]);
+    assert_eq!(code, 0, "{error}");
+    let (code, said, error) = attar(&["verify", &text(&out), "--source", &model()]);
+    assert_eq!(code, 0, "{said}{error}");
+    let plain = perplexity(Path::new(&model()));
+    assert!((perplexity(&out.join("model.gguf")) / plain - 1.0).abs() < 0.05);
+}
+
 /// A mixture stores the embedding in blocks too; calibration, measuring and later runs read it.
 #[test]
 fn a_mixture_is_calibrated_measured_and_read_again() {
@@ -122,6 +185,7 @@ fn a_mixture_is_calibrated_measured_and_read_again() {
     assert_eq!(code, 0, "{error}");
 }
 
+/// Symmetric 4-bit codes of gptq carry over to q4_0, whose scale is repeated within a group.
 #[test]
 fn affine_codes_carry_over_between_containers() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@
 mod bundle;
 mod gguf;
 mod headers;
+mod imatrix;
 mod memory;
 mod model_passes;
 mod provenance;

@@ -39,6 +39,9 @@ pub struct Inputs {
     /// Calibration token ids.
     #[serde(default)]
     pub ids: Option<PathBuf>,
+    /// Importance matrix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imatrix: Option<PathBuf>,
 }
 
 /// Where the wall time went, seconds.

@@ -1,6 +1,6 @@
 //! Text to token ids and back, through the `tokenizers` crate.
 
-use std::path::Path;
+use std::{panic::resume_unwind, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -16,6 +16,8 @@ const PIECE: usize = 64 << 10;
 const OVERLAP: usize = 4 << 10;
 /// Tokens in which two pieces must agree where they are joined.
 const SEAM: usize = 32;
+/// Bytes of stack for encoding, as a main thread has.
+const STACK: usize = 8 << 20;
 
 /// The tokenizer of a checkpoint.
 #[derive(Debug)]
@@ -77,10 +79,20 @@ impl Tokenizer {
     /// joined where both have the same tokens at the same places. Where they nowhere have (a tokenizer that
     /// looks far ahead), the text is encoded as a whole.
     ///
+    /// This happens on a thread of its own: the library keeps the words that a tokenizer has merged in a table of
+    /// the thread, which it never empties, not even when the tokenizer is gone.
+    ///
     /// # Errors
-    /// When the tokenizer cannot encode it.
+    /// When the tokenizer cannot encode it, or there can be no thread.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, FormatError> {
-        let pieces = self.encode_pieces(text, PIECE, OVERLAP);
+        let pieces = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK);
+            let work = || self.encode_pieces(text, PIECE, OVERLAP);
+            match thread.spawn_scoped(scope, work) {
+                Ok(thread) => thread.join().unwrap_or_else(|cause| resume_unwind(cause)),
+                Err(error) => Err(format!("no thread could be started: {error}")),
+            }
+        });
         pieces.map_err(|error| {
             FormatError::invalid(Path::new("tokenizer.json"), format!("cannot encode: {error}"))
         })

@@ -35,4 +35,4 @@ pub use pass::{
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};
-pub use stats::{BlockStats, InputStats, Needs};
+pub use stats::{BlockStats, Given, InputStats, Needs};

@@ -17,6 +17,10 @@ pub enum Upstream {
     Original,
     /// What the already compressed blocks (and sites of this block) put out.
     Compressed,
+    /// A file of statistics, taken of the original model; no recipe says so, but the plan where one is given.
+    #[serde(skip)]
+    #[schemars(skip)]
+    Given,
 }
 
 /// What a pass reads and changes beside the weights of its own sites.

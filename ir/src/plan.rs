@@ -25,7 +25,7 @@ pub use variant::{Variant, variants};
 
 use crate::recipe::Recipe;
 use crate::{
-    Budget, Contract, Form, Limits, ModelGraph, ModelPass, Needs, Pass, Role, Sizes, Target,
+    Budget, Contract, Form, Given, Limits, ModelGraph, ModelPass, Needs, Pass, Role, Sizes, Target,
     Touches, Upstream,
 };
 
@@ -46,6 +46,7 @@ pub struct PassGraph<'a> {
     layouts: &'a [&'a dyn LayoutSpec],
     source: &'a [TensorHeader],
     calibration_tokens: usize,
+    given: Option<Given>,
     budget: Budget,
     model: Vec<ModelStep>,
 }
@@ -68,8 +69,19 @@ impl<'a> PassGraph<'a> {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
         let budget = Budget::default();
         let numbers = Default::default();
-        let model = Vec::new();
-        Self { graph, passes, recipe, numbers, layouts, source, calibration_tokens, budget, model }
+        let (model, given) = (Vec::new(), None);
+        Self {
+            graph,
+            passes,
+            recipe,
+            numbers,
+            layouts,
+            source,
+            calibration_tokens,
+            given,
+            budget,
+            model,
+        }
     }
 
     /// Puts passes on the whole model before the steps; the graph is that of their result.
@@ -82,6 +94,12 @@ impl<'a> PassGraph<'a> {
     pub fn numbered(mut self, variant: &Variant) -> Self {
         let first = variant.steps.len() - self.recipe.steps.len();
         self.numbers = (variant.steps[first..].to_vec(), variant.emits.clone());
+        self
+    }
+
+    /// Takes statistics from a file where it has all that a step needs and the step names no upstream.
+    pub fn with_given(mut self, given: Option<Given>) -> Self {
+        self.given = given;
         self
     }
 
@@ -164,6 +182,9 @@ pub struct PlanStep {
     pub targets: Vec<Vec<Target>>,
     /// Number of sites over all blocks.
     pub sites: usize,
+    /// The file of statistics that it reads.
+    #[serde(skip)]
+    pub given: Option<Given>,
 }
 
 /// Steps of one block that run on the same statistics.
@@ -184,7 +205,7 @@ pub struct Round {
 impl Round {
     /// True when a forward of the block has to be observed.
     pub fn observes(&self) -> bool {
-        self.needs.iter().any(|needs| !needs.is_empty())
+        self.upstream != Upstream::Given && self.needs.iter().any(|needs| !needs.is_empty())
     }
 }
 
@@ -334,7 +355,7 @@ impl Plan {
         rounds(&self.graph, &self.steps, block)
     }
 
-    /// True when any step reads statistics.
+    /// True when any step calibrates.
     pub fn calibrates(&self) -> bool {
         self.calibration_tokens > 0
     }
@@ -384,6 +405,11 @@ fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
         }
         let round = rounds.last_mut().expect("one was just there or pushed");
         round.steps.push(index);
+        // What the file does not know of the head is done without.
+        let head = shape.attention.is_none();
+        if head && step.given.is_some_and(|given| !given.head) {
+            continue;
+        }
         for target in targets {
             round.needs[shape.input_of(target.site)] |= step.contract.needs;
         }

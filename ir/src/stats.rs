@@ -54,6 +54,15 @@ impl InputStats {
     }
 }
 
+/// Statistics that come from a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Given {
+    /// What the file knows of every linear of the blocks. Steps that need no more read it instead of calibrating.
+    pub needs: Needs,
+    /// Whether it knows the input of the output head too.
+    pub head: bool,
+}
+
 /// Statistics of a block: `inputs[i]` belongs to `block.inputs[i]`, `None` where nothing was asked for.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct BlockStats {

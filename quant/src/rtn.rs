@@ -16,7 +16,7 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report};
+use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report_rows};
 
 /// Registration of `rtn`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -141,12 +141,12 @@ fn fold(mut lanes: [f32; 32]) -> f32 {
     lanes[0]
 }
 
-/// Mean square of each channel.
-fn importance(input: Option<&InputStats>) -> Vec<f32> {
-    let input = input.expect("the plan provides statistics");
+/// Mean square of each channel; `None` where the file that stands for calibration does not know the input.
+fn importance(input: Option<&InputStats>) -> Option<Vec<f32>> {
+    let input = input?;
     let sum = input.square_sum.as_ref().expect("the contract asks for it");
     let tokens = input.tokens.max(1) as f64;
-    sum.iter().map(|&v| (v / tokens) as f32).collect()
+    Some(sum.iter().map(|&v| (v / tokens) as f32).collect())
 }
 
 impl Pass for Rtn {
@@ -172,8 +172,16 @@ impl Pass for Rtn {
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         let weights: usize = targets.iter().map(|t| block.sites[t.site].weights()).sum();
         let each = if self.0.clip == Range::Mse { 500.0 } else { 8.0 };
-        let largest = targets.iter().map(|t| block.sites[t.site].weights()).max().unwrap_or(0);
-        Cost { flops: each * weights as f64, peak_bytes: largest * 8, scratch_bytes: 0 }
+        // Blocks: codes and what is at work of them; else the result and its error, where a Hessian is there.
+        let bytes = |target: &Target| {
+            let weights = block.sites[target.site].weights();
+            match target.scheme.and_then(QuantScheme::block) {
+                Some(_) => 2 * weights + (8 * weights).min(12 << 20),
+                None => 8 * weights,
+            }
+        };
+        let peak_bytes = targets.iter().map(bytes).max().unwrap_or(0);
+        Cost { flops: each * weights as f64, peak_bytes, scratch_bytes: 0 }
     }
 
     fn apply(
@@ -199,7 +207,7 @@ impl Pass for Rtn {
                 let values = weight.as_slice().expect("standard layout");
                 let (out, n) = weight.dim();
                 let input = stats.input(context.block.input_of(target.site));
-                let importance = self.0.importance.then(|| importance(input));
+                let importance = importance(input.filter(|_| self.0.importance));
                 // Without weights the types with one level are what their range says, as in llama.cpp.
                 let ranged = block.sub_scale_range().is_none() && block != BlockType::Iq4Nl;
                 let quantized = if ranged && importance.is_none() || block == BlockType::Q80 {
@@ -207,7 +215,8 @@ impl Pass for Rtn {
                 } else {
                     block_search::search(block, values, out, n, importance.as_deref())
                 };
-                let found = report("rtn", &site.name, weight, &quantized.dequantize(), hessian);
+                let row = |at: usize, out: &mut [f32]| quantized.dequantize_row(at, out);
+                let found = report_rows("rtn", &site.name, weight, row, hessian);
                 (Weight::Blocks(quantized), found.weight_error, found.output_error)
             } else {
                 let (quantized, [error, square]) = round_to_nearest(weight, scheme, clip);

@@ -1,7 +1,10 @@
 //! `attar convert`: a model in another layout. Codes carry over where the layout can hold them; where it cannot,
 //! weights are rounded anew and the error against the source is told.
+//!
+//! A file begins with the headers of all its tensors, and what a linear becomes is known only when it has been made.
+//! So each is made once and waits in a file without a name beside the output; memory holds one tensor.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap, fs::File, os::unix::fs::FileExt, path::Path};
 
 use attar_formats::{
     artifact::{self, ArtifactRoot, ArtifactWriter},
@@ -15,7 +18,7 @@ use attar_kernels::{
 use attar_quant::round_to_nearest;
 use attar_tensor::{
     BlockType, DType, Granularity, Mat, PackedLinear, QuantScheme, QuantizedLinear, Tensor,
-    TensorHeader, TensorSource, block_search, grid::Clip,
+    TensorHeader, TensorSource, TensorView, block_search, grid::Clip,
 };
 use serde_json::{Map, json};
 
@@ -84,7 +87,9 @@ pub(crate) fn convert(args: &Convert) -> Result<bool, Error> {
         .into());
     }
     let mut tally = Tally::default();
-    let (headers, schemes) = survey(&source, &sites, &goal, &mut tally)?;
+    let mut waiting = Waiting::beside(&args.out)?;
+    let schemes = make(&source, &sites, &goal, &mut tally, &mut waiting)?;
+    let headers = waiting.headers();
     let root = ArtifactRoot::create(&args.out)?;
     let mut writer = if goal.gguf() {
         let most = match &goal {
@@ -104,11 +109,11 @@ pub(crate) fn convert(args: &Convert) -> Result<bool, Error> {
             .filter_map(|(name, scheme)| Some((name.clone(), scheme.block()?)))
             .collect();
         let of = |site: &str| types.get(site).copied();
-        ArtifactWriter::create_gguf(root.partial(), gguf::plan(described, headers.clone(), of))?
+        ArtifactWriter::create_gguf(root.partial(), gguf::plan(described, headers, of))?
     } else {
-        ArtifactWriter::create(root.partial(), headers.clone())?
+        ArtifactWriter::create(root.partial(), headers)?
     };
-    write(&source, &sites, &goal, &headers, &mut writer)?;
+    waiting.write(&source, &sites, &goal, &mut writer)?;
     if !goal.gguf() {
         for file in source.checkpoint.auxiliary_files()? {
             writer.copy_file(&file)?;
@@ -189,14 +194,84 @@ fn tell(args: &Convert, tally: &Tally, bytes: u64, before: u64) -> Result<(), Er
     Ok(())
 }
 
-/// Headers of everything that will be written, and the schemes of what is quantized.
-fn survey(
+/// Where a tensor waits to be written.
+enum Place {
+    /// From this byte of the file on.
+    Scratch(u64),
+    /// In the source under this name, as it is.
+    Source(String),
+}
+
+/// Tensors of the result before their headers are all known.
+struct Waiting {
+    file: File,
+    end: u64,
+    tensors: Vec<(TensorHeader, Place)>,
+}
+
+impl Waiting {
+    /// With its file on the disk of the output.
+    fn beside(out: &Path) -> Result<Self, Error> {
+        let out = std::path::absolute(out)?;
+        let folder = out.parent().unwrap_or(&out);
+        std::fs::create_dir_all(folder)
+            .and_then(|()| tempfile::tempfile_in(folder))
+            .map(|file| Self { file, end: 0, tensors: Vec::new() })
+            .map_err(|error| format!("{}: {error}", folder.display()).into())
+    }
+
+    fn put(&mut self, name: String, tensor: &Tensor) -> Result<(), Error> {
+        self.file
+            .write_all_at(tensor.bytes(), self.end)
+            .map_err(|error| format!("scratch file of {} bytes: {error}", self.end))?;
+        self.tensors.push((header(name, tensor), Place::Scratch(self.end)));
+        self.end += tensor.bytes().len() as u64;
+        Ok(())
+    }
+
+    /// Sorted by name.
+    fn headers(&mut self) -> Vec<TensorHeader> {
+        self.tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        self.tensors.iter().map(|(header, _)| header.clone()).collect()
+    }
+
+    fn write(
+        self,
+        source: &Opened,
+        sites: &BTreeMap<&str, &Site>,
+        goal: &Goal,
+        writer: &mut ArtifactWriter,
+    ) -> Result<(), Error> {
+        for (header, place) in self.tensors {
+            match place {
+                Place::Scratch(start) => {
+                    let mut bytes = vec![0u8; header.bytes()];
+                    self.file
+                        .read_exact_at(&mut bytes, start)
+                        .map_err(|error| format!("scratch file at byte {start}: {error}"))?;
+                    let view = TensorView::new(header.dtype, header.shape, Cow::Owned(bytes))?;
+                    writer.put(&header.name, &view)?;
+                }
+                Place::Source(name) => {
+                    let made = number(source, sites, goal, &name)?;
+                    writer.put(&header.name, &made.tensor.view())?;
+                    source.numbers().release(&name);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes everything that will be written; returns the schemes of what is quantized.
+fn make(
     source: &Opened,
     sites: &BTreeMap<&str, &Site>,
     goal: &Goal,
     tally: &mut Tally,
-) -> Result<(Vec<TensorHeader>, Vec<(String, QuantScheme)>), Error> {
-    let (mut headers, mut schemes) = (Vec::new(), Vec::new());
+    waiting: &mut Waiting,
+) -> Result<Vec<(String, QuantScheme)>, Error> {
+    let mut schemes = Vec::new();
     for site in sites.values() {
         let Some(relaid) = relay(source, site, goal)? else { continue };
         match relaid.error {
@@ -204,48 +279,32 @@ fn survey(
             Some(error) => tally.rounded.push((site.name.clone(), error)),
         }
         for (suffix, tensor) in &relaid.packed.parts {
-            headers.push(header(format!("{}.{suffix}", site.name), tensor));
+            waiting.put(format!("{}.{suffix}", site.name), tensor)?;
         }
         schemes.push((site.name.clone(), relaid.packed.scheme));
     }
     for name in others(source, sites, goal) {
-        let (name, tensor, error) = number(source, sites, goal, &name)?;
+        let Number { name: to_name, tensor, error, kept } = number(source, sites, goal, &name)?;
         if let Some(error) = error {
-            tally.narrowed.push((name.clone(), error));
+            tally.narrowed.push((to_name.clone(), error));
         }
-        if let (Some(stem), Some(scheme)) = (name.strip_suffix(".blocks"), embedding_block(source))
+        if let (Some(stem), Some(scheme)) =
+            (to_name.strip_suffix(".blocks"), embedding_block(source))
         {
             schemes.push((stem.to_owned(), scheme.scheme()));
         }
-        headers.push(header(name, &tensor));
+        if kept {
+            waiting.tensors.push((header(to_name, &tensor), Place::Source(name.clone())));
+        } else {
+            waiting.put(to_name, &tensor)?;
+        }
+        source.numbers().release(&name);
     }
-    headers.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok((headers, schemes))
+    Ok(schemes)
 }
 
 fn header(name: String, tensor: &Tensor) -> TensorHeader {
     TensorHeader { name, dtype: tensor.dtype(), shape: tensor.shape().to_vec() }
-}
-
-fn write(
-    source: &Opened,
-    sites: &BTreeMap<&str, &Site>,
-    goal: &Goal,
-    headers: &[TensorHeader],
-    writer: &mut ArtifactWriter,
-) -> Result<(), Error> {
-    for site in sites.values() {
-        let Some(relaid) = relay(source, site, goal)? else { continue };
-        for (suffix, tensor) in &relaid.packed.parts {
-            writer.put(&format!("{}.{suffix}", site.name), &tensor.view())?;
-        }
-    }
-    for name in others(source, sites, goal) {
-        let (name, tensor, _) = number(source, sites, goal, &name)?;
-        debug_assert!(headers.iter().any(|header| header.name == name), "{name} was surveyed");
-        writer.put(&name, &tensor.view())?;
-    }
-    Ok(())
 }
 
 /// Tensors that are no packed linear in the result, by the names of [`Opened::numbers`].
@@ -290,13 +349,25 @@ fn embedding_block(source: &Opened) -> Option<BlockType> {
     source.block_of(stem)
 }
 
-/// One tensor of plain numbers: its name and data in the result, and what it lost.
+/// One tensor of plain numbers.
+struct Number {
+    /// Its name in the result.
+    name: String,
+    tensor: Tensor,
+    /// What it lost, as [`relative`].
+    error: Option<f64>,
+    /// True when it is the source's as it lies there.
+    kept: bool,
+}
+
+/// One tensor of plain numbers in the result.
 fn number(
     source: &Opened,
     sites: &BTreeMap<&str, &Site>,
     goal: &Goal,
     name: &str,
-) -> Result<(String, Tensor, Option<f64>), Error> {
+) -> Result<Number, Error> {
+    let kept = |name: String, tensor| Number { name, tensor, error: None, kept: true };
     let to_name = if *name == source.decoder.graph.embedding && goal.gguf() {
         "model.embed_tokens.weight"
     } else {
@@ -308,7 +379,7 @@ fn number(
     {
         // From GGUF to GGUF the embedding stays as it is.
         let tensor = source.checkpoint.read(&format!("{stem}.blocks"))?.to_tensor();
-        return Ok((format!("{stem}.blocks"), tensor, None));
+        return Ok(kept(format!("{stem}.blocks"), tensor));
     }
     let site = name.strip_suffix(".weight").and_then(|site| sites.get(site));
     let packed = match site {
@@ -321,12 +392,12 @@ fn number(
         (shape, weight.into_raw_vec_and_offset().0, DType::F32)
     } else {
         let view = source.numbers().read(name)?;
-        let kept = match goal {
+        let same = match goal {
             Goal::Layout(_) => !goal.gguf() || view.shape().len() > 1,
             Goal::Dense(dtype) => view.shape().len() > 1 && view.dtype() == *dtype,
         };
-        if kept || !view.dtype().is_float() {
-            return Ok((to_name.to_owned(), view.to_tensor(), None));
+        if same || !view.dtype().is_float() {
+            return Ok(kept(to_name.to_owned(), view.to_tensor()));
         }
         (view.shape().to_vec(), view.to_f32()?, view.dtype())
     };
@@ -340,8 +411,7 @@ fn number(
     } else {
         relative(&tensor.view().to_f32()?, &values)
     };
-    source.numbers().release(name);
-    Ok((to_name.to_owned(), tensor, error))
+    Ok(Number { name: to_name.to_owned(), tensor, error, kept: false })
 }
 
 /// `‖a − b‖² / ‖b‖²`; `None` when all bits are the same.
@@ -391,8 +461,7 @@ fn relay(source: &Opened, site: &Site, goal: &Goal) -> Result<Option<Relaid>, Er
 }
 
 fn compare(a: &Mat, b: &Mat) -> Option<f64> {
-    let slice = |m: &Mat| m.as_slice().map(<[f32]>::to_vec).unwrap_or_default();
-    relative(&slice(a), &slice(b))
+    relative(a.as_slice().unwrap_or_default(), b.as_slice().unwrap_or_default())
 }
 
 /// The same numbers with symmetric codes of 8 bits, for widths that a layout has not.

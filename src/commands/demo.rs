@@ -97,6 +97,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
             layout: Vec::new(),
             text: vec![calibration.clone()],
             ids: None,
+            imatrix: None,
             samples: None,
             context: Some(CONTEXT),
             seed: None,

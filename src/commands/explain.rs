@@ -56,7 +56,7 @@ struct Source {
 #[derive(Debug, Serialize)]
 struct Statistics {
     kinds: Vec<String>,
-    upstream: Option<attar_ir::Upstream>,
+    upstream: Option<Upstream>,
     calibration_blake3: Option<String>,
     calibration_tokens: Option<u64>,
     key: Option<String>,
@@ -219,8 +219,9 @@ fn resolve(asked: &str, names: &BTreeMap<String, Subject>, place: &Path) -> Resu
     }
 }
 
-/// What the recipe's passes promise, by step; empty when this version cannot build them.
-fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
+/// What the recipe's passes promise, by step; empty when this version cannot build them. With an importance matrix
+/// it stands for sums of squares.
+fn contracts(recipe: Option<Recipe>, imatrix: bool) -> Vec<Contract> {
     let Some(mut recipe) = recipe else { return Vec::new() };
     let Ok(passes) = recipe.resolve(registry::known().as_known()) else { return Vec::new() };
     // Passes on the whole model touch no site by itself.
@@ -238,7 +239,11 @@ fn contracts(recipe: Option<Recipe>) -> Vec<Contract> {
         if schemed { pass.contract_with_scheme() } else { pass.contract() }
     });
     own.zip(&recipe.steps)
-        .map(|(own, step)| Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own })
+        .map(|(own, step)| {
+            let given = imatrix && own.needs == Needs::SQUARE_SUM;
+            let usual = if given { Upstream::Given } else { own.upstream };
+            Contract { upstream: step.upstream.unwrap_or(usual), ..own }
+        })
         .collect()
 }
 
@@ -304,14 +309,18 @@ fn steps(record: &Record, contracts: &[Contract], site: &str) -> Vec<StepLine> {
         let index = record.step_index(&entry.step, &entry.result.pass);
         let contract = index.and_then(|index| contracts.get(index));
         let reads = contract.is_none_or(|contract| contract.needs != Needs::empty());
-        let calibration_blake3 = record.fact("calibration_blake3").map(str::to_owned);
+        let given = contract.is_some_and(|contract| contract.upstream == Upstream::Given);
+        let from = if given { "imatrix_blake3" } else { "calibration_blake3" };
+        let calibration_blake3 = record.fact(from).map(str::to_owned);
         let statistics = (reads && calibration_blake3.is_some()).then(|| Statistics {
             kinds: contract
                 .map(|c| c.needs.iter_names().map(|(name, _)| name.to_lowercase()).collect())
                 .unwrap_or_default(),
             upstream: contract.map(|contract| contract.upstream),
             calibration_blake3,
-            calibration_tokens: manifest.and_then(|m| m.get("calibration_tokens")?.as_u64()),
+            calibration_tokens: manifest
+                .filter(|_| !given)
+                .and_then(|m| m.get("calibration_tokens")?.as_u64()),
             key: entry.statistics.clone(),
         });
         StepLine {
@@ -404,7 +413,7 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
     let ledger = record.report.as_ref().map(|report| report.ledger.as_slice()).unwrap_or_default();
     let names = names(&weights, source.as_ref(), ledger);
     let subject = resolve(&args.tensor, &names, &args.artifact)?;
-    let contracts = contracts(record.recipe());
+    let contracts = contracts(record.recipe(), record.fact("imatrix_blake3").is_some());
     let checkpoint = weights.checkpoint();
     let mut notes = record.notes.clone();
     if let Weights::Files(_, why) = &weights {
@@ -560,15 +569,19 @@ fn print(e: &Explanation) {
         }
         if let Some(statistics) = &step.statistics {
             let upstream = match statistics.upstream {
-                Some(attar_ir::Upstream::Original) => ", original upstream",
-                Some(attar_ir::Upstream::Compressed) => ", compressed upstream",
+                Some(Upstream::Original) => ", original upstream",
+                Some(Upstream::Compressed) => ", compressed upstream",
+                Some(Upstream::Given) => ", from an importance matrix",
                 None => "",
             };
             let key = statistics.key.as_ref().map(|key| format!(", statistic {key}"));
             say!(
-                "  statistics  {} over {} tokens of calibration set {}{upstream}{}",
+                "  statistics  {} {} {}{upstream}{}",
                 statistics.kinds.join(", "),
-                statistics.calibration_tokens.unwrap_or_default(),
+                match statistics.calibration_tokens {
+                    Some(tokens) => format!("over {tokens} tokens of calibration set"),
+                    None => "of file".to_owned(),
+                },
                 short(statistics.calibration_blake3.as_deref().unwrap_or("unknown")),
                 key.unwrap_or_default()
             );

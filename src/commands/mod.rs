@@ -8,6 +8,7 @@ mod demo;
 mod diff;
 mod evaluate;
 mod explain;
+mod imatrix;
 mod inspect;
 mod recipes;
 mod reproduce;
@@ -56,6 +57,7 @@ pub(crate) fn run(args: Args) -> Result<bool, Error> {
         Command::Run(args) => run::generate(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Convert(args) => convert::convert(&args),
+        Command::Imatrix(args) => imatrix::collect(&args),
         Command::Cache(args) => cache::cache(&args),
         Command::Targets(args) => targets::targets(&args),
         Command::Passes { markdown: true, .. } => {

@@ -165,6 +165,22 @@ impl Recorded {
         .into())
     }
 
+    /// The importance matrix must have the recorded hash.
+    fn check_imatrix(&self, job: &Job) -> Result<(), Error> {
+        let Some(recorded) = self.record.fact("imatrix_blake3") else { return Ok(()) };
+        match &job.imatrix {
+            Some(own) if own.hash == recorded => Ok(()),
+            Some(own) => Err(format!(
+                "{} is {}, recorded is {}; give the right file with --imatrix",
+                own.path().display(),
+                short(&own.hash),
+                short(recorded)
+            )
+            .into()),
+            None => Err("an importance matrix is needed; give --imatrix".into()),
+        }
+    }
+
     /// Where the inputs are: what was typed, else the report's hints.
     fn what(&self, args: &Reproduce, recipe: PathBuf) -> Result<What, Error> {
         let hints = self.record.report.as_ref().map(|report| report.inputs.clone());
@@ -199,8 +215,26 @@ impl Recorded {
             }
         }
         // The plan was accepted once; what it was held against changes no byte.
+        let mut imatrix = args.imatrix.clone().or(hints.imatrix);
+        if self.record.fact("imatrix_blake3").is_none() {
+            imatrix = None;
+        } else if let Some(missing) = imatrix.as_ref().filter(|path| !path.exists()) {
+            return Err(format!(
+                "{}: the importance matrix is not there; give --imatrix",
+                missing.display()
+            )
+            .into());
+        }
         let promise = Promise { allow_dense: true, ..Promise::default() };
-        Ok(What { checkpoint, recipe: Some(recipe), text, ids, promise, ..What::default() })
+        Ok(What {
+            checkpoint,
+            recipe: Some(recipe),
+            text,
+            ids,
+            imatrix,
+            promise,
+            ..What::default()
+        })
     }
 }
 
@@ -280,6 +314,7 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
     recorded.check_source(&what.checkpoint)?;
     let job = compile::prepare(&what, measure::threads(None), None)?;
     recorded.check_calibration(&job)?;
+    recorded.check_imatrix(&job)?;
     let root = args.out.clone().unwrap_or_else(|| scratch.path().join("artifact"));
     let made_in = made_in(&job, &recorded, &root)?;
     compile::compile(&job, &compile::Options::new(&root))?;

@@ -31,6 +31,8 @@ pub(crate) struct Ground {
     pub(crate) salt: String,
     /// Hash of the calibration windows.
     pub(crate) windows: String,
+    /// Hash of the importance matrix.
+    pub(crate) imatrix: String,
     pub(crate) seed: u64,
 }
 
@@ -249,6 +251,12 @@ fn round_keys(
     let statistic = |input: usize, slots: &Slots| {
         if round.needs[input].is_empty() {
             return None;
+        }
+        if round.upstream == Upstream::Given {
+            // Read from the file each time: it is smaller than what could be kept of it.
+            let place = [block.index.to_string(), input.to_string()];
+            let key = ground.key("imatrix", &[&ground.imatrix, &place[0], &place[1]]);
+            return Some(Statistic { needs: round.needs[input], key, cached: true, keep: false });
         }
         let (activations, slots, needs) = if original {
             (activations.1, source, original_needs[input])

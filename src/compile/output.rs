@@ -11,6 +11,9 @@ use attar_tensor::{DType, Tensor, TensorSource, block_search};
 
 use crate::Error;
 
+/// Weights of an embedding that are searched at once.
+const PIECE: usize = 1 << 20;
+
 pub(super) struct Output<'a> {
     pub(super) emit: &'a PlannedEmit,
     pub(super) writer: ArtifactWriter,
@@ -92,15 +95,26 @@ impl Output<'_> {
                 continue;
             }
             if let Origin::Coded { tensor: name, block } = &tensor.origin {
-                let (rows, values) = (tensor.shape[0], source.read(name)?.to_f32()?);
-                let columns = values.len() / rows.max(1);
-                let blocks = block_search::search(*block, &values, rows, columns, None);
+                let view = source.read(name)?;
+                let rows = tensor.shape[0];
+                let columns: usize = view.shape().iter().skip(1).product();
                 let layout =
                     attar_kernels::layout(block.name()).ok_or("the plan checked layouts")?;
-                let packed = layout.pack_blocks(&blocks)?;
-                for (_, part) in &packed.parts {
-                    self.writer.put(&tensor.name, &part.view())?;
+                // A few rows at a time: in f32 an embedding can be larger than all else that a run holds.
+                let step = (PIECE / columns.max(1)).max(1);
+                let mut values = vec![0.0f32; step.min(rows) * columns];
+                let mut bytes = Vec::with_capacity(tensor.bytes());
+                for first in (0..rows).step_by(step) {
+                    let some = step.min(rows - first);
+                    let values = &mut values[..some * columns];
+                    view.copy_to_f32(first * columns, values)?;
+                    let blocks = block_search::search(*block, values, some, columns, None);
+                    for (_, part) in &layout.pack_blocks(&blocks)?.parts {
+                        bytes.extend_from_slice(part.bytes());
+                    }
                 }
+                let whole = Tensor::new(tensor.dtype, tensor.shape.clone(), bytes)?;
+                self.writer.put(&tensor.name, &whole.view())?;
                 source.release(name);
             }
             if let Origin::Source(name) = &tensor.origin {

@@ -22,7 +22,7 @@ use super::{
     keys::{BlockKeys, Ground, RoundKeys, Statistic, Unit},
     scratch_of,
 };
-use crate::{Error, measure, trace::Trace};
+use crate::{Error, importance::Importances, measure, trace::Trace};
 
 /// Activations on their way through the blocks.
 #[derive(Default)]
@@ -37,6 +37,7 @@ struct Lane {
 pub(super) struct Walk<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) decoder: &'a Decoder,
+    pub(super) imatrix: Option<&'a Importances>,
     pub(super) seed: u64,
     /// Passes on the whole model before the steps.
     pub(super) first: usize,
@@ -62,7 +63,8 @@ pub(super) struct Walk<'a> {
 
 const fn lane_of(upstream: Upstream) -> usize {
     match upstream {
-        Upstream::Original => 0,
+        // A file of statistics is of the original model too; no activations belong to it.
+        Upstream::Original | Upstream::Given => 0,
         Upstream::Compressed => 1,
     }
 }
@@ -71,6 +73,7 @@ const fn lane_of(upstream: Upstream) -> usize {
 pub(super) struct Surroundings<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) decoder: &'a Decoder,
+    pub(super) imatrix: Option<&'a Importances>,
     pub(super) seed: u64,
     pub(super) first: usize,
     pub(super) plan: &'a Plan,
@@ -87,6 +90,7 @@ impl<'a> Walk<'a> {
         let Surroundings {
             checkpoint,
             decoder,
+            imatrix,
             seed,
             first,
             plan,
@@ -100,6 +104,7 @@ impl<'a> Walk<'a> {
         Self {
             checkpoint,
             decoder,
+            imatrix,
             seed,
             first,
             plan,
@@ -443,7 +448,7 @@ impl<'a> Walk<'a> {
     /// Key of the activations that enter a block.
     fn entering(&self, upstream: Upstream, block: usize) -> &str {
         match upstream {
-            Upstream::Original => &self.blocks[block].original,
+            Upstream::Original | Upstream::Given => &self.blocks[block].original,
             Upstream::Compressed => &self.blocks[block].compressed,
         }
     }
@@ -530,12 +535,18 @@ impl<'a> Walk<'a> {
         round: &RoundKeys,
         state: &BlockState,
     ) -> Result<InputStats, Error> {
-        let begun = self.trace.begin(Phase::Store, name_of(block));
-        let stage = self.stage.ok_or("statistics are read from a work directory")?;
-        let mut stats = get_statistic(stage, &statistic.key)?;
-        self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+        let mut stats = if round.upstream == Upstream::Given {
+            let imatrix = self.imatrix.ok_or("the plan counted on importances")?;
+            imatrix.stats(block, input)?
+        } else {
+            let begun = self.trace.begin(Phase::Store, name_of(block));
+            let stage = self.stage.ok_or("statistics are read from a work directory")?;
+            let stats = get_statistic(stage, &statistic.key)?;
+            self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
+            stats
+        };
         // The original's statistics follow what earlier steps folded into its neighbours.
-        if round.upstream == Upstream::Original
+        if round.upstream != Upstream::Compressed
             && let Some(Some(scale)) = state.input_scale.get(input)
         {
             stats.fold(scale);

@@ -4,6 +4,7 @@
 //! types that it does not know; it serves as a second reader in tests for the rest.
 
 pub mod artifact;
+pub mod imatrix;
 pub mod names;
 pub mod params;
 pub mod reader;
@@ -13,6 +14,7 @@ pub mod value;
 pub mod vocab;
 pub mod writer;
 
+pub use imatrix::Imatrix;
 pub use params::Params;
 pub use reader::{GgufFile, Header, Placed};
 pub use source::Gguf;

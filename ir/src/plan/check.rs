@@ -11,7 +11,7 @@ use super::{
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
     Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Role, Site, Sparsity, Target,
-    Touches,
+    Touches, Upstream,
 };
 
 /// The emitted name of the embedding.
@@ -21,17 +21,8 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
-    let PassGraph {
-        graph,
-        passes,
-        recipe,
-        numbers,
-        layouts,
-        source,
-        calibration_tokens,
-        budget,
-        model,
-    } = input;
+    let PassGraph { graph, passes, recipe, numbers, layouts, source, .. } = input;
+    let PassGraph { calibration_tokens, given, budget, model, .. } = input;
     let mut errors = Vec::new();
     // Steps and emits are called by their places in the recipe as it was written.
     let place = |list: &[usize], at: usize| list.get(at).copied().unwrap_or(at);
@@ -63,9 +54,18 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .map(|(pass, step)| {
             let schemed = step.scheme.is_some() || step.types.is_some();
             let own = if schemed { pass.contract_with_scheme() } else { pass.contract() };
-            Contract { upstream: step.upstream.unwrap_or(own.upstream), ..own }
+            let known = given.is_some_and(|given| given.needs.contains(own.needs));
+            let upstream = match step.upstream {
+                Some(asked) => asked,
+                None if known && !own.needs.is_empty() => Upstream::Given,
+                None => own.upstream,
+            };
+            Contract { upstream, ..own }
         })
         .collect();
+    if given.is_some() && !contracts.iter().any(|c| c.upstream == Upstream::Given) {
+        errors.push(PlanError::GivenUnused { steps: labels.join(", ") });
+    }
     let quantizes: Vec<_> =
         contracts.iter().map(|c| c.produces.numeric == Some(Numeric::Quantized)).collect();
 
@@ -230,7 +230,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         for (by, sites) in folded {
             errors.push(PlanError::FoldQuantized { step: step(), by: labels[by].clone(), sites });
         }
-        if !contract.needs.is_empty() && calibration_tokens == 0 {
+        let calibrates = !contract.needs.is_empty() && contract.upstream != Upstream::Given;
+        if calibrates && calibration_tokens == 0 {
             let needs = needs_text(contract.needs);
             errors.push(PlanError::CalibrationMissing { step: step(), needs });
         }
@@ -241,6 +242,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             options: recipe.steps[index].options.clone(),
             contract: *contract,
             sites: targets.iter().map(Vec::len).sum(),
+            given: given.filter(|_| contract.upstream == Upstream::Given),
             targets,
         });
     }
@@ -271,13 +273,24 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .enumerate()
         .map(|(index, emit)| planned_emit(&graph, source, &table, &parts, index, emit, embedding))
         .collect();
-    let needs_data = contracts.iter().any(|contract| !contract.needs.is_empty())
+    let needs_data = contracts.iter().any(|c| !c.needs.is_empty() && c.upstream != Upstream::Given)
         || model.iter().any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
     let mut notes = notes(&table, &graph, &emits);
     notes.extend(fallbacks(&graph, &table, recipe, &contracts));
+    if given.is_some_and(|given| !given.head)
+        && steps.iter().any(|step| {
+            step.given.is_some() && step.targets.last().is_some_and(|head| !head.is_empty())
+        })
+    {
+        notes.push(
+            "the importance matrix does not know the input of the output head, which is quantized without \
+             importances (llama-imatrix and attar imatrix collect it with --process-output)"
+                .to_owned(),
+        );
+    }
     let facts = predict::Facts {
         graph: &graph,
         model: &model,

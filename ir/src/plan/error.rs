@@ -142,6 +142,15 @@ pub enum PlanError {
         /// Why, with the numbers and the remedy.
         reason: String,
     },
+    /// A file of statistics that no step reads.
+    #[error(
+        "an importance matrix is given, but no step reads it: it knows sums of squares, which rtn with \
+         `importance = true` (preset imatrix-q4_k_m, ...) needs and no more; the steps are {steps}"
+    )]
+    GivenUnused {
+        /// The steps.
+        steps: String,
+    },
     /// Two steps of one name.
     #[error("step[{index}].id: `{id}` is already the id of step[{first}]")]
     DuplicateId {

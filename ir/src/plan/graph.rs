@@ -120,6 +120,11 @@ fn sharing(variants: &[(Variant, Plan)], nodes: &[Node<'_>]) -> Vec<String> {
              of them again"
         ));
     }
+    let given = calibrated(Upstream::Given);
+    if !given.is_empty() {
+        lines
+            .push(format!("{given}: statistics from the importance matrix; nothing is calibrated"));
+    }
     if !compressed.is_empty() {
         lines.push(format!(
             "{compressed}: statistics of compressed activations; new bits or groups read only those of \

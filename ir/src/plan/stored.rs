@@ -70,7 +70,7 @@ impl Plan {
             for round in &rounds {
                 if round.upstream == Upstream::Original {
                     original |= round.needs[at];
-                } else if block.index == 0 && (at == 0 || round.whole) {
+                } else if round.observes() && block.index == 0 && (at == 0 || round.whole) {
                     bytes += size(input.width, round.needs[at]);
                 }
             }

@@ -10,7 +10,7 @@ use super::*;
 use crate::recipe::Step;
 use crate::{
     AttentionShape, Block, BlockState, BlockStats, ChannelMap, Cost, Fold, FormChange, FormSet,
-    InputGroup, Norm, PassContext, PassError, PassReport, Producer, Site,
+    InputGroup, Norm, PassContext, PassError, PassReport, Producer, Site, Sparsity,
 };
 
 #[derive(Debug)]
@@ -32,6 +32,18 @@ impl Pass for Fake {
         };
         match self.0 {
             "rtn" => plain,
+            "weighed" => Contract { needs: Needs::SQUARE_SUM, ..plain },
+            "prune" => Contract {
+                produces: FormChange { sparsity: Some(Sparsity::Masked), ..FormChange::NONE },
+                ..plain
+            },
+            "prune24" => Contract {
+                produces: FormChange { sparsity: Some(Sparsity::NM { n: 2, m: 4 }), ..FormChange::NONE },
+                ..plain
+            },
+            "sparse" => {
+                Contract { accepts: FormSet::DENSE_FLOAT | FormSet::MASKED | FormSet::NM, ..plain }
+            }
             "gptq" => Contract { needs: Needs::HESSIAN, ..plain },
             "awq" => Contract {
                 produces: FormChange::NONE,
@@ -42,6 +54,10 @@ impl Pass for Fake {
             },
             other => panic!("no fake pass {other}"),
         }
+    }
+
+    fn takes(&self, scheme: QuantScheme) -> Result<(), &'static str> {
+        if self.0 == "sparse" || scheme.block().is_none() { Ok(()) } else { Err("affine only") }
     }
 
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
@@ -98,6 +114,38 @@ impl LayoutSpec for FakeLayout {
 
     fn zero_min(&self) -> u8 {
         self.zero_min
+    }
+}
+
+/// A block type, whatever its blocks divide.
+#[derive(Debug)]
+struct FakeBlocks(BlockType);
+
+impl LayoutSpec for FakeBlocks {
+    fn id(&self) -> LayoutId {
+        LayoutId(self.0.name())
+    }
+
+    fn parts(&self, linear: &LinearSpec) -> Result<Vec<PartHeader>, LayoutError> {
+        let row = linear.in_features.div_ceil(self.0.size()) * self.0.bytes();
+        let shape = vec![linear.out_features, row];
+        Ok(vec![PartHeader { suffix: "blocks", dtype: DType::U8, shape }])
+    }
+
+    fn scale_dtype(&self, _: DType) -> DType {
+        DType::F16
+    }
+
+    fn block_type(&self) -> Option<BlockType> {
+        Some(self.0)
+    }
+
+    fn own_scheme(&self, _: usize) -> Option<QuantScheme> {
+        Some(self.0.scheme())
+    }
+
+    fn fuses_siblings(&self) -> bool {
+        false
     }
 }
 
@@ -198,18 +246,32 @@ fn source(graph: &ModelGraph) -> Vec<TensorHeader> {
 }
 
 fn plan_within(recipe: &Recipe, tokens: usize, budget: Budget) -> Result<Plan, PlanErrors> {
-    let name = |step: &Step| ["rtn", "gptq", "awq"].into_iter().find(|n| *n == step.pass);
+    plan_given(recipe, tokens, budget, None)
+}
+
+const FAKES: [&str; 7] = ["rtn", "gptq", "awq", "weighed", "prune", "prune24", "sparse"];
+
+fn plan_given(
+    recipe: &Recipe,
+    tokens: usize,
+    budget: Budget,
+    given: Option<Given>,
+) -> Result<Plan, PlanErrors> {
+    let name = |step: &Step| FAKES.into_iter().find(|n| *n == step.pass);
     let passes = recipe
         .steps
         .iter()
         .map(|step| Box::new(Fake(name(step).expect("a fake pass"))) as Box<dyn Pass>);
     let graph = graph();
     let headers = source(&graph);
-    let layouts: [&dyn LayoutSpec; 3] = [&CT, &GPTQ, &AWQ];
+    let blocks = BlockType::ALL.map(FakeBlocks);
+    let mut layouts: Vec<&dyn LayoutSpec> = vec![&CT, &GPTQ, &AWQ];
+    layouts.extend(blocks.iter().map(|block| block as &dyn LayoutSpec));
     let variant = variants(recipe)?.remove(0);
     PassGraph::new(graph, passes.collect(), &variant.recipe, &layouts, &headers, tokens)
         .numbered(&variant)
         .with_budget(budget)
+        .with_given(given)
         .check()
 }
 
@@ -523,4 +585,71 @@ fn a_budget_takes_the_fastest_way_that_keeps_it_or_names_the_smallest() {
         assert!(plan.memory.moments.iter().all(|m| m.total() <= plan.memory.peak()));
     }
     insta::assert_snapshot!(least.render());
+}
+
+/// A float-minimum or codebook type has no exact zero beside other weights: pruned weights would come to life.
+#[test]
+fn pruned_zeros_are_refused_by_types_without_an_exact_zero() {
+    for prune in ["prune", "prune24"] {
+        for block in BlockType::ALL {
+            let text = format!(
+                "[[step]]\npass = \"{prune}\"\nsites = \"mlp.*\"\n[[step]]\npass = \"sparse\"\n\
+                 [[emit]]\nlayout = \"{block}\"\ncontainer = \"gguf\"\n"
+            );
+            let found = plan(&text).err().map(|errors| errors.0).unwrap_or_default();
+            let refused = found.iter().find(|error| {
+                matches!(error, PlanError::PassScheme { reason, .. } if reason.contains("pruned"))
+            });
+            assert_eq!(refused.is_some(), !block.has_zero(), "{prune} {block}");
+            let Some(error) = refused else { continue };
+            // The site, what made it so, and what to do; sites that were not pruned are not named.
+            let told = error.to_string();
+            assert!(told.contains("step[1] (sparse)"), "{told}");
+            assert!(told.contains("model.layers.0.mlp.up_proj"), "{told}");
+            assert!(told.contains("emit a type with an exact zero"), "{told}");
+            assert!(!told.contains("self_attn"), "{told}");
+        }
+    }
+    let without: Vec<&str> =
+        BlockType::ALL.into_iter().filter(|ty| !ty.has_zero()).map(BlockType::name).collect();
+    for name in ["q4_k", "q2_k", "q5_k", "q4_1", "q5_1", "iq4_nl", "iq4_xs"] {
+        assert!(without.contains(&name), "{name}");
+    }
+    for name in ["q4_0", "q5_0", "q8_0", "q3_k", "q6_k"] {
+        assert!(!without.contains(&name), "{name}");
+    }
+}
+
+#[test]
+fn a_file_of_statistics_stands_for_calibration_where_it_has_all_that_is_needed() {
+    let weighed = "[[step]]\npass = \"weighed\"\nsites = [\"*\", \"lm_head\"]\nkeep = []\n\
+                   scheme = { bits = 4, group_size = 32 }\n";
+    let given = |text: &str, tokens, head| {
+        let given = Given { needs: Needs::SQUARE_SUM, head };
+        plan_given(&Recipe::parse(text).unwrap(), tokens, Budget::default(), Some(given))
+    };
+    let plain = format!("{weighed}{EMIT}");
+    let error = plan_of(&Recipe::parse(&plain).unwrap(), 0).unwrap_err().to_string();
+    assert!(error.contains("needs calibration data (square sum)"), "{error}");
+    for head in [true, false] {
+        let plan = given(&plain, 0, head).unwrap();
+        assert!(!plan.calibrates());
+        let rounds = plan.rounds(0);
+        assert_eq!((rounds.len(), rounds[0].upstream), (1, Upstream::Given));
+        assert!(!rounds[0].observes() && rounds[0].needs.iter().all(|n| *n == Needs::SQUARE_SUM));
+        // What it does not know of the head is done without, and told.
+        let last = &plan.rounds(plan.graph.blocks.len())[0];
+        assert_eq!(last.needs[0].is_empty(), !head);
+        assert_eq!(plan.notes.iter().any(|note| note.contains("output head,")), !head);
+    }
+    // Another step still calibrates; one that names its upstream does, too.
+    let error = given(&format!("[[step]]\npass = \"awq\"\n{plain}"), 0, true).unwrap_err();
+    assert!(error.to_string().contains("step[0] (awq): needs calibration data"), "{error}");
+    let both = given(&format!("[[step]]\npass = \"awq\"\n{plain}"), 64, true).unwrap();
+    assert!(both.calibrates() && both.rounds(0)[1].upstream == Upstream::Given);
+    let own = plain.replace("scheme", "upstream = \"original\"\nscheme");
+    let error = given(&own, 64, true).unwrap_err().to_string();
+    assert!(error.contains("no step reads it"), "{error}");
+    let error = given(&format!("{GPTQ_STEP}{EMIT}"), 64, true).unwrap_err().to_string();
+    assert!(error.contains("no step reads it") && error.contains("step[0] (gptq)"), "{error}");
 }

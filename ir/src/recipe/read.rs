@@ -351,9 +351,10 @@ pub(super) fn write(recipe: &Recipe) -> String {
             }
             put(&mut table, "scheme", numbers);
         }
-        let upstream = step.upstream.map(|upstream| match upstream {
-            Upstream::Original => "original",
-            Upstream::Compressed => "compressed",
+        let upstream = step.upstream.and_then(|upstream| match upstream {
+            Upstream::Original => Some("original"),
+            Upstream::Compressed => Some("compressed"),
+            Upstream::Given => None,
         });
         put_some(&mut table, "upstream", upstream);
         for (key, value) in &step.options {

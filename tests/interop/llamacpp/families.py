@@ -21,7 +21,7 @@ subprocess.run(["cc", "-O2", "-o", helper, here / "logits.c", f"-I{tree}/include
                 "-lggml", "-lggml-base", f"-Wl,-rpath,{binaries}"], check=True)
 print("| family | logits against transformers, relative | top-1 | attar says |\n|---|---|---|---|")
 failed = []
-for case in sorted(path for path in golden.iterdir() if (path / "golden.safetensors").exists()):
+for case in sorted(path for path in golden.iterdir() if (path / "golden.safetensors").exists() and (path / "config.json").exists()):
     folder = out / case.name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(case, folder)
@@ -44,7 +44,7 @@ for case in sorted(path for path in golden.iterdir() if (path / "golden.safetens
     expected = load_file(case / "golden.safetensors")
     ids, logits = expected["input_ids"].reshape(-1), expected["logits"].reshape(-1, vocabulary)
     (out / "ids.txt").write_text(" ".join(map(str, ids)) + "\n")
-    subprocess.run([helper, target / "model.gguf", out / "ids.txt", out / "theirs.bin"], check=True)
+    subprocess.run([helper, target / "model.gguf", out / "ids.txt", out / "theirs.bin"], check=True, stderr=subprocess.DEVNULL)
     theirs = np.fromfile(out / "theirs.bin", np.float32).reshape(len(ids), -1)
     error = np.linalg.norm(theirs - logits) / np.linalg.norm(logits)
     good = error <= 1e-3 or bool(notes)

@@ -7,4 +7,10 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 attar=${ATTAR:-$root/target/release/attar}
-exec "${PYTHON:-python3}" "$here/check.py" "$attar" "$LLAMACPP" "$1" "$2" "${3:-$(mktemp -d)}"
+out=${3:-$(mktemp -d)}
+# Every family of the golden checkpoints, then the types on one model; both are run whatever the first finds.
+families=0
+"${PYTHON:-python3}" "$here/families.py" "$attar" "$LLAMACPP" "$out/families" || families=$?
+echo
+"${PYTHON:-python3}" "$here/check.py" "$attar" "$LLAMACPP" "$1" "$2" "$out"
+exit "$families"
