@@ -74,9 +74,8 @@ pub(crate) fn check(path: &Path, opened: &Opened) -> Result<(Vec<Zeros>, Vec<Str
         promised += (1.0 - promise.density) * values.len() as f64;
         let mut pattern = None;
         if let Sparsity::NM { n, m } = promise.sparsity {
-            let rows = values.chunks(site.in_features.max(1)).enumerate();
-            let broken =
-                rows.filter_map(|(row, values)| Some((row, breaks_pattern(values, n, m)?))).next();
+            let mut rows = values.chunks(site.in_features.max(1)).enumerate();
+            let broken = rows.find_map(|(row, values)| Some((row, breaks_pattern(values, n, m)?)));
             if let Some((row, group)) = broken {
                 problems.push(format!(
                     "{}: promised {n}:{m}, but row {row} has more than {n} weights that are not zero in columns \

@@ -617,10 +617,10 @@ impl<'a> Walk<'a> {
                 let stored = Self::stored(block, targets, &steps[step]);
                 self.add(Moment {
                     what: steps[step].label.clone(),
-                    place: if steps[step].contract.touches != Touches::Sites {
-                        "whole block".into()
-                    } else {
+                    place: if steps[step].contract.touches == Touches::Sites {
                         String::new()
+                    } else {
+                        "whole block".into()
                     },
                     block_index: index,
                     block: weights,

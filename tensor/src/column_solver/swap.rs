@@ -155,8 +155,9 @@ fn exchange<S: Simd>(
         let new = project(j, lane, slope / curve);
         let gain = new * (2.0 * slope - new * curve);
         let cost = old * (old * entry(corner, i, i) + 2.0 * residual[i * lanes + lane]);
-        // Also false for NaN.
-        if !(gain * (1.0 - MARGIN) > cost) || new == 0.0 {
+        // NaN gains nothing.
+        let gains = gain * (1.0 - MARGIN) > cost;
+        if !gains || new == 0.0 {
             continue;
         }
         any = true;
