@@ -59,13 +59,12 @@ pub fn verify_tokens(
 ) -> Result<Vec<KernelReport>, LayoutError> {
     let all = tokens;
     let says = packed.scheme.activations;
-    let (judge, w8a8) = match layout.block_type() {
-        Some(_) => (Judge::of_blocks(&layout.unpack_blocks(packed)?), None),
-        None => {
-            let weight = layout.unpack(packed)?;
-            let judge = Judge::new(&weight);
-            (judge, (says == ActivationScheme::Int8PerToken).then_some(weight))
-        }
+    let (judge, w8a8) = if layout.block_type().is_some() {
+        (Judge::of_blocks(&layout.unpack_blocks(packed)?), None)
+    } else {
+        let weight = layout.unpack(packed)?;
+        let judge = Judge::new(&weight);
+        (judge, (says == ActivationScheme::Int8PerToken).then_some(weight))
     };
     let (rows, columns) = (packed.out_features, packed.in_features);
     let most = all.iter().copied().max().unwrap_or(0);

@@ -107,7 +107,9 @@ pub(crate) fn remove(
     // Channels that were never seen cost nothing.
     let dead: Vec<usize> = (0..n).filter(|&i| h[i * n + i] <= 0.0).collect();
     for row in w.chunks_mut(n) {
-        dead.iter().for_each(|&j| row[j] = 0.0);
+        for &j in &dead {
+            row[j] = 0.0;
+        }
     }
     let mut inverse = damped_inverse(&h, n, mean, asked.percdamp).map_err(&fail)?;
     let norms: Vec<f64> = (0..n)

@@ -477,7 +477,9 @@ impl Making<'_> {
             } else {
                 let shape = view.shape().to_vec();
                 let mut values = cut_values(&dims, &cuts, &name, &shape, &view.to_f32()?)?;
-                values.iter_mut().for_each(|value| *value *= scale.unwrap_or(1.0));
+                for value in &mut values {
+                    *value *= scale.unwrap_or(1.0);
+                }
                 let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
                 writer.write_view(&header.name, &tensor.view())?;
             }

@@ -38,7 +38,10 @@ impl Pass for Fake {
                 ..plain
             },
             "prune24" => Contract {
-                produces: FormChange { sparsity: Some(Sparsity::NM { n: 2, m: 4 }), ..FormChange::NONE },
+                produces: FormChange {
+                    sparsity: Some(Sparsity::NM { n: 2, m: 4 }),
+                    ..FormChange::NONE
+                },
                 ..plain
             },
             "sparse" => {
