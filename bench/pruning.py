@@ -59,13 +59,14 @@ for shape, option in (("50 %", "sparsity = 0.5"), ("2:4", 'pattern = "2:4"')):
         add("llm-compressor", f"{name} {shape}", theirs)
     ours(f"magnitude {shape}", step("magnitude", option))
     ours(f"wanda {shape}", step("wanda", option))
-    ours(f"wanda {shape}, compressed upstream", step("wanda", option, 'upstream = "compressed"'))
+    ours(f"wanda {shape}, original upstream", step("wanda", option, 'upstream = "original"'))
     ours(f"sparsegpt {shape}", step("sparsegpt", option))
     ours(f"sparsegpt {shape}, sweep alone", step("sparsegpt", option, "refine = 0"))
     ours(f"sparsegpt {shape}, no exchange", step("sparsegpt", option, "exchange = false"))
     ours(f"sparsegpt {shape}, then gptq w4 g128", step("sparsegpt", option) + step("gptq", W4), native=True)
     ours(f"sparsegpt {shape} and w4 g128 in one step", step("sparsegpt", option, W4), native=True)
-for name in ("wanda", "sparsegpt"): ours(f"{name} 50 %, owl", step(name, "sparsity = 0.5", 'ratios = "owl"'))
+ours("wanda 50 %, owl, original upstream", step("wanda", "sparsity = 0.5", 'ratios = "owl"', 'upstream = "original"'))
+ours("sparsegpt 50 %, owl", step("sparsegpt", "sparsity = 0.5", 'ratios = "owl"'))
 
 by = {(r["tool"], r["what"]): r for r in rows}; checks = []
 def claim(text, tool, what, against_tool, against, metrics=("perplexity", "kl_mean"), strict=False):

@@ -31,7 +31,7 @@ RECIPES = [
     *[(f"ffn 0.25, {i}, {'update' if u else 'no update'}", step("prune_ffn", ratio=fraction, importance=i, update=u)) for i in ("output", "activation", "magnitude") for u in (True, False)],
     *[(f"kv groups {groups:.2f}, {i}, {'update' if u else 'no update'}", step("prune_kv_groups", ratio=groups, importance=i, update=u)) for i in ("output", "activation") for u in (True, False)],
     *[(f"query heads 0.5, output, {'update' if u else 'no update'}", step("prune_heads", ratio=0.5, update=u)) for u in (True, False)],
-    ("hidden 0.125", step("prune_hidden", ratio=0.125)),
+    ("hidden 0.125", step("prune_hidden", ratio=0.125, multiple_of=16)),
     ("rotate", step("rotate")),
     ("gptq w3 g128", step("gptq") + scheme(3, 128)),
     ("rotate, gptq w3 g128", step("rotate") + step("gptq") + scheme(3, 128)),

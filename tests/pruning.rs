@@ -46,7 +46,7 @@ fn dense_artifacts_are_the_source_with_zeros() {
     for (pass, options, n, m) in [
         ("magnitude", "pattern = \"2:4\"", 2, 4),
         ("wanda", "pattern = \"4:8\"", 4, 8),
-        ("wanda", "pattern = \"2:4\"\nupstream = \"compressed\"", 2, 4),
+        ("wanda", "pattern = \"2:4\"\nupstream = \"original\"", 2, 4),
         ("sparsegpt", "pattern = \"1:4\"", 1, 4),
         ("sparsegpt", "pattern = \"2:4\"\nexchange = false\nrefine = 0", 2, 4),
     ] {

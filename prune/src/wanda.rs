@@ -5,8 +5,8 @@
 //! `weight [out, in]`, cost O(out·in). The norms come from the sum of squares over tokens; when the Hessian is there
 //! its diagonal would do as well.
 //!
-//! Statistics are those of the original model, which takes one forward; the authors' code takes those of each block
-//! before it is pruned, behind the pruned earlier blocks, which takes two: `upstream = "compressed"`.
+//! Statistics are those of each block before it is pruned, behind the pruned earlier blocks, as in the authors' code,
+//! which takes two forwards; `upstream = "original"` takes those of the original model, in one.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
@@ -81,7 +81,7 @@ impl Pass for Wanda {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange { sparsity, ..FormChange::NONE },
             needs: Needs::SQUARE_SUM,
-            upstream: Upstream::Original,
+            upstream: Upstream::Compressed,
             touches: Touches::Block,
             looks_ahead: false,
         }
