@@ -116,7 +116,7 @@ impl Default for Options {
             outlier: 5.0,
             percdamp: 0.01,
             block_size: 128,
-            refine: 4,
+            refine: 2,
             inner: 2,
             exchange: true,
         }
