@@ -254,7 +254,16 @@ pub(crate) fn prepare(
         .with_budget(budget)
         .check();
         match checked {
-            Ok(plan) => {
+            Ok(mut plan) => {
+                let spec = &base.decoder.spec;
+                let follows = |spec: &DecoderSpec| spec.heads * spec.head_dim == spec.hidden;
+                if spec.family == "qwen2" && follows(&decoder.spec) && !follows(spec) {
+                    plan.notes.push(
+                        "vLLM computes qwen2's width of a head from the hidden width and reads no head_dim: it will \
+                         not load this; transformers does"
+                            .to_owned(),
+                    );
+                }
                 let whole = std::mem::replace(&mut variant.recipe, base.recipe.clone());
                 variants.push((variant, plan));
                 bases.push((base, whole));
@@ -515,7 +524,7 @@ fn produce(
             let source = start.checkpoint(job);
             let mut checked = verify::verify(&folder, Some(source), false)?;
             let opened = Opened::open(&folder)?;
-            let ledger = contract::lines(plan, start.headers, at);
+            let ledger = contract::lines(plan, &job.checkpoint, start.headers, at);
             let targets = contract::targets(&job.promise, emit)?;
             let kept = contract::kept(&ledger, source, &opened, &targets)?;
             checked.problems.extend(kept.broken);

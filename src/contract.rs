@@ -2,7 +2,7 @@
 //! were named with `--target`. The plan is judged before a weight is read, the files after they are
 //! written.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use attar_formats::{Checkpoint, quant_config};
 use attar_ir::{
@@ -11,7 +11,7 @@ use attar_ir::{
     plan::{PlannedEmit, Variant},
     target::{self, Linear, Profile, Subject, TargetSpec, Violation},
 };
-use attar_tensor::{Tensor, TensorHeader, TensorSource};
+use attar_tensor::{Tensor, TensorHeader, TensorSource, TensorView};
 
 use crate::{Error, args::Promise, packed::Opened};
 
@@ -99,9 +99,31 @@ fn listed(violations: &[Violation]) -> String {
     text
 }
 
-/// The ledger of one emit.
-pub(crate) fn lines(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
-    ledger::ledger(plan, source, emit)
+/// The ledger of one emit. `source` are the tensors that its steps on blocks read, `original` those of the checkpoint:
+/// what passes on the whole model have taken away is dropped.
+pub(crate) fn lines(
+    plan: &Plan,
+    original: &Checkpoint,
+    source: &[TensorHeader],
+    emit: usize,
+) -> Vec<Line> {
+    let mut lines = ledger::ledger(plan, source, emit);
+    let Some(last) = plan.model.last() else { return lines };
+    for line in &mut lines {
+        if matches!(line.fate, Fate::Copied | Fate::Tied) {
+            line.detail.push_str(&format!(", as {} left it", last.of_chain));
+        }
+    }
+    let known: BTreeSet<String> = lines.iter().map(|line| line.tensor.clone()).collect();
+    let gone = original.headers().iter().filter(|header| !known.contains(&header.name));
+    lines.extend(gone.map(|header| Line {
+        tensor: header.name.clone(),
+        fate: Fate::Dropped,
+        detail: "taken away by a pass on the whole model".to_owned(),
+        becomes: Vec::new(),
+    }));
+    lines.sort_by(|a, b| a.tensor.cmp(&b.tensor));
+    lines
 }
 
 /// What became of a plan's promises in the files.
@@ -130,8 +152,7 @@ pub(crate) fn kept(
         let same = if here.dtype() == there.dtype() {
             here.bytes() == there.bytes()
         } else {
-            let shape = there.shape().to_vec();
-            Tensor::from_f32(there.dtype(), shape, &here.to_f32()?)?.bytes() == there.bytes()
+            narrowed(&here, &there)?
         };
         checkpoint.release(&line.tensor);
         artifact.checkpoint.release(&copy.name);
@@ -148,6 +169,26 @@ pub(crate) fn kept(
         list.push(violation.to_string());
     }
     Ok(Kept { broken, warnings })
+}
+
+/// True when a tensor in f32, rounded to the other's type, is the other; piece by piece.
+fn narrowed(wide: &TensorView<'_>, narrow: &TensorView<'_>) -> Result<bool, Error> {
+    const PIECE: usize = 1 << 20;
+    let elements: usize = wide.shape().iter().product();
+    let (size, bytes) = (narrow.dtype().size(), narrow.bytes());
+    if bytes.len() != elements * size {
+        return Ok(false);
+    }
+    let mut values = vec![0.0f32; PIECE.min(elements)];
+    for first in (0..elements).step_by(PIECE) {
+        let values = &mut values[..PIECE.min(elements - first)];
+        wide.copy_to_f32(first, values)?;
+        let piece = Tensor::from_f32(narrow.dtype(), vec![values.len()], values)?;
+        if piece.bytes() != &bytes[first * size..first * size + piece.bytes().len()] {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Everything in which an artifact, ours or foreign, breaks the rules of the targets.

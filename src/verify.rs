@@ -134,7 +134,7 @@ pub(crate) fn verify(
         opened.checkpoint.release(&header.name);
     }
     if let Some(source) = source {
-        let gone = removed_blocks(path, opened.decoder.spec.layers);
+        let gone = removed_blocks(opened.checkpoint.folder(), opened.decoder.spec.layers);
         for header in source.headers() {
             let here = |name: &str| opened.checkpoint.header(name).is_some();
             let site = header.name.strip_suffix(".weight").unwrap_or(&header.name);

@@ -124,6 +124,21 @@ fn blocks_and_channels_of_the_whole_model_go() {
     let (code, stdout, error) =
         attar(&["verify", &out.display().to_string(), "--source", &model()]);
     assert_eq!(code, 0, "{stdout}{error}");
+    // What is left of a tensor is told: which block it was, and by what it was changed.
+    let tensor = "model.layers.0.input_layernorm.weight";
+    let (code, stdout, error) = attar(&["explain", &out.display().to_string(), tensor]);
+    assert_eq!(code, 0, "{error}");
+    assert!(
+        stdout.contains("changed by step[0] (prune_depth), step[1] (prune_hidden)"),
+        "{stdout}"
+    );
+    let lines = report["ledger"].as_array().unwrap();
+    let dropped = lines.iter().filter(|line| line["fate"] == "dropped").count();
+    assert_eq!(dropped, 9, "every tensor of the block that went");
+    for text in [&report["predicted_peak_bytes"], &report["measured_peak_bytes"]] {
+        assert!(text.as_u64().unwrap() > 0);
+    }
+    assert!(report["measured_peak_bytes"].as_u64() <= report["predicted_peak_bytes"].as_u64());
     // The same recipe again, as the manifest tells it.
     let again = dir.path().join("again");
     let (code, _, error) = compress(recipe, &again, &["--threads", "1"]);
@@ -150,6 +165,8 @@ fn what_cannot_be_reshaped_is_refused_before_any_work() {
         (format!("[[step]]\npass = \"prune_ffn\"\nratio = 0.25\nmultiple_of = 32\n{rtn}"), "288"),
         ("[[step]]\npass = \"rotate\"\nsites = \"mlp.*\"\n".into(), "leave `sites` away"),
         ("[[step]]\npass = \"rotate\"\nstream = false\nvalues = false\n".into(), "neither"),
+        ("[[step]]\npass = \"rotate\"\n[[emit]]\nlayout = \"gptq\"\n".into(), "layout gptq"),
+        ("[[step]]\npass = \"prune_ffn\"\npercdamp = -1.0\n".into(), "percdamp"),
     ]
     .into_iter()
     .enumerate()
@@ -166,4 +183,82 @@ fn what_cannot_be_reshaped_is_refused_before_any_work() {
     let file = file.display().to_string();
     let (code, _, error) = attar(&["compress", &model(), "--recipe", &file, "--out", &out]);
     assert!(code == 2 && error.contains("needs calibration data"), "{error}");
+}
+
+/// A checkpoint that says less: bf16, biases on q, k and v, an output head of its own.
+fn qwen2(to: &Path) {
+    let bytes = fs::read(data("tinystories-656k").join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut made: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let bf16 = |data: &[u8]| -> Vec<u8> {
+        let floats = data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        floats.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect()
+    };
+    for (name, view) in tensors.tensors() {
+        made.push((name.clone(), view.shape().to_vec(), bf16(view.data())));
+        if name == "lm_head.weight" {
+            let embedding = "model.embed_tokens.weight".to_owned();
+            made.push((embedding, view.shape().to_vec(), bf16(view.data())));
+        }
+        for part in ["q_proj", "k_proj", "v_proj"] {
+            if let Some(stem) = name.strip_suffix(&format!("{part}.weight")) {
+                let rows = view.shape()[0];
+                let bias: Vec<u8> = (0..rows)
+                    .flat_map(|i| half::bf16::from_f32((i as f32).sin() * 0.3).to_le_bytes())
+                    .collect();
+                made.push((format!("{stem}{part}.bias"), vec![rows], bias));
+            }
+        }
+    }
+    fs::create_dir_all(to).unwrap();
+    let views = made.iter().map(|(name, shape, data)| {
+        let dtype = safetensors::Dtype::BF16;
+        let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), data).unwrap();
+        (name.as_str(), view)
+    });
+    safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
+    let mut config = json(&data("tinystories-656k").join("config.json"));
+    config["model_type"] = "qwen2".into();
+    config["tie_word_embeddings"] = false.into();
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = data("tinystories-656k").join("tokenizer.json");
+    fs::copy(tokenizer, to.join("tokenizer.json")).unwrap();
+}
+
+#[test]
+fn biases_and_heads_of_their_own_follow_in_their_dtype() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("qwen2");
+    qwen2(&source);
+    let original = logits(&source);
+    let run = |name: &str, recipe: &str| {
+        let (out, file) = (dir.path().join(name), dir.path().join(format!("{name}.toml")));
+        fs::write(&file, recipe).unwrap();
+        let (model, file) = (source.display().to_string(), file.display().to_string());
+        let (to, text) = (out.display().to_string(), data("tinystories_calib.txt"));
+        let text = text.display().to_string();
+        let mut args = vec!["compress", &model, "--recipe", &file, "--out", &to, "--text", &text];
+        args.extend(["--context", "256", "--samples", "12"]);
+        let (code, _, error) = attar(&args);
+        assert_eq!(code, 0, "{name}: {error}");
+        let (code, stdout, error) = attar(&["verify", &to, "--source", &model]);
+        assert_eq!(code, 0, "{name}: {stdout}{error}");
+        let bytes = fs::read(out.join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        for (tensor, view) in tensors.tensors() {
+            assert_eq!(view.dtype(), safetensors::Dtype::BF16, "{tensor}");
+        }
+        distance(&logits(&out), &original)
+    };
+    // bf16 rounds every turned weight once.
+    let far = run("rotate", "[[step]]\npass = \"rotate\"\n");
+    assert!(far < 2e-2, "{far}");
+    let with = run("groups", "[[step]]\npass = \"prune_kv_groups\"\nratio = 0.25\n");
+    let without =
+        run("plain", "[[step]]\npass = \"prune_kv_groups\"\nratio = 0.25\nupdate = false\n");
+    assert!(with < without && with > 0.01, "{with} {without}");
+    // Little of the stream goes: what the norms put out keeps its size.
+    let hidden = "[[step]]\npass = \"prune_hidden\"\nratio = 0.0625\nmultiple_of = 8\n";
+    let far = run("hidden", hidden);
+    assert!(far < 0.9, "{far}");
 }

@@ -33,7 +33,7 @@ pub enum Fate {
     Factored,
     /// Other values in its own dtype and shape: scales were folded into it.
     Changed,
-    /// Byte for byte.
+    /// Byte for byte (of what passes on the whole model left, where there are any).
     Copied,
     /// Byte for byte, and a runtime reads another tensor in its place.
     Tied,

@@ -58,6 +58,9 @@ pub type ReadTensor<'a> = dyn Fn(&str) -> Result<Vec<f32>, PassError> + Sync + '
 
 /// Every tensor by itself, without data.
 pub trait Transform: Sync {
+    /// What it does to the model, for the report.
+    fn entries(&self, graph: &ModelGraph) -> Vec<ModelEntry>;
+
     /// True when rows of this tensor are mixed with each other, so that it must be held whole.
     fn mixes_rows(&self, context: &ModelContext<'_>, tensor: &str) -> bool;
 
@@ -101,9 +104,11 @@ pub trait CutBlocks: Sync {
 /// What was seen of one block.
 #[derive(Debug, Clone)]
 pub struct Survey {
-    /// Statistics of its inputs.
+    /// Statistics of its inputs, as its norms put them out.
     pub stats: BlockStats,
-    /// Mean cosine between what enters and what leaves it, over tokens.
+    /// Weights of its norms.
+    pub norms: Vec<Vec<f32>>,
+    /// Mean cosine between what enters and what leaves it, over tokens; one for the epilogue.
     pub cosine: f64,
 }
 
@@ -126,7 +131,8 @@ pub trait Choose: Sync {
     /// Statistics of every input group.
     fn needs(&self) -> Needs;
 
-    /// Chooses. `loss` runs the model with some of its blocks.
+    /// Chooses. `surveys` has one entry for each block, then one for the epilogue (final norm and head). `loss` runs
+    /// the model with some of its blocks.
     ///
     /// # Errors
     /// Numerics.
@@ -231,6 +237,10 @@ pub fn reshaped_headers(
                 }),
             );
         }
+    }
+    if graph.tied && sizes.tied && sizes.hidden != graph.hidden {
+        // A second copy of the tied table would keep the old width; nobody reads it.
+        headers.retain(|header| header.name == graph.embedding || header.name != "lm_head.weight");
     }
     headers.sort_by(|a, b| a.name.cmp(&b.name));
     headers

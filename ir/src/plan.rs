@@ -123,6 +123,9 @@ impl<'a> PassGraph<'a> {
 pub struct ModelStep {
     /// `step[i] (pass)`.
     pub label: String,
+    /// The same in the variant's own chain of steps, as manifests hold it.
+    #[serde(skip)]
+    pub of_chain: String,
     /// Place in the recipe.
     pub number: usize,
     /// What it does, in words and numbers.
@@ -154,6 +157,12 @@ impl ModelStep {
             }
             crate::Work::Choose(choose) => choose.needs(),
         }
+    }
+
+    /// Bytes of the model that it leaves, in f32 at most.
+    pub fn made_bytes(&self) -> usize {
+        let made = crate::model_pass::reshaped_headers(&self.graph, &self.source, &self.sizes);
+        made.iter().map(|header| 4 * header.elements()).sum()
     }
 
     /// True when activations run through the model.

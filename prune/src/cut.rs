@@ -9,7 +9,7 @@
 //!
 //! Deliberate difference: groups go in rounds, several at once where there are many, scores renewed between.
 
-use attar_ir::{Cost, InputStats, PassError};
+use attar_ir::{Cost, InputStats, PassError, recipe::RecipeError};
 use attar_tensor::{
     Mat,
     linalg::double::{gemm, inverse_spd},
@@ -121,7 +121,8 @@ pub(crate) fn remove(
             .map(|&group| {
                 let places = &asked.places[group];
                 match asked.importance {
-                    Importance::Output => cost_of(w, inverse, n, places),
+                    // What cannot be solved for stays; infinities are not written to reports.
+                    Importance::Output => cost_of(w, inverse, n, places).min(f64::MAX),
                     Importance::Activation => places.iter().map(|&j| norms[j]).sum(),
                     Importance::Magnitude => asked.magnitude[group],
                 }
@@ -172,6 +173,16 @@ pub(crate) fn remove(
     }
     let delta: Vec<f64> = w.iter().zip(&before).map(|(a, b)| a - b).collect();
     let error = metric(&delta, &h, (out, n)) / metric(&before, &h, (out, n)).max(f64::MIN_POSITIVE);
+    if !error.is_finite()
+        || first.iter().any(|score| score.is_nan())
+        || w.iter().any(|x| !x.is_finite())
+    {
+        return Err(fail(format!(
+            "removing {removed} of {count} groups gives NaN or infinity; raise percdamp ({}) or give more \
+             calibration text",
+            asked.percdamp
+        )));
+    }
     weight.iter_mut().zip(&w).for_each(|(to, &from)| *to = from as f32);
     Ok(Found { kept: left, error: error.max(0.0), scores: first })
 }
@@ -248,6 +259,18 @@ pub(crate) fn cost(out: usize, n: usize, removed: usize) -> Cost {
     let flops = 4.0 * n * n * n + 2.0 * n * n * r + 2.0 * o * n * (r + 2.0 * n);
     let peak = 8.0 * (4.0 * n * n + 4.0 * o * n);
     Cost { flops, peak_bytes: peak as usize, scratch_bytes: 0 }
+}
+
+/// Refuses a dampening that is no fraction.
+///
+/// # Errors
+/// When it is negative or not finite.
+pub(crate) fn check_percdamp(percdamp: f64) -> Result<(), RecipeError> {
+    if percdamp.is_finite() && percdamp >= 0.0 {
+        return Ok(());
+    }
+    let reason = format!("expected a number of at least 0, got {percdamp}");
+    Err(RecipeError::invalid("percdamp", reason))
 }
 
 /// How many of `size` stay when `ratio` goes, a multiple of `multiple`.

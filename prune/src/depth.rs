@@ -65,7 +65,8 @@ impl Choose for Depth {
     ) -> Result<(Selection, Vec<ModelEntry>), PassError> {
         let count = context.graph.blocks.len();
         let mut kept: Vec<usize> = (0..count).collect();
-        let mut scores: Vec<f64> = surveys.iter().map(|survey| 1.0 - survey.cosine).collect();
+        let mut scores: Vec<f64> =
+            surveys.iter().take(count).map(|survey| 1.0 - survey.cosine).collect();
         match self.0.by {
             By::Influence => {
                 kept.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
@@ -79,6 +80,11 @@ impl Choose for Depth {
                         let mut without = kept.clone();
                         let block = without.remove(at);
                         let found = loss(&without)?;
+                        if !found.is_finite() {
+                            let site = context.graph.blocks[block].prefix.clone();
+                            let reason = format!("without this block the loss is {found}");
+                            return Err(PassError::Numeric { site, reason });
+                        }
                         if round == 0 {
                             scores[block] = found;
                         }

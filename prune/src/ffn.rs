@@ -30,7 +30,9 @@ scheme = { bits = 4, group_size = 32 }\n\
 ",
     build: |table| {
         let known = ["ratio", "importance", "update", "multiple_of", "percdamp"];
-        Ok(Box::new(Ffn(options(table, &known)?)))
+        let options: Options = options(table, &known)?;
+        cut::check_percdamp(options.percdamp)?;
+        Ok(Box::new(Ffn(options)))
     },
     schema: || schemars::schema_for!(Options),
 };

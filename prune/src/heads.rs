@@ -8,7 +8,7 @@
 use attar_ir::{
     Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
     ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, Weight, Work,
-    recipe::options,
+    recipe::{RecipeError, options},
 };
 use serde::Deserialize;
 
@@ -24,7 +24,7 @@ pub(crate) const GROUPS: ModelPassDef = ModelPassDef {
 pass = \"prune_kv_groups\"\n\
 ratio = 0.25\n\
 ",
-    build: |table| Ok(Box::new(Heads { groups: true, options: options(table, KEYS)? })),
+    build: |table| build(table, true),
     schema: || schemars::schema_for!(Options),
 };
 
@@ -38,7 +38,7 @@ pub(crate) const HEADS: ModelPassDef = ModelPassDef {
 pass = \"prune_heads\"\n\
 ratio = 0.5\n\
 ",
-    build: |table| Ok(Box::new(Heads { groups: false, options: options(table, KEYS)? })),
+    build: |table| build(table, false),
     schema: || schemars::schema_for!(Options),
 };
 
@@ -61,6 +61,12 @@ impl Default for Options {
     fn default() -> Self {
         Self { ratio: 0.25, importance: Importance::Output, update: true, percdamp: 0.01 }
     }
+}
+
+fn build(table: &toml::Table, groups: bool) -> Result<Box<dyn ModelPass>, RecipeError> {
+    let options: Options = options(table, KEYS)?;
+    cut::check_percdamp(options.percdamp)?;
+    Ok(Box::new(Heads { groups, options }))
 }
 
 #[derive(Debug)]

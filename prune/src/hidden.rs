@@ -69,18 +69,28 @@ impl Choose for Hidden {
         let n = graph.hidden;
         let mut scores = vec![0.0f64; n];
         // Statistics of what each norm puts out.
-        let mut normed = Vec::new();
-        for (block, survey) in graph.blocks.iter().zip(surveys) {
-            for fold in &block.folds {
-                let (Producer::Norm(norm), Some(stats)) =
-                    (&fold.producer, survey.stats.input(fold.input))
-                else {
-                    continue;
-                };
+        let mut normed: Vec<(String, Vec<f64>)> = Vec::new();
+        for (block, survey) in graph.all_blocks().zip(surveys) {
+            let of_norm = |fold: &attar_ir::Fold| match fold.producer {
+                Producer::Norm(norm) => Some((norm, fold.input)),
+                Producer::Rows(_) => None,
+            };
+            let mut norms: Vec<(usize, usize)> = block.folds.iter().filter_map(of_norm).collect();
+            if block.attention.is_none() {
+                // The final norm, whether a scale may be folded into it or not.
+                norms = vec![(0, 0)];
+            }
+            for (norm, input) in norms {
+                let Some(stats) = survey.stats.input(input) else { continue };
                 let mean = stats.abs_mean.as_ref().expect("the pass asks for it");
                 scores.iter_mut().zip(mean).for_each(|(score, &mean)| *score += f64::from(mean));
+                // `(x_j / rms)²`: without the norm's own weight.
                 let squares = stats.square_sum.as_ref().expect("the pass asks for it");
-                normed.push((block.norms[*norm].tensor.clone(), squares));
+                let plain = squares.iter().zip(&survey.norms[norm]).map(|(square, &g)| {
+                    let g = f64::from(g);
+                    if g == 0.0 { 0.0 } else { square / (g * g) }
+                });
+                normed.push((block.norms[norm].tensor.clone(), plain.collect()));
             }
         }
         let mut order: Vec<usize> = (0..n).collect();

@@ -17,8 +17,8 @@ use std::{
 };
 
 use attar_ir::{
-    Cost, DimName, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, ReadTensor, Side,
-    Sizes, Transform, Work,
+    Cost, DimName, ModelContext, ModelEntry, ModelGraph, ModelPass, ModelPassDef, PassError,
+    ReadTensor, Side, Sizes, Transform, Work,
 };
 use attar_tensor::linalg::Orthogonal;
 use rayon::prelude::*;
@@ -183,6 +183,27 @@ fn columns(q: &Orthogonal, count: usize, columns: usize, values: &mut [f32]) {
 }
 
 impl Transform for Rotate {
+    fn entries(&self, graph: &ModelGraph) -> Vec<ModelEntry> {
+        let turned = |what: &str, size: usize| ModelEntry {
+            step: String::new(),
+            what: what.to_owned(),
+            before: size,
+            after: size,
+            removed: Vec::new(),
+            output_error: None,
+            scores: Vec::new(),
+        };
+        let head = graph.blocks.first().and_then(|block| block.attention);
+        let mut entries = Vec::new();
+        if self.options.stream {
+            entries.push(turned("hidden, turned", graph.hidden));
+        }
+        if self.options.values {
+            entries.push(turned("value channels, turned", head.map_or(0, |head| head.head_dim)));
+        }
+        entries
+    }
+
     fn mixes_rows(&self, context: &ModelContext<'_>, tensor: &str) -> bool {
         let turns = self.turns(context.graph, tensor, false);
         turns.makes_stream || turns.makes_values.is_some() && !tensor.ends_with(".bias")
@@ -274,7 +295,8 @@ impl ModelPass for Rotate {
         };
         let weights = graph.block_weights() + 2 * graph.vocab * graph.hidden;
         let matrix = if self.options.kind == Kind::Orthogonal { n * n } else { dense * dense };
-        Cost { flops: weights as f64 * each, peak_bytes: 16 * matrix, scratch_bytes: 0 }
+        // Numbers, their decomposition, Q, and Q row by row.
+        Cost { flops: weights as f64 * each, peak_bytes: 32 * matrix, scratch_bytes: 0 }
     }
 
     fn work(&self) -> Work<'_> {

@@ -379,6 +379,41 @@ fn name_in<'a>(source: &Checkpoint, name: &'a str, weights: &Weights) -> &'a str
     if tied && source.header(name).is_none() && source.header(HEAD).is_some() { HEAD } else { name }
 }
 
+/// Labels of the passes on the whole model, and a line of what each did.
+fn whole_model(record: &Record) -> (Vec<String>, Vec<String>) {
+    let entries = record.report.as_ref().map(|report| report.model.as_slice()).unwrap_or_default();
+    let (mut labels, mut lines): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    for entry in entries {
+        if !labels.contains(&entry.step) {
+            labels.push(entry.step.clone());
+            // One block stands for all of a kind.
+            let (what, before, after) = (&entry.what, entry.before, entry.after);
+            lines.push(format!(
+                "{}, before all steps on blocks: {what} {before} -> {after}",
+                entry.step
+            ));
+        }
+    }
+    (labels, lines)
+}
+
+/// The name that a tensor of a block had before passes on the whole model took blocks away.
+fn source_block(record: &Record, name: &str) -> String {
+    const PREFIX: &str = "model.layers.";
+    let entries = record.report.as_ref().map(|report| report.model.as_slice()).unwrap_or_default();
+    let mut name = name.to_owned();
+    for entry in entries.iter().rev().filter(|entry| entry.what == "blocks") {
+        let Some((index, rest)) = name.strip_prefix(PREFIX).and_then(|n| n.split_once('.')) else {
+            break;
+        };
+        let Ok(index) = index.parse::<usize>() else { break };
+        let kept = (0..entry.before).filter(|block| !entry.removed.contains(block)).nth(index);
+        let Some(kept) = kept else { break };
+        name = format!("{PREFIX}{kept}.{rest}");
+    }
+    name
+}
+
 /// True when both hold the same bytes under these names.
 fn same_bytes(artifact: (&Checkpoint, &str), source: (&Checkpoint, &str)) -> Result<bool, Error> {
     let (a, b) = (artifact.0.read(artifact.1)?, source.0.read(source.1)?);
@@ -448,6 +483,8 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         .map(|(block, at)| 8.0 * bytes as f64 / block.sites[at].weights().max(1) as f64);
     let layout = quantized.then(|| weights.layout().unwrap_or("unknown").to_owned());
 
+    let (whole, lines) = whole_model(&record);
+    notes.extend(lines);
     let graph = weights.model().map(|model| &model.decoder.graph);
     let tied = graph
         .is_some_and(|graph| graph.tied && name == "lm_head.weight" && graph.embedding != name);
@@ -464,7 +501,9 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         format!("tied to {}", graph.embedding)
     } else if let Some(header) = checkpoint.header(&name) {
         written.push(Stored::new(header));
-        let stored = source.as_ref().map(|source| (source, name_in(source, &name, &weights)));
+        // Blocks may have been taken away before this one.
+        let before = source_block(&record, &name);
+        let stored = source.as_ref().map(|source| (source, name_in(source, &before, &weights)));
         match stored.filter(|(source, stored)| source.header(stored).is_some()) {
             Some((source, stored)) if same_bytes((checkpoint, &name), (source, stored))? => {
                 if by.is_empty() {
@@ -473,6 +512,7 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
                     format!("left as it was by {}: byte for byte as in the source", by.join(", "))
                 }
             }
+            Some(_) if by.is_empty() && !whole.is_empty() => changed(&whole),
             Some(_) if by.is_empty() => {
                 "kept in its dtype, but its bytes are not the source's and no step is recorded for it"
                     .into()

@@ -165,7 +165,7 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
         let mut json = plan::to_json(&job.variants);
         for (at, (_, plan)) in job.variants.iter().enumerate() {
             for emit in 0..plan.emits.len() {
-                let lines = contract::lines(plan, &job.bases[at].0.headers, emit);
+                let lines = contract::lines(plan, &job.checkpoint, &job.bases[at].0.headers, emit);
                 json["variants"][at]["plan"]["emits"][emit]["ledger"] = json!(lines);
             }
         }
@@ -176,7 +176,7 @@ fn print_plan(args: &Plan, threads: Option<usize>) -> Result<bool, Error> {
     } else {
         say!("{}", plan::text(&job.variants));
         for ((variant, plan), (base, _)) in job.variants.iter().zip(&job.bases) {
-            let lines = contract::lines(plan, &base.headers, 0);
+            let lines = contract::lines(plan, &job.checkpoint, &base.headers, 0);
             let of =
                 if job.variants.len() > 1 { format!("{}: ", variant.name) } else { String::new() };
             say!("ledger    {of}{}", attar_ir::ledger::summary(&lines));

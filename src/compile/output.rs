@@ -122,10 +122,18 @@ impl Output<'_> {
                 if view.dtype() == tensor.dtype {
                     self.writer.put(&tensor.name, &view)?;
                 } else {
-                    // A vector for GGUF, widened.
-                    let shape = tensor.shape.clone();
-                    let wide = Tensor::from_f32(tensor.dtype, shape, &view.to_f32()?)?;
-                    self.writer.put(&tensor.name, &wide.view())?;
+                    // A vector for GGUF, widened, or what a pass on the whole model has computed, narrowed.
+                    let mut bytes = Vec::with_capacity(tensor.bytes());
+                    let elements: usize = tensor.shape.iter().product();
+                    let mut values = vec![0.0f32; PIECE.min(elements)];
+                    for first in (0..elements).step_by(PIECE) {
+                        let values = &mut values[..PIECE.min(elements - first)];
+                        view.copy_to_f32(first, values)?;
+                        let piece = Tensor::from_f32(tensor.dtype, vec![values.len()], values)?;
+                        bytes.extend_from_slice(piece.bytes());
+                    }
+                    let other = Tensor::new(tensor.dtype, tensor.shape.clone(), bytes)?;
+                    self.writer.put(&tensor.name, &other.view())?;
                 }
                 source.release(name);
             }

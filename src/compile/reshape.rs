@@ -9,7 +9,7 @@ use attar_eval::{
 };
 use attar_formats::{Checkpoint, Windows, safetensors::SafetensorsWriter, stage::Stage};
 use attar_ir::{
-    BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, ModelContext, ModelEntry,
+    BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, Member, ModelContext, ModelEntry,
     PassError, Selection, Side, Survey, Transform, Work,
     model_pass::reshaped_headers,
     plan::{ModelStep, PIECE_ELEMENTS, PlanError},
@@ -75,7 +75,8 @@ impl Base {
             headers: checkpoint.headers().to_vec(),
             recipe: Recipe { steps: Vec::new(), ..recipe.clone() },
         };
-        for ((pass, step), &number) in passes.into_iter().zip(&recipe.steps).zip(numbers) {
+        let steps = recipe.steps.iter().zip(numbers).enumerate();
+        for (pass, (at, (step, &number))) in passes.into_iter().zip(steps) {
             let label = step.label(number);
             let pass = match pass {
                 AnyPass::Block(pass) => {
@@ -105,14 +106,13 @@ impl Base {
                 }
             };
             let headers = reshaped_headers(&graph, &base.headers, &sizes);
-            let first: Vec<usize> = (0..sizes.layers).collect();
-            // Which layers stay is not known yet; if their windows differ, the config is made anew later.
-            let uniform = base.decoder.spec.window.windows(2).all(|pair| pair[0] == pair[1]);
-            let kept = if uniform { first } else { nearest_like(&base.decoder, sizes.layers) };
+            // Which layers stay is not known yet; where their windows differ the config is made anew later.
+            let kept: Vec<usize> = (0..sizes.layers).collect();
             let config = resized(&base.config, &base.decoder.spec, &sizes, &kept)?;
             let next = Decoder::read(&config, &Promised(headers.clone()))?;
             model.push(ModelStep {
                 label,
+                of_chain: step.label(at),
                 number,
                 does: pass.describe(&graph),
                 pass,
@@ -125,11 +125,6 @@ impl Base {
         }
         Ok(if errors.is_empty() { Ok((base, model, blocks)) } else { Err(errors) })
     }
-}
-
-/// The first layers, as many as are left.
-fn nearest_like(decoder: &Decoder, layers: usize) -> Vec<usize> {
-    (0..layers.min(decoder.spec.layers)).collect()
 }
 
 /// What passes on the whole model read beside the checkpoint.
@@ -183,7 +178,15 @@ pub(super) fn run(
             windows,
         ]);
         let stage = around.stage;
-        let there = stage.contains(&key);
+        let mut damaged = Vec::new();
+        let there = keys::whole(stage, &key, &mut damaged);
+        if !damaged.is_empty() {
+            stage.remove(&key)?;
+            trace.note(&format!(
+                "object {key} of the work directory is damaged; {} is done again",
+                step.label
+            ));
+        }
         if !there {
             let begun = trace.begin(Phase::Solve, &step.label);
             let work = Making { step, checkpoint, decoder: &decoder, around };
@@ -202,7 +205,7 @@ pub(super) fn run(
         };
         let mut entries: Vec<ModelEntry> = serde_json::from_value(info.facts["entries"].clone())?;
         for entry in &mut entries {
-            entry.step.clone_from(&step.label);
+            entry.step.clone_from(&step.of_chain);
         }
         let checkpoint = Checkpoint::made_of(source, info.facts["config"].clone(), file)?;
         time.store += trace.end(Phase::Store, &step.label, begun);
@@ -341,7 +344,7 @@ impl Making<'_> {
             }
         }
         bar.finish_and_clear();
-        Ok(Vec::new())
+        Ok(transform.entries(&self.decoder.graph))
     }
 
     fn spill(&self) -> Spill {
@@ -427,7 +430,7 @@ impl Making<'_> {
                 .map(|tensor| (tensor, shape.to_vec()))
                 .chain(bias.map(|tensor| (tensor, vec![site.out_features])))
             {
-                let values = cut_values(dims, cuts, &name, &shape, values)?;
+                let values = Slice::new(dims, cuts, &name, &shape)?.of(values);
                 let header = headers.iter().find(|header| header.name == name);
                 let header = header.ok_or("the plan lists every tensor")?;
                 let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
@@ -475,13 +478,23 @@ impl Making<'_> {
             if view.shape() == header.shape && scale.is_none() {
                 writer.write_view(&header.name, &view)?;
             } else {
-                let shape = view.shape().to_vec();
-                let mut values = cut_values(&dims, &cuts, &name, &shape, &view.to_f32()?)?;
-                for value in &mut values {
-                    *value *= scale.unwrap_or(1.0);
+                // Some rows at a time: a vocabulary is large.
+                let slice = Slice::new(&dims, &cuts, &name, view.shape())?;
+                let mut line = vec![0.0f32; slice.columns];
+                let (mut values, mut offset) = (Vec::new(), 0);
+                for rows in slice.of_rows.chunks((PIECE_ELEMENTS / slice.columns.max(1)).max(1)) {
+                    values.clear();
+                    for &row in rows {
+                        view.copy_to_f32(row * slice.columns, &mut line)?;
+                        slice.push(&line, &mut values);
+                    }
+                    for value in &mut values {
+                        *value *= scale.unwrap_or(1.0);
+                    }
+                    let piece = Tensor::from_f32(header.dtype, vec![values.len()], &values)?;
+                    writer.write_part(&header.name, offset, piece.bytes())?;
+                    offset += piece.bytes().len() as u64;
                 }
-                let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
-                writer.write_view(&header.name, &tensor.view())?;
             }
             self.checkpoint.release(&name);
         }
@@ -525,10 +538,23 @@ impl Making<'_> {
                     tokens += 1;
                 }
             }
-            surveys.push(Survey { stats, cosine: sum / tokens.max(1) as f64 });
+            surveys.push(Survey { stats, norms: state.norms, cosine: sum / tokens.max(1) as f64 });
             bar.inc(1);
         }
         bar.finish_and_clear();
+        // The final norm; the head itself is not run.
+        let last = &graph.epilogue;
+        let norms: Vec<Vec<f32>> =
+            last.norms.iter().map(|norm| self.read(&norm.tensor)).collect::<Result<_, _>>()?;
+        let state = BlockState::new(last.index, Vec::new(), norms);
+        let mut stats = BlockStats::empty(last.inputs.len());
+        if !pass.needs().is_empty() {
+            let (decoder, spill) = (self.decoder, Some(spill));
+            let mut run =
+                BlockRun::begin(decoder, last.index, self.checkpoint, &mut stream, spill)?;
+            stats.inputs[0] = Some(run.observe(0, &state, pass.needs())?);
+        }
+        surveys.push(Survey { stats, norms: state.norms, cosine: 1.0 });
         Ok(surveys)
     }
 
@@ -552,40 +578,48 @@ impl Making<'_> {
     }
 }
 
-/// The values of a tensor with only what the cuts keep of each of its axes.
-fn cut_values(
-    dims: &[Dim],
-    cuts: &[Cut],
-    name: &str,
-    shape: &[usize],
-    values: &[f32],
-) -> Result<Vec<f32>, Error> {
-    let (rows, columns) = match shape {
-        [n] => (*n, 1),
-        [rows, columns] => (*rows, *columns),
-        _ => {
-            return Err(
-                format!("tensor {name}: has {} axes, one or two expected", shape.len()).into()
-            );
-        }
-    };
-    let places = |axis: usize| {
-        cuts.iter().find_map(|cut| {
-            let dim = dims.iter().find(|dim| dim.name == cut.dim)?;
-            let member =
-                dim.members.iter().find(|member| member.tensor == name && member.axis == axis)?;
-            Some(member.places(dim.size, &cut.kept))
-        })
-    };
-    let (of_rows, of_columns) = (places(0), places(1));
-    let of_rows = of_rows.unwrap_or_else(|| (0..rows).collect());
-    let mut out = Vec::with_capacity(of_rows.len() * columns);
-    for row in of_rows {
-        let line = &values[row * columns..(row + 1) * columns];
-        match &of_columns {
+/// What the cuts keep of a tensor.
+struct Slice {
+    columns: usize,
+    of_rows: Vec<usize>,
+    of_columns: Option<Vec<usize>>,
+}
+
+impl Slice {
+    fn new(dims: &[Dim], cuts: &[Cut], name: &str, shape: &[usize]) -> Result<Self, Error> {
+        let (rows, columns) = match shape {
+            [n] => (*n, 1),
+            [rows, columns] => (*rows, *columns),
+            _ => {
+                let axes = shape.len();
+                return Err(format!("tensor {name}: has {axes} axes, one or two expected").into());
+            }
+        };
+        let places = |axis: usize| {
+            cuts.iter().find_map(|cut| {
+                let dim = dims.iter().find(|dim| dim.name == cut.dim)?;
+                let of = |member: &&Member| member.tensor == name && member.axis == axis;
+                Some(dim.members.iter().find(of)?.places(dim.size, &cut.kept))
+            })
+        };
+        let of_rows = places(0).unwrap_or_else(|| (0..rows).collect());
+        Ok(Self { columns, of_rows, of_columns: places(1) })
+    }
+
+    /// Appends what is kept of a row.
+    fn push(&self, line: &[f32], out: &mut Vec<f32>) {
+        match &self.of_columns {
             Some(kept) => out.extend(kept.iter().map(|&column| line[column])),
             None => out.extend_from_slice(line),
         }
     }
-    Ok(out)
+
+    /// What is kept of the whole.
+    fn of(&self, values: &[f32]) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.of_rows.len() * self.columns);
+        for &row in &self.of_rows {
+            self.push(&values[row * self.columns..(row + 1) * self.columns], &mut out);
+        }
+        out
+    }
 }

@@ -248,7 +248,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     }
 
     check_siblings(&graph, &sites, &emits, &mut errors);
-    if !recipe.steps.is_empty() && quantizes.iter().all(|quantizes| !quantizes) {
+    if !(recipe.steps.is_empty() && model.is_empty())
+        && quantizes.iter().all(|quantizes| !quantizes)
+    {
         for emit in emits.iter().filter(|emit| emit.spec.id() != DENSE) {
             errors.push(PlanError::NothingQuantized { emit: emit.index, layout: emit.spec.id() });
         }

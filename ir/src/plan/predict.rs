@@ -174,7 +174,7 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
             let (own, scratch) = Walk::new(&of, limits).model(step);
             own.moments.into_iter().for_each(|moment| memory.add(moment));
             // What the passes before have made stays beside it, in f32 at most.
-            made += step.source.iter().map(|header| 4 * header.elements()).sum::<usize>();
+            made += step.made_bytes();
             scratch_bytes = scratch_bytes.max(made + scratch);
         }
         let (own, scratch) = Walk::new(facts, limits).run();
@@ -392,19 +392,22 @@ impl<'a> Walk<'a> {
         let Facts { source, tokens, context, .. } = *self.facts;
         let cost = step.pass.cost(&step.graph, tokens);
         let largest = source.iter().map(|header| 4 * header.elements()).max().unwrap_or(0);
-        // Tables are transformed in pieces of rows.
-        let piece = largest.min(4 * PIECE_ELEMENTS);
+        // Tables are worked on in pieces of rows, in f32, beside the pages of the file.
+        let pages = source.iter().map(TensorHeader::bytes).max().unwrap_or(0);
+        let piece = pages + 2 * largest.min(4 * PIECE_ELEMENTS);
         if !step.calibrates() {
             let widest = step.graph.blocks.iter().flat_map(|block| &block.sites);
             let widest = widest.map(|site| 4 * site.weights()).max().unwrap_or(0);
             self.add(Moment {
                 what: step.label.clone(),
-                tensors: 2 * piece.max(widest),
+                tensors: piece.max(2 * widest),
                 solver: cost.peak_bytes,
                 ..Moment::default()
             });
             return (self.memory, 0);
         }
+        let corpus = corpus_bytes(self.facts.budget.corpus);
+        self.add(Moment { what: "read corpus".into(), tensors: corpus, ..Moment::default() });
         // The stream, and a copy of it where blocks are compared with what enters them.
         let stream = 8 * tokens * step.graph.hidden;
         let kept = if stream / 2 <= self.limits.stream { stream } else { 0 };
@@ -707,12 +710,15 @@ impl<'a> Walk<'a> {
     fn after(&mut self) {
         let Facts { graph, source, budget, .. } = *self.facts;
         let largest = source.iter().map(TensorHeader::bytes).max().unwrap_or(0);
-        self.add(Moment { what: "copy".into(), tensors: largest, ..Moment::default() });
+        // Pages of what passes on the whole model have made, in f32 at most, beside those of the artifact.
+        let wide = source.iter().map(|header| 4 * header.elements()).max().unwrap_or(0);
+        let made = if self.facts.model.is_empty() { 0 } else { wide + largest };
+        self.add(Moment { what: "copy".into(), tensors: largest + made, ..Moment::default() });
         let widest = graph.blocks.iter().flat_map(|b| &b.sites).map(crate::Site::weights).max();
         self.add(Moment {
             what: "verify".into(),
             // Codes unpacked and packed again; one dense tensor's pages.
-            tensors: largest.max(3 * widest.unwrap_or(0)),
+            tensors: largest.max(3 * widest.unwrap_or(0)) + made,
             ..Moment::default()
         });
         let Some(measured) = budget.measured else { return };
@@ -730,7 +736,9 @@ impl<'a> Walk<'a> {
         }
         let windows = self.limits.threads.min(tokens.div_ceil(context.max(1)));
         let heads = 4 * graph.vocab * graph.hidden;
-        for block in &graph.blocks {
+        // The original that it is measured against may be larger.
+        let original = self.facts.model.first().map_or(&[][..], |step| &step.graph.blocks);
+        for block in graph.blocks.iter().chain(original) {
             let weights = self.weights(block, &vec![false; block.sites.len()]);
             let mapped = block.sites.iter().map(|site| site.weights() * site.dtype.size());
             self.add(Moment {
