@@ -91,6 +91,8 @@ struct Turns {
     makes_stream: bool,
     /// A norm's weight.
     norm: bool,
+    /// A tensor of one axis.
+    vector: bool,
     /// Number of heads along the columns, or the rows, that are turned, and the block.
     reads_values: Option<(usize, usize)>,
     makes_values: Option<(usize, usize)>,
@@ -112,27 +114,32 @@ impl Rotate {
             turns.reads_stream = self.options.stream;
             return turns;
         }
-        for dim in graph.dims() {
-            for member in dim.members.iter().filter(|member| member.tensor == tensor) {
-                let vector = tensor.ends_with(".bias");
-                match (dim.name, member.side) {
-                    (DimName::Hidden, _) if !self.options.stream => {}
-                    (DimName::Hidden, Side::Reads) => turns.reads_stream = true,
-                    (DimName::Hidden, Side::Scales) => turns.norm = true,
-                    (DimName::Hidden, Side::Makes) if vector || member.axis == 1 => {
-                        turns.makes_row = true;
-                    }
-                    (DimName::Hidden, Side::Makes) => turns.makes_stream = true,
-                    (DimName::ValueChannel(block), side) if self.options.values => {
-                        let of = Some((member.outer, block));
-                        if side == Side::Reads {
-                            turns.reads_values = of;
-                        } else {
-                            turns.makes_values = of;
-                        }
-                    }
-                    _ => {}
+        let dims = graph.dims();
+        let of = |dim: &'_ attar_ir::Dim| {
+            let here = dim.members.iter().filter(|member| member.tensor == tensor);
+            here.map(|member| (dim.name, member.clone())).collect::<Vec<_>>()
+        };
+        let members: Vec<_> = dims.iter().flat_map(of).collect();
+        // A bias or a norm: no axis but the first.
+        turns.vector = members.iter().all(|(_, member)| member.axis == 0);
+        for (name, member) in &members {
+            match (*name, member.side) {
+                (DimName::Hidden, _) if !self.options.stream => {}
+                (DimName::Hidden, Side::Reads) => turns.reads_stream = true,
+                (DimName::Hidden, Side::Scales) => turns.norm = true,
+                (DimName::Hidden, Side::Makes) if turns.vector || member.axis == 1 => {
+                    turns.makes_row = true;
                 }
+                (DimName::Hidden, Side::Makes) => turns.makes_stream = true,
+                (DimName::ValueChannel(block), side) if self.options.values => {
+                    let of = Some((member.outer, block));
+                    if side == Side::Reads {
+                        turns.reads_values = of;
+                    } else {
+                        turns.makes_values = of;
+                    }
+                }
+                _ => {}
             }
         }
         turns
@@ -206,7 +213,7 @@ impl Transform for Rotate {
 
     fn mixes_rows(&self, context: &ModelContext<'_>, tensor: &str) -> bool {
         let turns = self.turns(context.graph, tensor, false);
-        turns.makes_stream || turns.makes_values.is_some() && !tensor.ends_with(".bias")
+        turns.makes_stream || turns.makes_values.is_some() && !turns.vector
     }
 
     fn apply(
@@ -247,7 +254,7 @@ impl Transform for Rotate {
             rows(&of_block(block), count, width, values);
         }
         if let Some((count, block)) = turns.makes_values {
-            if tensor.ends_with(".bias") {
+            if turns.vector {
                 rows(&of_block(block), count, width, values);
             } else {
                 columns(&of_block(block), count, width, values);
