@@ -98,8 +98,8 @@ struct Options {
     percdamp: f64,
     /// Columns whose mask is chosen at once, and that are swept before the rest is updated.
     block_size: usize,
-    /// Rounds of refinement after the sweep.
-    refine: usize,
+    /// Rounds of refinement after the sweep; 2, or 4 with a scheme, which stands for two passes.
+    refine: Option<usize>,
     /// Repetitions inside each block of a round.
     inner: usize,
     /// Whether refinement may exchange pruned weights for kept ones.
@@ -116,7 +116,7 @@ impl Default for Options {
             outlier: 5.0,
             percdamp: 0.01,
             block_size: 128,
-            refine: 2,
+            refine: None,
             inner: 2,
             exchange: true,
         }
@@ -147,13 +147,20 @@ struct Solved {
 }
 
 impl SparseGpt {
-    fn masking(&self, pattern: Pattern) -> masking::MaskingOptions {
-        let Options { refine, inner, exchange, .. } = self.options;
+    /// Rounds of refinement, with a scheme or without.
+    fn rounds(&self, schemed: bool) -> usize {
+        self.options.refine.unwrap_or(if schemed { 4 } else { 2 })
+    }
+
+    fn masking(&self, pattern: Pattern, schemed: bool) -> masking::MaskingOptions {
+        let Options { inner, exchange, .. } = self.options;
+        let refine = self.rounds(schemed);
         masking::MaskingOptions { pattern, refine, inner, exchange }
     }
 
     fn rounding(&self, scheme: QuantScheme) -> rounding::RoundingOptions {
-        let Options { refine, inner, exchange, .. } = self.options;
+        let Options { inner, exchange, .. } = self.options;
+        let refine = self.rounds(true);
         let mask = match self.pattern {
             _ if !exchange => Mask::Fixed,
             Pattern::Fraction(_) => Mask::Free(Group::Block),
@@ -195,7 +202,7 @@ impl SparseGpt {
             |_, w, out, space| {
                 let tile = masking::Tile { weight: w, out };
                 let hessian = hessian.as_slice().expect("standard layout");
-                tile.solve(hessian, factor, &self.masking(pattern), &mut space.masking)
+                tile.solve(hessian, factor, &self.masking(pattern, false), &mut space.masking)
             },
             n,
         )?;
@@ -216,7 +223,7 @@ impl SparseGpt {
         let hessian = hessian.as_slice().expect("standard layout");
         let grids = Mutex::new(vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups]);
         let mut codes = vec![0u8; out * n];
-        let (masking, rounding) = (self.masking(pattern), self.rounding(scheme));
+        let (masking, rounding) = (self.masking(pattern, true), self.rounding(scheme));
         let errors = tiles(
             weight,
             &mut codes,
@@ -323,8 +330,9 @@ impl Pass for SparseGpt {
             let (o, n) = (site.out_features as f64, site.in_features as f64);
             // Sweep (1), residual (2), one product per round (2); inside a block 128 columns each time.
             let solves = if target.scheme.is_some() { 2.0 } else { 1.0 };
-            let inner = 4.0 * 128.0 * (self.options.refine * self.options.inner) as f64;
-            let rounds = 3.0 + 2.0 * self.options.refine as f64;
+            let refine = self.rounds(target.scheme.is_some());
+            let inner = 4.0 * 128.0 * (refine * self.options.inner) as f64;
+            let rounds = 3.0 + 2.0 * refine as f64;
             cost.flops += solves * (o * n * n * rounds + o * n * (300.0 + inner));
             let input = block.input_of(target.site);
             if !seen.contains(&input) {
