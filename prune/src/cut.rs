@@ -116,7 +116,17 @@ pub(crate) fn remove(
         .map(|j| (0..out).map(|i| w[i * n + j] * w[i * n + j]).sum::<f64>() * h[j * n + j])
         .map(f64::sqrt)
         .collect();
+    let single = asked.places.iter().all(|places| places.len() == 1);
     let scores = |w: &[f64], inverse: &[f64], left: &[usize]| -> Vec<f64> {
+        if single && asked.importance == Importance::Output {
+            // Rows lie in memory one after the other; columns do not.
+            let mut sizes = vec![0.0; n];
+            for row in w.chunks(n) {
+                sizes.iter_mut().zip(row).for_each(|(size, x)| *size += x * x);
+            }
+            let place = |&group: &usize| asked.places[group][0];
+            return left.iter().map(place).map(|j| sizes[j] / inverse[j * n + j]).collect();
+        }
         left.iter()
             .map(|&group| {
                 let places = &asked.places[group];
@@ -205,10 +215,6 @@ fn damped_inverse(h: &[f64], n: usize, mean: f64, percdamp: f64) -> Result<Vec<f
 
 /// `tr(W_G (H⁻¹_GG)⁻¹ W_Gᵀ)`.
 fn cost_of(w: &[f64], inverse: &[f64], n: usize, places: &[usize]) -> f64 {
-    if let [j] = places {
-        let size: f64 = w.chunks(n).map(|row| row[*j] * row[*j]).sum();
-        return size / inverse[j * n + j];
-    }
     let k = places.len();
     let Ok(middle) = inverse_spd(square(inverse, n, places), k) else { return f64::INFINITY };
     let part = columns(w, n, places);

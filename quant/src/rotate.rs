@@ -148,15 +148,17 @@ impl Rotate {
 
 /// Applies the matrix to rows of `values [rows, columns]`, `count` times side by side in each.
 fn rows(q: &Orthogonal, count: usize, columns: usize, values: &mut [f32]) {
+    /// Rows worked on by one task; each by itself, so that threads do not change bits.
+    const TASK: usize = 64;
     let n = columns / count;
-    let (mut wide, mut buffer) = (vec![0.0f64; n], Vec::new());
-    for row in values.chunks_mut(columns) {
-        for part in row.chunks_mut(n) {
+    values.par_chunks_mut(TASK * columns).for_each(|rows| {
+        let (mut wide, mut buffer) = (vec![0.0f64; n], Vec::new());
+        for part in rows.chunks_mut(n) {
             wide.iter_mut().zip(&*part).for_each(|(wide, &x)| *wide = f64::from(x));
             q.apply(&mut wide, &mut buffer);
             part.iter_mut().zip(&wide).for_each(|(x, &wide)| *x = wide as f32);
         }
-    }
+    });
 }
 
 /// Applies the matrix to columns of `values [rows, columns]`, `count` times one below the other.

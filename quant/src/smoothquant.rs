@@ -139,7 +139,8 @@ impl Pass for SmoothQuant {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::DENSE_FLOAT,
+            // A scale leaves zeros what they are.
+            accepts: FormSet::FLOAT_ANY_ZEROS,
             produces: FormChange::NONE,
             needs: Needs::ABS_MAX,
             upstream: Upstream::Compressed,

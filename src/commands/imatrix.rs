@@ -121,9 +121,14 @@ pub(crate) fn collect(args: &args::Imatrix) -> Result<bool, Error> {
     let mut partial = args.out.clone().into_os_string();
     partial.push(".partial");
     let partial = std::path::PathBuf::from(partial);
-    own.write(&partial)?;
-    std::fs::rename(&partial, &args.out)
-        .map_err(|error| format!("{}: {error}", args.out.display()))?;
+    let written = own.write(&partial).map_err(Error::from).and_then(|()| {
+        std::fs::rename(&partial, &args.out)
+            .map_err(|error| format!("{}: {error}", args.out.display()).into())
+    });
+    if written.is_err() {
+        let _ = std::fs::remove_file(&partial);
+    }
+    written?;
     let tokens: usize = lengths.iter().sum();
     say!(
         "{}: importances of {} weights over {tokens} tokens in {} windows",

@@ -3,14 +3,16 @@
 //! (further such passes, the walk over the blocks, the artifact) reads that one. Its name is the hash of
 //! everything it depends on, so it is found again by a run that was killed later, and by variants.
 
+use std::collections::BTreeSet;
+
 use attar_eval::{
     Evaluator, Score,
     report::{Phase, Timings},
 };
 use attar_formats::{Checkpoint, Windows, safetensors::SafetensorsWriter, stage::Stage};
 use attar_ir::{
-    BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, Member, ModelContext, ModelEntry,
-    PassError, Selection, Side, Survey, Transform, Work,
+    Block, BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, Member, ModelContext,
+    ModelEntry, PassError, Selection, Side, Survey, Transform, Work,
     model_pass::reshaped_headers,
     plan::{ModelStep, PIECE_ELEMENTS, PlanError},
     recipe::{AnyPass, Recipe},
@@ -21,7 +23,6 @@ use attar_model::{
 use attar_tensor::{
     DType, Mat, SourceError, Tensor, TensorHeader, TensorSource, TensorView, linalg::dot,
 };
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{keys, scratch_of};
@@ -178,10 +179,11 @@ pub(super) fn run(
             windows,
         ]);
         let stage = around.stage;
-        let mut damaged = Vec::new();
-        let there = keys::whole(stage, &key, &mut damaged);
-        if !damaged.is_empty() {
-            stage.remove(&key)?;
+        let known = stage.contains(&key);
+        // Its bytes are hashed here; what is damaged goes.
+        let mut object = stage.open_object(&key)?;
+        let there = object.is_some();
+        if known && !there {
             trace.note(&format!(
                 "object {key} of the work directory is damaged; {} is done again",
                 step.label
@@ -194,9 +196,10 @@ pub(super) fn run(
                 work.fill(writer).map_err(|error| error.to_string())
             })?;
             time.solve += trace.end(Phase::Solve, &step.label, begun);
+            object = stage.open_object(&key)?;
         }
         let begun = trace.begin(Phase::Store, &step.label);
-        let Some((info, file)) = stage.open_object(&key)? else {
+        let Some((info, file)) = object else {
             return Err(format!(
                 "{}: object {key} was damaged and is gone; run again",
                 stage.root().display()
@@ -330,14 +333,7 @@ impl Making<'_> {
                     )
                     .into());
                 }
-                if whole {
-                    transform.apply(&context, &name, head, columns, &mut values, &read)?;
-                } else {
-                    // Rows by themselves: any cut into tasks gives the same bits.
-                    values.par_chunks_mut(64 * columns).try_for_each(|rows| {
-                        transform.apply(&context, &name, head, columns, rows, &read)
-                    })?;
-                }
+                transform.apply(&context, &name, head, columns, &mut values, &read)?;
                 let offset = 4 * (first * columns) as u64;
                 writer.write_part(&header.name, offset, bytemuck::cast_slice(&values))?;
                 self.checkpoint.release(&name);
@@ -371,9 +367,9 @@ impl Making<'_> {
         let spill = self.spill();
         let mut stream = self.embedded(&spill)?;
         let graph = &self.decoder.graph;
-        let dims = graph.dims();
+        let (dims, headers) = (graph.dims(), self.headers());
         let mut entries = Vec::new();
-        let mut written = Vec::new();
+        let mut written = BTreeSet::new();
         let bar = progress::bar(graph.blocks.len(), self.step.pass.name());
         for block in &graph.blocks {
             bar.set_message(block.prefix.trim_end_matches('.').to_owned());
@@ -396,11 +392,11 @@ impl Making<'_> {
             if block.index + 1 < graph.blocks.len() {
                 run.finish(&state)?;
             }
-            self.write_block(&dims, &cuts, block.index, &state, writer, &mut written)?;
+            self.write_block((&dims, &cuts, &headers), block, &state, writer, &mut written)?;
             bar.inc(1);
         }
         bar.finish_and_clear();
-        for header in self.headers().iter().filter(|header| !written.contains(&header.name)) {
+        for header in headers.iter().filter(|header| !written.contains(&header.name)) {
             let name = self.origin(&header.name);
             writer.write_view(&header.name, &self.checkpoint.read(&name)?)?;
             self.checkpoint.release(&name);
@@ -411,15 +407,12 @@ impl Making<'_> {
     /// Writes the linears of a block, cut.
     fn write_block(
         &self,
-        dims: &[Dim],
-        cuts: &[Cut],
-        index: usize,
+        (dims, cuts, headers): (&[Dim], &[Cut], &[TensorHeader]),
+        block: &Block,
         state: &BlockState,
         writer: &mut SafetensorsWriter,
-        written: &mut Vec<String>,
+        written: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
-        let block = &self.decoder.graph.blocks[index];
-        let headers = self.headers();
         for (site, linear) in block.sites.iter().zip(&state.linears) {
             let weight = linear.weight.as_dense().ok_or("passes on the whole model see floats")?;
             let weight = weight.as_slice().ok_or("weights are in standard layout")?;
@@ -431,11 +424,11 @@ impl Making<'_> {
                 .chain(bias.map(|tensor| (tensor, vec![site.out_features])))
             {
                 let values = Slice::new(dims, cuts, &name, &shape)?.of(values);
-                let header = headers.iter().find(|header| header.name == name);
-                let header = header.ok_or("the plan lists every tensor")?;
+                let at = headers.binary_search_by(|header| header.name.cmp(&name));
+                let header = &headers[at.map_err(|_| "the plan lists every tensor")?];
                 let tensor = Tensor::from_f32(header.dtype, header.shape.clone(), &values)?;
                 writer.write_view(&name, &tensor.view())?;
-                written.push(name);
+                written.insert(name);
             }
         }
         Ok(())

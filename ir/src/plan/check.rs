@@ -231,8 +231,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             errors.push(PlanError::FoldQuantized { step: step(), by: labels[by].clone(), sites });
         }
         let calibrates = !contract.needs.is_empty() && contract.upstream != Upstream::Given;
-        if calibrates && calibration_tokens == 0 {
-            let needs = needs_text(contract.needs);
+        let surveys = passes[index].surveys();
+        if (calibrates || surveys.is_some()) && calibration_tokens == 0 {
+            let needs = needs_text(contract.needs | surveys.unwrap_or_default());
             errors.push(PlanError::CalibrationMissing { step: step(), needs });
         }
         steps.push(PlanStep {
@@ -276,6 +277,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .map(|(index, emit)| planned_emit(&graph, source, &table, &parts, index, emit, embedding))
         .collect();
     let needs_data = contracts.iter().any(|c| !c.needs.is_empty() && c.upstream != Upstream::Given)
+        || passes.iter().any(|pass| pass.surveys().is_some())
         || model.iter().any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
