@@ -140,3 +140,89 @@ impl ModelPass for Hidden {
         Work::Choose(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attar_ir::{
+        AttentionShape, Block, BlockStats, ChannelMap, Fold, InputGroup, InputStats, Norm,
+    };
+
+    fn block(index: usize, attention: bool) -> Block {
+        Block {
+            index,
+            prefix: format!("model.layers.{index}."),
+            sites: Vec::new(),
+            norms: vec![Norm { tensor: format!("norm.{index}"), width: 4 }],
+            inputs: vec![InputGroup { name: "input", width: 4, sites: Vec::new() }],
+            // A tied head has no fold, and its norm is one all the same.
+            folds: attention
+                .then_some(Fold {
+                    producer: Producer::Norm(0),
+                    input: 0,
+                    map: ChannelMap::Identity,
+                })
+                .into_iter()
+                .collect(),
+            attention: attention.then_some(AttentionShape { heads: 1, kv_heads: 1, head_dim: 4 }),
+        }
+    }
+
+    /// `x / rms(x)` of two tokens, times the norm's weight.
+    fn survey(g: [f32; 4]) -> Survey {
+        let x = [[4.0f32, 1.0, 0.5, 2.0], [-3.0, 2.0, 1.0, -1.0]];
+        let mut stats = InputStats {
+            tokens: 2,
+            abs_mean: Some(vec![0.0; 4]),
+            square_sum: Some(vec![0.0; 4]),
+            ..InputStats::default()
+        };
+        for row in &x {
+            let rms = (row.iter().map(|v| v * v).sum::<f32>() / 4.0).sqrt();
+            for j in 0..4 {
+                let y = row[j] / rms * g[j];
+                stats.abs_mean.as_mut().unwrap()[j] += y.abs() / 2.0;
+                stats.square_sum.as_mut().unwrap()[j] += f64::from(y * y);
+            }
+        }
+        Survey {
+            stats: BlockStats { inputs: vec![Some(stats)] },
+            norms: vec![g.to_vec()],
+            cosine: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_loud_channel_that_nobody_hears_goes_and_norms_keep_their_size() {
+        let graph = ModelGraph {
+            family: "llama".into(),
+            hidden: 4,
+            vocab: 8,
+            context: 8,
+            blocks: vec![block(0, true)],
+            epilogue: block(1, false),
+            embedding: "embed".into(),
+            tied: true,
+        };
+        let context = ModelContext { graph: &graph, seed: 0 };
+        // Channel 0 has most of the energy, and its weight in the norms is small.
+        let surveys = [survey([0.01, 1.0, 1.0, 1.0]), survey([0.02, 2.0, 2.0, 2.0])];
+        let pass = Hidden(Options { ratio: 0.25, multiple_of: 1 });
+        let mut loss = |_: &[usize]| Ok(0.0);
+        let (found, entries) = pass.choose(&context, &surveys, &mut loss).unwrap();
+        assert_eq!((&found.cuts[0].kept[..], &entries[0].removed[..]), (&[1, 2, 3][..], &[0][..]));
+        // What is left of both tokens has the mean square r² of what was there: the norm divides by r less.
+        let (all, left) = (4.0f64, 3.0f64);
+        let mut energy = 0.0;
+        for row in [[4.0f64, 1.0, 0.5, 2.0], [-3.0, 2.0, 1.0, -1.0]] {
+            let square = row.iter().map(|v| v * v).sum::<f64>() / all;
+            energy += row[1..].iter().map(|v| v * v / square).sum::<f64>();
+        }
+        let r = (energy * all / (left * 2.0 * all)).sqrt();
+        assert!(r < 0.7, "most of the energy went: {r}");
+        for tensor in ["norm.0", "norm.1"] {
+            let scale = f64::from(found.scales[tensor]);
+            assert!((scale - r).abs() < 1e-6, "{tensor}: {scale} {r}");
+        }
+    }
+}
