@@ -2,6 +2,7 @@
 
 mod keys;
 mod output;
+mod prepare;
 mod reshape;
 mod walk;
 
@@ -26,14 +27,15 @@ use attar_formats::{
 };
 use attar_ir::{
     BlockState, Limits, Needs,
-    plan::{self, PassGraph, Plan, PlanError, PlanErrors, Variant},
-    recipe::{Emit, Recipe},
+    plan::{self, Plan, Variant},
+    recipe::Recipe,
     target::Violation,
 };
 use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::{BlockType, Scratch, TensorHeader, linalg};
 use serde_json::{Map, Value, json};
 
+pub(crate) use self::prepare::prepare;
 use self::{
     keys::Ground,
     output::Output,
@@ -41,15 +43,8 @@ use self::{
     walk::{Surroundings, Walk},
 };
 use crate::{
-    Error,
-    args::{Promise, What},
-    bundle, contract,
-    importance::Importances,
-    measure,
-    packed::Opened,
-    progress, provenance, registry,
-    trace::Trace,
-    verify,
+    Error, args::Promise, bundle, contract, importance::Importances, measure, packed::Opened,
+    progress, provenance, trace::Trace, verify,
 };
 
 /// A proven plan with everything it was proven on.
@@ -141,181 +136,6 @@ impl<'a> Options<'a> {
 pub(crate) struct Measure {
     pub(crate) text: PathBuf,
     pub(crate) context: usize,
-}
-
-fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
-    let mut base = PathBuf::new();
-    let mut recipe = if let Some(path) = &what.recipe {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| format!("{}: {error}", path.display()))?;
-        base = path.parent().map(Path::to_path_buf).unwrap_or_default();
-        Recipe::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?
-    } else {
-        Recipe::preset(what.preset.as_deref().unwrap_or_default(), what.group)?
-    };
-    if !what.layout.is_empty() {
-        if !recipe.emits.is_empty() {
-            return Err(
-                "the recipe has [[emit]] already; leave --layout away or change the recipe".into(),
-            );
-        }
-        recipe.emits = what.layout.iter().map(|layout| Emit::new(layout)).collect();
-    }
-    if recipe.emits.is_empty() {
-        let layout = recipe.default_layout();
-        recipe.emits.push(Emit::new(layout));
-    }
-    let calibration = &mut recipe.calibration;
-    calibration.samples = what.samples.unwrap_or(calibration.samples);
-    calibration.context = what.context.unwrap_or(calibration.context);
-    calibration.seed = what.seed.unwrap_or(calibration.seed);
-    Ok((recipe, base))
-}
-
-/// Reads recipe and headers and proves the plan; no weight is read.
-pub(crate) fn prepare(
-    what: &What,
-    threads: usize,
-    measure: Option<&Measure>,
-) -> Result<Job, Error> {
-    let checkpoint = Checkpoint::open_dense(&what.checkpoint, crate::gguf::dequantize)?;
-    if let Some(parsed) = quant_config::parse(checkpoint.config())? {
-        return Err(format!(
-            "{} is quantized already ({}); give the original checkpoint",
-            what.checkpoint.display(),
-            parsed.layout
-        )
-        .into());
-    }
-    let decoder = Decoder::read(checkpoint.config(), &checkpoint)
-        .map_err(|error| format!("{}: {error}", what.checkpoint.display()))?;
-    let (mut recipe, base) = recipe_of(what)?;
-    recipe.resolve(registry::known().as_known())?;
-    let calibration = &recipe.calibration;
-    let corpus = if let Some(ids) = &what.ids {
-        Some(CorpusSource::Ids(ids.clone()))
-    } else if !what.text.is_empty() {
-        Some(CorpusSource::Text(what.text.clone()))
-    } else if let Some(ids) = &calibration.ids {
-        Some(CorpusSource::Ids(base.join(ids)))
-    } else if calibration.text.is_empty() {
-        None
-    } else {
-        Some(CorpusSource::Text(calibration.text.iter().map(|t| base.join(t)).collect()))
-    };
-    let context = calibration.context.min(decoder.spec.context);
-    let tokens = if corpus.is_some() { calibration.samples * context } else { 0 };
-    let texts = match &corpus {
-        Some(CorpusSource::Text(texts)) => texts.as_slice(),
-        _ => &[],
-    };
-    let budget = measure::budget(what.memory, threads, checkpoint.folder(), texts, measure);
-    let layouts = registry::layouts();
-    let imatrix = what.imatrix.as_deref();
-    let imatrix = imatrix.map(|path| Importances::open(path, &decoder.graph)).transpose()?;
-    let given = imatrix.as_ref().map(Importances::given);
-    let (mut variants, mut bases, mut errors) = (Vec::new(), Vec::new(), Vec::new());
-    // Steps that variants share are refused once.
-    let mut refuse = |found: Vec<PlanError>| {
-        for error in found {
-            if !errors.contains(&error) {
-                errors.push(error);
-            }
-        }
-    };
-    for mut variant in plan::variants(&recipe)? {
-        let passes = variant.recipe.resolve(registry::known().as_known())?;
-        let steps = (&variant.recipe, variant.steps.as_slice());
-        let (base, model, passes) = match Base::of(&checkpoint, &decoder, steps, passes)? {
-            Ok(found) => found,
-            Err(found) => {
-                refuse(found);
-                continue;
-            }
-        };
-        if let (Some(_), Some(step)) = (given, model.first()) {
-            let reason = "an importance matrix is of the model as it was, not of what this pass leaves; give \
-                          calibration data instead"
-                .to_owned();
-            refuse(vec![PlanError::Reshape { step: step.label.clone(), reason }]);
-            continue;
-        }
-        let checked = PassGraph::new(
-            base.decoder.graph.clone(),
-            passes,
-            &base.recipe,
-            &layouts,
-            &base.headers,
-            tokens,
-        )
-        .after(model)
-        .numbered(&variant)
-        .with_given(given)
-        .with_budget(budget)
-        .check();
-        match checked {
-            Ok(mut plan) => {
-                let spec = &base.decoder.spec;
-                let follows = |spec: &DecoderSpec| spec.heads * spec.head_dim == spec.hidden;
-                if spec.family == "qwen2" && follows(&decoder.spec) && !follows(spec) {
-                    plan.notes.push(
-                        "vLLM computes qwen2's width of a head from the hidden width and reads no head_dim: it will \
-                         not load this; transformers does"
-                            .to_owned(),
-                    );
-                }
-                let whole = std::mem::replace(&mut variant.recipe, base.recipe.clone());
-                variants.push((variant, plan));
-                bases.push((base, whole));
-            }
-            Err(PlanErrors(found)) => refuse(found),
-        }
-    }
-    keep_largest_need(&mut errors);
-    if !errors.is_empty() {
-        return Err(PlanErrors(errors).into());
-    }
-    for ((_, plan), (base, _)) in variants.iter_mut().zip(&bases) {
-        imatrix.as_ref().map_or(Ok(()), |imatrix| imatrix.check(plan))?;
-        check_gguf(&checkpoint, &base.decoder, plan)?;
-    }
-    let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
-    let promise = what.promise.clone();
-    Ok(Job { checkpoint, decoder, recipe, variants, bases, corpus, imatrix, promise, warnings })
-}
-
-/// Whatever a GGUF file cannot say of this model is told before any work is done.
-fn check_gguf(checkpoint: &Checkpoint, decoder: &Decoder, plan: &mut Plan) -> Result<(), Error> {
-    let mut notes = Vec::new();
-    if let Some(gguf) = checkpoint.gguf() {
-        let types = gguf.block_types();
-        let types: Vec<_> = types.iter().map(|(ty, count)| format!("{count} in {ty}")).collect();
-        if !types.is_empty() {
-            notes.push(format!(
-                "the source is quantized itself ({}): its errors stay, and ours are measured against it",
-                types.join(", ")
-            ));
-        }
-    }
-    for emit in plan.emits.iter().filter(|emit| emit.container == plan::GGUF) {
-        let most = BlockType::from_name(emit.layout.0);
-        notes.extend(crate::gguf::describe(checkpoint, &decoder.spec, most)?.notes);
-        crate::gguf::check_names(emit.tensors.iter().map(|tensor| tensor.name.as_str()))?;
-    }
-    notes.sort();
-    notes.dedup();
-    plan.notes.extend(notes);
-    Ok(())
-}
-
-/// Of several variants that a budget is too small for, one is told: that which needs the most.
-fn keep_largest_need(errors: &mut Vec<PlanError>) {
-    let need = |error: &PlanError| match error {
-        PlanError::Memory { smallest, .. } => Some(*smallest),
-        _ => None,
-    };
-    let largest = errors.iter().filter_map(need).max();
-    errors.retain(|error| need(error).is_none() || need(error) == largest);
 }
 
 /// Everything that the bytes of one artifact depend on, for its manifest.

@@ -150,6 +150,12 @@ fn what_a_file_lacks_is_told_before_any_work() {
     change(&|_| ());
     refuse("gptq-q4_k_m", &["no step reads it", "imatrix-q4_k_m"]);
     refuse("rtn-q4_k_m", &["no step reads it"]);
+    // Wanda reads sums of squares, and OWL those of every block of a forward that needs text.
+    let recipe = dir.path().join("owl.toml");
+    fs::write(&recipe, "[[step]]\npass = \"wanda\"\nratios = \"owl\"\n").unwrap();
+    let args = ["plan", &model(), "--recipe", &text(&recipe), "--imatrix", &text(&path)];
+    let (code, _, error) = attar(&args);
+    assert!(code == 2 && error.contains("needs calibration data"), "{error}");
     fs::write(
         &path,
         [&1i32.to_le_bytes()[..], &19i32.to_le_bytes(), b"blk.0.attn_q.weight"].concat(),

@@ -115,6 +115,11 @@ fn masks_survive_quantization() {
         (step("rtn", "scheme = { bits = 4, group_size = 64 }"), "gptq"),
         (step("gptq", "scheme = { bits = 3, group_size = 64, symmetric = false }"), "gptq"),
         (step("awq", "") + &step("gptq", "scheme = { bits = 4, group_size = 64 }"), "awq"),
+        (
+            step("smoothquant", "folds = \"all\"")
+                + &step("rtn", "scheme = { bits = 8, group_size = -1, activations = \"int8\" }"),
+            "compressed-tensors-int",
+        ),
         (step("rtn", "importance = true"), "q4_0"),
         (step("rtn", ""), "q8_0"),
     ] {

@@ -12,6 +12,7 @@ mod predict;
 mod render;
 mod stored;
 mod variant;
+mod written;
 
 use attar_tensor::{BlockType, DType, LayoutId, LayoutSpec, QuantScheme, TensorHeader};
 use serde::Serialize;

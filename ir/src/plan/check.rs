@@ -2,23 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use attar_tensor::{BlockType, DType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
+use attar_tensor::{BlockType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
 
 use super::{
-    CONTAINERS, DENSE, GGUF, ModelStep, Origin, OutputTensor, PassGraph, Plan, PlanError,
-    PlanErrors, PlanStep, PlannedEmit, SitePlan, predict,
+    CONTAINERS, DENSE, GGUF, ModelStep, PassGraph, Plan, PlanError, PlanErrors, PlanStep, predict,
+    written::{fallbacks, notes, planned_emit, site_table, stored_as},
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
-    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Role, Site, Sparsity, Target,
-    Touches, Upstream,
+    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Sparsity, Target, Touches,
+    Upstream,
 };
 
-/// The emitted name of the embedding.
-const EMBEDDING: &str = "model.embed_tokens.weight";
-
 /// Position of a site: block and index in it.
-type Place = (usize, usize);
+pub(super) type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let PassGraph { graph, passes, recipe, numbers, layouts, source, .. } = input;
@@ -327,14 +324,14 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
 }
 
 /// What is known of a site at a point of the walk.
-struct SiteState {
-    form: Form,
-    made_by: Option<usize>,
-    quantized_by: Option<usize>,
-    steps: Vec<usize>,
-    scheme: Option<QuantScheme>,
+pub(super) struct SiteState {
+    pub(super) form: Form,
+    pub(super) made_by: Option<usize>,
+    pub(super) quantized_by: Option<usize>,
+    pub(super) steps: Vec<usize>,
+    pub(super) scheme: Option<QuantScheme>,
     /// Fraction of the weights that stay, where any were pruned.
-    density: Option<f64>,
+    pub(super) density: Option<f64>,
 }
 
 impl Default for SiteState {
@@ -352,16 +349,16 @@ impl Default for SiteState {
 }
 
 /// An emit whose names are resolved.
-struct ResolvedEmit<'a> {
+pub(super) struct ResolvedEmit<'a> {
     /// Index in the recipe.
-    index: usize,
-    spec: &'a dyn LayoutSpec,
-    container: String,
-    dir: Option<String>,
-    target: Vec<String>,
+    pub(super) index: usize,
+    pub(super) spec: &'a dyn LayoutSpec,
+    pub(super) container: String,
+    pub(super) dir: Option<String>,
+    pub(super) target: Vec<String>,
 }
 
-fn block_at(graph: &ModelGraph, index: usize) -> &Block {
+pub(super) fn block_at(graph: &ModelGraph, index: usize) -> &Block {
     graph.blocks.get(index).unwrap_or(&graph.epilogue)
 }
 
@@ -516,7 +513,7 @@ fn check_siblings(
 }
 
 /// Parts of every quantized site in every emit.
-type Parts = BTreeMap<Place, Vec<Vec<attar_tensor::PartHeader>>>;
+pub(super) type Parts = BTreeMap<Place, Vec<Vec<attar_tensor::PartHeader>>>;
 
 fn ask_layouts(
     graph: &ModelGraph,
@@ -566,268 +563,4 @@ fn ask_layouts(
         }
     }
     parts
-}
-
-fn site_table(
-    graph: &ModelGraph,
-    sites: &BTreeMap<Place, SiteState>,
-    parts: &Parts,
-) -> Vec<SitePlan> {
-    sites
-        .iter()
-        .map(|(place, state)| {
-            let site = &block_at(graph, place.0).sites[place.1];
-            let bytes = |headers: &Vec<attar_tensor::PartHeader>| {
-                headers.iter().map(attar_tensor::PartHeader::bytes).sum()
-            };
-            SitePlan {
-                name: site.name.clone(),
-                block: place.0,
-                role: site.role,
-                out_features: site.out_features,
-                in_features: site.in_features,
-                before: Form::DENSE_FLOAT,
-                after: state.form,
-                steps: state.steps.clone(),
-                scheme: state.scheme,
-                density: state.density,
-                dense_bytes: site.weights() * site.dtype.size(),
-                emitted_bytes: parts.get(place).into_iter().flatten().map(bytes).collect(),
-            }
-        })
-        .collect()
-}
-
-fn planned_emit(
-    graph: &ModelGraph,
-    source: &[attar_tensor::TensorHeader],
-    table: &[SitePlan],
-    parts: &Parts,
-    index: usize,
-    emit: &ResolvedEmit<'_>,
-    embedding: Option<BlockType>,
-) -> PlannedEmit {
-    let head = table.last().and_then(|head| head.scheme);
-    let head_quantized = head.is_some();
-    let gguf = emit.container == GGUF;
-    // In a file of blocks a tied head and the embedding are one tensor.
-    let shared = gguf && graph.tied && head_quantized;
-    let coded = embedding.filter(|_| gguf && !graph.tied);
-    let quantized: BTreeMap<String, &SitePlan> = table
-        .iter()
-        .filter(|site| site.scheme.is_some())
-        .map(|site| (format!("{}.weight", site.name), site))
-        .collect();
-    let mut tensors: BTreeMap<String, OutputTensor> = BTreeMap::new();
-    for header in source {
-        let embedding = header.name == graph.embedding;
-        if embedding && shared {
-            continue;
-        }
-        if let Some(block) = coded.filter(|_| embedding)
-            && let Some(row) = block.row_bytes(graph.hidden)
-        {
-            let name = EMBEDDING.replace(".weight", ".blocks");
-            let (dtype, shape) = (DType::U8, vec![graph.vocab, row]);
-            let origin = Origin::Coded { tensor: header.name.clone(), block };
-            tensors.insert(name.clone(), OutputTensor { name, dtype, shape, origin });
-            continue;
-        }
-        if !embedding && quantized.contains_key(&header.name) {
-            continue;
-        }
-        let name = if embedding { EMBEDDING.to_owned() } else { header.name.clone() };
-        if gguf && left_out(graph, &header.name, head_quantized) {
-            continue;
-        }
-        // Vectors are F32 in GGUF: its runtimes have no other code for them.
-        let dtype = if gguf && header.shape.len() < 2 { DType::F32 } else { header.dtype };
-        tensors.insert(
-            name.clone(),
-            OutputTensor {
-                name,
-                dtype,
-                shape: header.shape.clone(),
-                origin: Origin::Source(header.name.clone()),
-            },
-        );
-    }
-    let (mut linear_bytes, mut weights) = (0, 0);
-    for (site, (place, _)) in table.iter().zip(places(graph)) {
-        let in_blocks = place.0 < graph.blocks.len();
-        if in_blocks || head_quantized {
-            weights += site.out_features * site.in_features;
-            linear_bytes += site.emitted_bytes.get(index).copied().unwrap_or(site.dense_bytes);
-        }
-        let Some(headers) = parts.get(&place).and_then(|emits| emits.get(index)) else { continue };
-        for part in headers {
-            let stem = if shared && site.role == Role::Head {
-                EMBEDDING.trim_end_matches(".weight")
-            } else {
-                &site.name
-            };
-            let name = format!("{stem}.{}", part.suffix);
-            tensors.insert(
-                name.clone(),
-                OutputTensor {
-                    name,
-                    dtype: part.dtype,
-                    shape: part.shape.clone(),
-                    origin: Origin::Part { site: site.name.clone(), suffix: part.suffix },
-                },
-            );
-        }
-    }
-    let tensors: Vec<_> = tensors.into_values().collect();
-    PlannedEmit {
-        layout: emit.spec.id(),
-        container: emit.container.clone(),
-        dir: emit.dir.clone(),
-        target: emit.target.clone(),
-        embedding: if shared { head.and_then(QuantScheme::block) } else { coded },
-        tensor_bytes: tensors.iter().map(OutputTensor::bytes).sum(),
-        tensors,
-        linear_bytes,
-        bits_per_weight: 8.0 * linear_bytes as f64 / weights.max(1) as f64,
-    }
-}
-
-/// Tensors of mixtures whose rows the blocks of the type asked for do not divide.
-fn fallbacks(
-    graph: &ModelGraph,
-    table: &[SitePlan],
-    recipe: &Recipe,
-    contracts: &[Contract],
-) -> Vec<String> {
-    let mut found: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-    for site in table {
-        let Some(stored) = site.scheme.and_then(QuantScheme::block) else { continue };
-        let typed = site.steps.iter().rev().find(|&&step| recipe.steps[step].types.is_some());
-        let Some(&step) = typed else { continue };
-        let Some(types) = recipe.steps[step].types else { continue };
-        let calibrated = !contracts[step].needs.is_empty();
-        let asked = types.of(graph, site.block, site.role, calibrated);
-        // The layout's own note tells of its own type.
-        if asked != stored && asked != types.base() {
-            let text = format!(
-                "rows of {} are no multiple of the {} weights of a {asked} block: stored as {stored} \
-                 ({} instead of {} bits per weight)",
-                site.in_features,
-                asked.size(),
-                bits(stored),
-                bits(asked),
-            );
-            found.entry(text).or_default().push(&site.name);
-        }
-    }
-    let line = |(text, sites): (String, Vec<&str>)| {
-        format!("{text}: {} sites, {}", sites.len(), sites.join(", "))
-    };
-    found.into_iter().map(line).collect()
-}
-
-/// The type that stands in for `asked` where its blocks do not divide a row.
-fn stored_as(asked: BlockType, site: &Site) -> BlockType {
-    let divides = site.in_features.is_multiple_of(asked.size());
-    if divides { asked } else { asked.fallback().unwrap_or(asked) }
-}
-
-/// Tensors that a GGUF file leaves out: a tied head beside the embedding, and frequencies that runtimes
-/// compute.
-fn left_out(graph: &ModelGraph, name: &str, head_quantized: bool) -> bool {
-    let tied = graph.tied && name == "lm_head.weight" && graph.embedding != name && !head_quantized;
-    tied || name.ends_with(".rotary_emb.inv_freq")
-}
-
-/// Every site in the order of [`Plan::sites`].
-fn places(graph: &ModelGraph) -> impl Iterator<Item = (Place, &Site)> {
-    graph.all_blocks().flat_map(|block| {
-        block.sites.iter().enumerate().map(|(at, site)| ((block.index, at), site))
-    })
-}
-
-/// Bits per weight of a block type.
-fn bits(block: BlockType) -> f64 {
-    8.0 * block.bytes() as f64 / block.size() as f64
-}
-
-/// Names what the layouts of one run take from each other.
-fn notes(table: &[SitePlan], graph: &ModelGraph, emits: &[ResolvedEmit<'_>]) -> Vec<String> {
-    let grid_name = |grid| match grid {
-        ScaleGrid::F32 => "f32",
-        ScaleGrid::Bf16 => "bf16",
-        ScaleGrid::F16 => "f16",
-        ScaleGrid::F16AndBf16 => "values that are both f16 and bf16",
-        ScaleGrid::Blocks(block) => block.name(),
-    };
-    // What each emit asks for and what all get, with the number of sites concerned.
-    let mut scales: BTreeMap<String, usize> = BTreeMap::new();
-    let mut zeros = 0;
-    for (site, (_, source)) in table.iter().zip(places(graph)) {
-        let Some(scheme) = site.scheme else { continue };
-        let asked: Vec<_> = emits.iter().map(|e| (e, e.spec.scale_grid(source.dtype))).collect();
-        if scheme.block().is_none() && asked.iter().any(|(_, grid)| *grid != scheme.scale_grid) {
-            let asked: Vec<_> = asked
-                .iter()
-                .map(|(e, g)| format!("{} stores {}", e.spec.id(), grid_name(*g)))
-                .collect();
-            let text = format!(
-                "scales are narrowed to {}, since {}",
-                grid_name(scheme.scale_grid),
-                asked.join(" and ")
-            );
-            *scales.entry(text).or_default() += 1;
-        }
-        if !scheme.symmetric && emits.iter().any(|e| e.spec.zero_min() < scheme.zero_min) {
-            zeros += 1;
-        }
-    }
-    // Rows that the blocks of the type asked for do not divide.
-    let mut stand_ins: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for emit in emits {
-        let Some(asked) = emit.spec.block_type() else { continue };
-        for (site, _) in table.iter().zip(places(graph)) {
-            let stored = site.scheme.and_then(QuantScheme::block);
-            if let Some(stored) = stored.filter(|&stored| asked.fallback() == Some(stored))
-                && !site.in_features.is_multiple_of(asked.size())
-            {
-                let text = format!(
-                    "rows of {} are no multiple of the {} weights of a {asked} block: stored as {stored} \
-                     ({} instead of {} bits per weight)",
-                    site.in_features,
-                    asked.size(),
-                    bits(stored),
-                    bits(asked),
-                );
-                stand_ins.entry(text).or_default().push(site.name.clone());
-            }
-        }
-    }
-    let mut notes: Vec<_> =
-        scales.into_iter().map(|(text, count)| format!("{text} ({count} sites)")).collect();
-    notes.extend(
-        stand_ins
-            .into_iter()
-            .map(|(text, sites)| format!("{text}: {} sites, {}", sites.len(), sites.join(", "))),
-    );
-    if zeros > 0
-        && let Some(strictest) = emits.iter().max_by_key(|emit| emit.spec.zero_min())
-    {
-        notes.push(format!(
-            "zero points are at least {}, since layout {} stores no smaller one ({zeros} sites)",
-            strictest.spec.zero_min(),
-            strictest.spec.id(),
-        ));
-    }
-    if graph.tied
-        && table.last().is_some_and(|head| head.scheme.is_some())
-        && emits.iter().any(|emit| emit.container != GGUF)
-    {
-        notes.push(
-            "the output head is quantized and no longer equals the embedding: both are written and \
-             config.json says that they are not tied"
-                .to_owned(),
-        );
-    }
-    notes
 }
