@@ -9,8 +9,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::commands::run::Measured;
 
-/// A compression compiler for language models: quantizes Hugging Face checkpoints into artifacts that
-/// runtimes load, and measures what it cost.
+/// A compression compiler for language models: prunes, transforms and quantizes Hugging Face checkpoints (and
+/// GGUF files) into artifacts that runtimes load, and measures what it cost.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = "Exit codes: 0 done, 1 a check or gate failed, 2 an error.")]
 pub(crate) struct Args {
@@ -77,7 +77,7 @@ pub(crate) enum Command {
 pub(crate) struct What {
     /// Directory with config.json and *.safetensors.
     pub(crate) checkpoint: PathBuf,
-    /// Recipe file (TOML).
+    /// Recipe file (TOML); RECIPES.md, or `attar passes --markdown`, has one for each pass.
     #[arg(long, conflicts_with = "preset", required_unless_present = "preset")]
     pub(crate) recipe: Option<PathBuf>,
     /// Built-in recipe: rtn-w4, gptq-w4, awq-w4, gptq-w3, rtn-w8, ... (see `attar passes`).
@@ -89,7 +89,7 @@ pub(crate) struct What {
     /// Layout of the packed weights; with several, one subdirectory each.
     #[arg(
         long,
-        value_name = "compressed-tensors|compressed-tensors-int|gptq|gptq_v2|awq|q4_0|q8_0|q4_k|..."
+        value_name = "compressed-tensors|compressed-tensors-int|gptq|gptq_v2|awq|dense|q4_0|q8_0|q4_k|..."
     )]
     pub(crate) layout: Vec<String>,
     /// Calibration text.

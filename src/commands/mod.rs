@@ -302,7 +302,7 @@ fn passes(schema: bool) -> Result<bool, Error> {
     }
     say!("presets:");
     for (name, summary) in attar_ir::recipe::PRESETS {
-        say!("  {name:<8} {summary}");
+        say!("  {name:<15} {summary}");
     }
     Ok(true)
 }
