@@ -5,7 +5,9 @@ weights rotated through more than four times the second-level cache.
     gpu_peers.py --libraries              paths of cuBLAS libraries among Python's packages
 """
 
+import ctypes
 import json
+import os
 import pathlib
 import sys
 
@@ -59,8 +61,12 @@ def tinygemm(torch, l2, rows, columns, m):
 
 
 def marlin(torch, l2, rows, columns, m):
-    """IST-DASLab's kernel, symmetric, groups of 128, f16."""
-    import marlin
+    """IST-DASLab's kernel, symmetric, groups of 128, f16: through the library that gpu.sh names, else their module."""
+    library = os.environ.get("ATTAR_MARLIN")
+    if library:
+        product = ctypes.CDLL(library).marlin_mul
+    else:
+        import marlin
 
     x = torch.randn(m, columns, dtype=torch.float16, device="cuda")
     out = torch.empty(m, rows, dtype=torch.float16, device="cuda")
@@ -70,7 +76,18 @@ def marlin(torch, l2, rows, columns, m):
         torch.randint(-(2**31), 2**31 - 1, (columns // 16, rows * 2), dtype=torch.int, device="cuda")
         for _ in range(copies(l2, rows * columns // 2))
     ]
-    return graph_seconds(torch, [lambda w=w: marlin.mul(x, w, out, scales, locks, -1, -1, -1) for w in weights])
+    if not library:
+        return graph_seconds(torch, [lambda w=w: marlin.mul(x, w, out, scales, locks, -1, -1, -1) for w in weights])
+    address = lambda tensor: ctypes.c_void_p(tensor.data_ptr())
+
+    def call(w):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        operands = [address(tensor) for tensor in (x, w, out, scales)]
+        status = product(*operands, m, rows, columns, address(locks), 128, stream)
+        if status:
+            raise RuntimeError(f"marlin_mul: {status}")
+
+    return graph_seconds(torch, [lambda w=w: call(w) for w in weights])
 
 
 def cublas(torch, l2, rows, columns, m):

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use attar_kernels::cuda::{
-    Device as _, Gpu, Half, describe, images,
+    Device as _, Generation, Gpu, Half, describe, images,
     packed::{CHUNK, CudaWeights, ScaleKind},
     proof::{Prover, UNITS},
     repack,
@@ -119,7 +119,9 @@ impl Needed {
         seed: u64,
     ) -> Result<(Status, Value), Error> {
         let Some(gpu) = &self.gpu else { return Ok((Status::Shim, Value::Null)) };
-        let linear = repack::repack(gpu, packed)?;
+        let mut linear = repack::repack(gpu, packed)?;
+        // The kernels that the bundle describes: those that every GPU runs.
+        linear.generation = Generation::Ampere;
         if gpu.download(&linear.codes)? != CudaWeights::new(packed)?.codes {
             return Err("the GPU's repacking kernel gave other bytes than the host's".into());
         }

@@ -3,8 +3,8 @@
 use attar_tensor::QuantScheme;
 use serde::Serialize;
 
-use super::geometry::{ArrangeArgument, Half, Launch, MatmulArgument, MatmulLaunch, Problem};
-use super::geometry::{DECODE_TOKENS, arrange_launch};
+use super::geometry::{ArrangeArgument, DECODE_TOKENS, Generation, Half, Launch};
+use super::geometry::{MatmulArgument, MatmulLaunch, Problem, arrange_launch};
 use super::packed::{BLOCK_ROWS, Places, ScaleKind, zero_bytes};
 use super::proof::UNITS;
 use super::repack::{OrderArgument, RepackArgument, order_launch, repack_of};
@@ -83,7 +83,16 @@ pub fn describe(
         });
         Description {
             tokens,
-            matmul: Problem { bits, half, rows, chunks: places.chunks, m }.launch(),
+            matmul: Problem {
+                bits,
+                half,
+                rows,
+                chunks: places.chunks,
+                group_halves: places.group_halves,
+                m,
+                generation: Generation::Ampere,
+            }
+            .launch(),
             matmul_argument_bytes: size_of::<MatmulArgument>(),
             repack: [
                 reader.codes_launch(bits, rows, places.chunks),

@@ -1,6 +1,8 @@
 //! A device that holds buffers and launches kernels, and a linear that lives on one.
 
-use super::geometry::{ArrangeArgument, Half, Launch, MatmulArgument, MatmulLaunch, Problem};
+use super::geometry::{
+    ArrangeArgument, Generation, Half, Launch, MatmulArgument, MatmulLaunch, Problem,
+};
 use super::packed::{CudaWeights, ScaleKind};
 
 /// Holds buffers and launches kernels, one after the other. A GPU, or in tests the shim that runs kernels on the CPU.
@@ -9,6 +11,9 @@ pub trait Device {
     type Buffer;
     /// Why something failed.
     type Error: std::error::Error + Send + Sync + 'static;
+
+    /// What its kernels may use.
+    fn generation(&self) -> Generation;
 
     /// Copies bytes to the device.
     ///
@@ -63,6 +68,8 @@ pub struct DeviceLinear<B> {
     pub zeros: Option<B>,
     /// Column of each place, unless they are the same.
     pub order: Option<B>,
+    /// What the device's kernels may use.
+    pub generation: Generation,
 }
 
 /// Memory that a product needs beside its operands.
@@ -89,12 +96,22 @@ impl<B> DeviceLinear<B> {
             scales: device.upload(&w.scales)?,
             zeros: w.zeros.as_ref().map(|zeros| device.upload(zeros)).transpose()?,
             order: order.map(|order| device.upload(bytemuck::cast_slice(order))).transpose()?,
+            generation: device.generation(),
         })
     }
 
     /// The launch that multiplies `m` tokens.
     pub fn matmul_launch(&self, half: Half, m: usize) -> MatmulLaunch {
-        Problem { bits: self.bits, half, rows: self.rows, chunks: self.chunks, m }.launch()
+        Problem {
+            bits: self.bits,
+            half,
+            rows: self.rows,
+            chunks: self.chunks,
+            group_halves: self.group_halves,
+            m,
+            generation: self.generation,
+        }
+        .launch()
     }
 
     /// Memory for [`DeviceLinear::matmul`].
@@ -106,7 +123,7 @@ impl<B> DeviceLinear<B> {
         device: &D,
         launch: &MatmulLaunch,
     ) -> Result<Workspace<B>, D::Error> {
-        let partial = if launch.splits > 1 {
+        let partial = if launch.partial_bytes > 0 {
             Some((device.zeros(launch.partial_bytes)?, device.zeros(4 * launch.counters)?))
         } else {
             None

@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_void};
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::Device;
-use super::geometry::Launch;
+use super::geometry::{Generation, Launch};
 use super::images::{images, suitable};
 
 /// Why a GPU cannot be used, or failed.
@@ -436,6 +436,11 @@ impl Device for Gpu {
     type Buffer = GpuBuffer;
     type Error = CudaError;
 
+    fn generation(&self) -> Generation {
+        // The kernels of Hopper are in no other image.
+        if self.info.image == "sm_90a" { Generation::Hopper } else { Generation::Ampere }
+    }
+
     fn upload(&self, bytes: &[u8]) -> Result<GpuBuffer, CudaError> {
         let buffer = self.allocate(bytes.len())?;
         // SAFETY: the buffer has the size of the slice.
@@ -474,19 +479,50 @@ impl Device for Gpu {
         }
         let [x, y, z] = launch.grid;
         let mut parameters = [words.as_mut_ptr().cast::<c_void>()];
-        // SAFETY: every kernel takes one struct by value, of which `argument` has the bytes; its pointers are those of
-        // live buffers whose sizes the caller derived from the same shapes as the grid.
+        if launch.cluster == 1 {
+            // SAFETY: every kernel takes one struct by value, of which `argument` has the bytes; its pointers are those of
+            // live buffers whose sizes the caller derived from the same shapes as the grid.
+            return unsafe {
+                call!(cuLaunchKernel(
+                    function,
+                    x,
+                    y,
+                    z,
+                    launch.threads,
+                    1,
+                    1,
+                    launch.shared,
+                    self.stream,
+                    parameters.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                ))
+            };
+        }
+        let mut cluster = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
+        };
+        let size =
+            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 1, y: launch.cluster, z: 1 };
+        cluster.value.clusterDim = size;
+        let configuration = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: &raw mut cluster,
+            numAttrs: 1,
+        };
+        // SAFETY: as above; the attribute outlives the call.
         unsafe {
-            call!(cuLaunchKernel(
+            call!(cuLaunchKernelEx(
+                &raw const configuration,
                 function,
-                x,
-                y,
-                z,
-                launch.threads,
-                1,
-                1,
-                launch.shared,
-                self.stream,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
             ))

@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::packed::{BLOCK_ROWS, CudaWeights};
+use super::packed::BLOCK_ROWS;
 
 /// Type of activations and results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
@@ -94,10 +94,36 @@ pub struct ArrangeArgument {
     pub out_stride: i64,
 }
 
+/// Argument of `attar_copy`, `AttarCopy` of `device/arrange.cuh`.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct CopyArgument {
+    /// from, to.
+    pub pointers: [u64; 2],
+    /// Units of 16 bytes.
+    pub units: i64,
+}
+
+/// Copies bytes, a multiple of 16 of them.
+pub fn copy_launch(bytes: usize) -> Launch {
+    let grid = [(bytes / 16).div_ceil(1024) as u32, 1, 1];
+    Launch { symbol: "attar_copy".to_owned(), grid, threads: 256, shared: 0, cluster: 1 }
+}
+
 /// Puts `m` tokens into the order of places.
 pub fn arrange_launch(places: usize, m: usize) -> Launch {
     let grid = [places.div_ceil(256) as u32, m.min(65535) as u32, 1];
-    Launch { symbol: "attar_arrange".to_owned(), grid, threads: 256, shared: 0 }
+    Launch { symbol: "attar_arrange".to_owned(), grid, threads: 256, shared: 0, cluster: 1 }
+}
+
+/// What a device's kernels may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Generation {
+    /// Asynchronous copies and `mma.sync`: compute capability 8.0 and later.
+    Ampere,
+    /// Copies in bulk, barriers of copies, clusters and `wgmma` too: machine code for 9.0a.
+    Hopper,
 }
 
 /// One launch.
@@ -111,6 +137,8 @@ pub struct Launch {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// Blocks of a cluster, along the second axis of the grid.
+    pub cluster: u32,
 }
 
 /// A product to be launched.
@@ -137,8 +165,12 @@ pub struct Problem {
     pub rows: usize,
     /// Chunks of 64 columns.
     pub chunks: usize,
+    /// Half chunks of a group.
+    pub group_halves: usize,
     /// Tokens.
     pub m: usize,
+    /// What the device's kernels may use.
+    pub generation: Generation,
 }
 
 /// Tokens up to which weights stream through registers.
@@ -152,11 +184,72 @@ const GEMM_CHUNKS: usize = 4;
 /// Stages of its pipeline, as `device/gemm.cuh` has them.
 const STAGES: usize = 4;
 
+/// Blocks of which two fit on each multiprocessor of an H100 or H200.
+const HOPPER_BLOCKS: usize = 264;
+/// Blocks of a cluster, and how many blocks of such clusters an H200 runs at once with one on a multiprocessor (measured: its
+/// groups of processors have 16 or 18 multiprocessors, not all of them whole).
+const CLUSTERS: [(usize, usize); 6] = [(2, 132), (3, 117), (4, 120), (6, 102), (7, 105), (8, 120)];
+
 impl Problem {
-    /// Of these weights.
-    pub fn new(weights: &CudaWeights, half: Half, m: usize) -> Self {
-        let (bits, rows, chunks) = (weights.bits, weights.rows, weights.places.chunks);
-        Self { bits, half, rows, chunks, m }
+    /// True when every part of 128 columns lies in one group.
+    fn whole_parts(&self) -> bool {
+        self.group_halves.is_multiple_of(4) || self.group_halves >= 2 * self.chunks
+    }
+
+    /// Few tokens on Hopper: `device/stream.cuh`.
+    fn stream(&self) -> MatmulLaunch {
+        const WARPS: usize = 8;
+        let blocks = self.rows.div_ceil(BLOCK_ROWS);
+        let (tokens, bits) = (self.m.min(8), usize::from(self.bits));
+        let depth = if self.bits <= 3 { 3 } else { 2 };
+        let place = 32 + 256 * tokens + depth * (1024 * bits + 528 * tokens);
+        MatmulLaunch {
+            launch: Launch {
+                symbol: self.symbol("stream", 8),
+                grid: [blocks.min(HOPPER_BLOCKS) as u32, 1, self.m.div_ceil(8) as u32],
+                threads: 32 * WARPS as u32,
+                shared: (WARPS * place) as u32,
+                cluster: 1,
+            },
+            splits: 1,
+            partial_bytes: 0,
+            counters: 0,
+        }
+    }
+
+    /// More tokens on Hopper: `device/hopper.cuh`.
+    fn hopper(&self) -> MatmulLaunch {
+        let tokens = [16, 32, 64].into_iter().find(|&tokens| self.m <= tokens).unwrap_or(128);
+        let rows = if tokens <= 64 { 4 * BLOCK_ROWS } else { 8 * BLOCK_ROWS };
+        let folds = if self.whole_parts() { 1 } else { 4 };
+        let bits = usize::from(self.bits);
+        let stage = (256 * tokens + 16 * bits * rows + 6 * folds * rows).next_multiple_of(1024);
+        let count = (225 * 1024 / (stage + 16)).min(8);
+        let (tiles_m, tiles_n) = (self.m.div_ceil(tokens), self.rows.div_ceil(rows));
+        let stages = self.chunks.div_ceil(2);
+        // The largest cluster with which all tiles run at once, and with which each block has something to do.
+        let splits = CLUSTERS
+            .into_iter()
+            .rev()
+            .find(|&(cluster, room)| tiles_m * tiles_n * cluster <= room && 4 * cluster <= stages)
+            .map_or(1, |(cluster, _)| cluster);
+        MatmulLaunch {
+            launch: Launch {
+                symbol: self.symbol("hopper", tokens),
+                grid: [tiles_n as u32, splits as u32, tiles_m as u32],
+                threads: 384,
+                shared: (1024 + count * (stage + 16)) as u32,
+                cluster: splits as u32,
+            },
+            splits: splits as u32,
+            partial_bytes: 0,
+            counters: 0,
+        }
+    }
+
+    fn symbol(&self, kind: &str, tokens: usize) -> String {
+        let fine = if self.whole_parts() { "" } else { "_fine" };
+        format!("attar_{kind}_w{}_{}_{tokens}{fine}", self.bits, self.half.name())
     }
 
     /// Kernel, grid and workspace.
@@ -165,6 +258,13 @@ impl Problem {
     /// When there is nothing to multiply.
     pub fn launch(&self) -> MatmulLaunch {
         assert!(self.m > 0 && self.rows > 0 && self.chunks > 0, "there is something to multiply");
+        match (self.generation, self.m) {
+            (Generation::Ampere, _) => {}
+            // Activations of more tokens cost the stream more than the tiles, unless those are few.
+            (Generation::Hopper, ..=4) => return self.stream(),
+            (Generation::Hopper, ..=8) if self.rows < 8192 => return self.stream(),
+            (Generation::Hopper, _) => return self.hopper(),
+        }
         // Tokens of a tile, rows of a tile.
         let (kind, tokens, rows) = match self.m {
             ..=8 => ("decode", 8, BLOCK_ROWS),
@@ -189,6 +289,7 @@ impl Problem {
                 grid: [tiles_n as u32, splits as u32, tiles_m as u32],
                 threads: 256,
                 shared: (shared + 16) as u32,
+                cluster: 1,
             },
             splits: splits as u32,
             partial_bytes: if splits > 1 { tiles * splits * rows * tokens * 4 } else { 0 },

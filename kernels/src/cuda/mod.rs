@@ -25,6 +25,6 @@ mod shim;
 pub use describe::{Description, Status, describe};
 pub use device::{Device, DeviceLinear};
 pub use driver::{CudaError, Gpu};
-pub use geometry::{Half, Launch, Problem};
+pub use geometry::{Generation, Half, Launch, Problem};
 pub use images::source;
 pub use packed::CudaWeights;

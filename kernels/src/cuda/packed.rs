@@ -9,11 +9,11 @@
 //! zeros    [groups][rows, padded to 32]     u8, u16 with 8 bits; none when all are 2^(bits-1)
 //! order    [chunks * 64]                    column of each place, -1 for padding; none when place = column
 //!
-//! lane 4g + t holds rows 4g .. 4g+3 of the block and columns 32h + 8t .. 32h + 8t + 7 of the chunk, h = 0, 1
+//! lane 4g + t holds rows 4g .. 4g+3 of the block and columns 16k + 8j + 2t + e of the chunk, k < 4, j, e = 0, 1
 //!
 //! 4 bits, word r*4 + h*2 + s:     bits 31..28 27..24 23..20 19..16 15..12 11..8  7..4   3..0
 //!                                 row      c1     c0     c1     c0     c1    c0    c1     c0     ci = 4g + 2r + i
-//!                                 column    3      3      1      1      2     2     0      0     + 32h + 8t + 4s
+//!                                 column    9      9      1      1      8     8     0      0     + 32h + 16s + 2t
 //! ```
 //!
 //! The other widths are described in `device/codes.cuh`. Groups are padded to 32 columns, or to a multiple of 64, with
@@ -229,7 +229,7 @@ fn pack_chunk(
             let bit = |n: usize| i >> n & 1;
             let (r, h, s, j, e, i) = (bit(0), bit(1), bit(2), bit(3), bit(4), bit(5));
             let row = block * BLOCK_ROWS + lane / 4 * 4 + 2 * r + i;
-            let place = chunk * CHUNK + 32 * h + lane % 4 * 8 + 4 * s + 2 * j + e;
+            let place = chunk * CHUNK + 32 * h + 16 * s + 8 * j + lane % 4 * 2 + e;
             let column = places.order.as_ref().map_or(place as i32, |order| order[place]);
             let Ok(column) = usize::try_from(column) else { continue };
             if row >= weight.out_features {

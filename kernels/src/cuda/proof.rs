@@ -212,12 +212,12 @@ impl Table {
 mod tests {
     use super::*;
     use crate::cases::{self, TOKENS};
-    use crate::cuda::shim;
+    use crate::cuda::{Generation, shim};
 
     /// Every case, each with part of the token counts, types and inputs; all of them with `ATTAR_SHIM_ALL` set (minutes).
-    #[test]
-    fn cases_on_the_shim() {
+    fn cases_on_the_shim(generation: Generation, kernels: usize) {
         let Some(device) = shim::kernels() else { return };
+        device.generation.set(generation);
         if std::env::var_os("ATTAR_SHIM_ALL").is_some() {
             for order in 0..3 {
                 device.order.set(order);
@@ -225,7 +225,7 @@ mod tests {
                 table.run_cases(&device).unwrap();
                 println!("order {order}: {table:#?}");
                 assert!(table.ok(), "{table:#?}");
-                assert_eq!(table.kernels.len(), 40);
+                assert_eq!(table.kernels.len(), kernels);
             }
             return;
         }
@@ -247,21 +247,64 @@ mod tests {
     }
 
     #[test]
+    fn cases_on_the_shim_of_ampere() {
+        cases_on_the_shim(Generation::Ampere, 40);
+    }
+
+    #[test]
+    fn cases_on_the_shim_of_hopper() {
+        cases_on_the_shim(Generation::Hopper, 80);
+    }
+
+    /// Shapes that the shared cases are too small for: several blocks of rows per block of threads, clusters, odd chunks.
+    #[test]
+    fn hopper_shares_rows_and_columns_among_blocks() {
+        let Some(device) = shim::kernels() else { return };
+        device.generation.set(Generation::Hopper);
+        let base = cases::all()[0];
+        // 265 blocks of rows are one more than blocks of threads.
+        for (rows, columns, group, m, cluster) in [
+            (8480, 64, 64, 2, 1),
+            (40, 2112, 64, 3, 1),
+            (300, 1088, 32, 12, 2),
+            (150, 1024, 128, 40, 2),
+            (300, 1536, 128, 100, 3),
+        ] {
+            let case =
+                cases::Case { bits: 4, out_features: rows, in_features: columns, group, ..base };
+            let (weight, packed) = pack(&case);
+            let prover = Prover::new(&weight);
+            let linear = DeviceLinear::upload(&device, &packed).unwrap();
+            assert_eq!(linear.matmul_launch(Half::Bf16, m).launch.cluster, cluster, "{case} m {m}");
+            for order in 0..3 {
+                device.order.set(order);
+                let run = (Half::Bf16, m, Input::Gaussian);
+                let (proof, _) = prover.run(&device, &linear, run, 1).unwrap();
+                assert!(proof.worst <= 1.0, "{case} m {m} order {order}: {proof:?}");
+            }
+        }
+    }
+
+    #[test]
     fn the_order_of_threads_and_blocks_does_not_change_a_bit() {
         let Some(device) = shim::kernels() else { return };
         let case = cases::Case { bits: 4, in_features: 1024, out_features: 40, ..cases::all()[0] };
         let (weight, packed) = pack(&case);
         let prover = Prover::new(&weight);
-        let linear = DeviceLinear::upload(&device, &packed).unwrap();
-        for m in [1, 12, 20, 40, 100] {
-            assert!(linear.matmul_launch(Half::F16, m).splits > 1, "{m}");
-            let mut first = None;
-            for order in 0..5 {
-                device.order.set(order);
-                let run = (Half::F16, m, Input::Outliers);
-                let (proof, got) = prover.run(&device, &linear, run, 1).unwrap();
-                assert!(proof.worst <= 1.0, "m {m}: {proof:?}");
-                assert_eq!(&got, first.get_or_insert(got.clone()), "m {m}, order {order}");
+        for generation in [Generation::Ampere, Generation::Hopper] {
+            device.generation.set(generation);
+            let linear = DeviceLinear::upload(&device, &packed).unwrap();
+            for m in [1, 12, 20, 40, 100] {
+                let splits = linear.matmul_launch(Half::F16, m).splits;
+                assert_eq!(splits > 1, generation == Generation::Ampere || m > 8, "{m}");
+                let mut first = None;
+                for order in 0..5 {
+                    device.order.set(order);
+                    let run = (Half::F16, m, Input::Outliers);
+                    let (proof, got) = prover.run(&device, &linear, run, 1).unwrap();
+                    assert!(proof.worst <= 1.0, "m {m}: {proof:?}");
+                    assert_eq!(&got, first.get_or_insert(got.clone()), "m {m}, order {order}");
+                }
             }
         }
     }

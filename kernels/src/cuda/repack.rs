@@ -99,6 +99,7 @@ impl Repack {
             grid: [items.div_ceil(8) as u32, 1, 1],
             threads: 256,
             shared: 0,
+            cluster: 1,
         }
     }
 
@@ -110,6 +111,7 @@ impl Repack {
             grid: [items.div_ceil(256) as u32, 1, 1],
             threads: 256,
             shared: 0,
+            cluster: 1,
         }
     }
 }
@@ -117,7 +119,7 @@ impl Repack {
 /// The kernel that sorts columns by group.
 pub fn order_launch(chunks: usize) -> Launch {
     let grid = [(chunks * CHUNK).div_ceil(256) as u32, 1, 1];
-    Launch { symbol: "attar_order".to_owned(), grid, threads: 256, shared: 0 }
+    Launch { symbol: "attar_order".to_owned(), grid, threads: 256, shared: 0, cluster: 1 }
 }
 
 /// Why a linear could not be repacked on a device.
@@ -193,6 +195,7 @@ pub fn repack<D: Device>(
             scales: device.zeros(padded * scale_kind.bytes())?,
             zeros: if symmetric { None } else { Some(device.zeros(padded * zero_bytes(bits))?) },
             order,
+            generation: device.generation(),
         };
         let from_codes = device.upload(packed.part(reader.codes).map_or(&[], |p| p.bytes()))?;
         let from_scales = device.upload(scales.bytes())?;

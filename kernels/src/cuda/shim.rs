@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use super::device::Device;
-use super::geometry::Launch;
+use super::geometry::{Generation, Launch};
 
 /// A running shim.
 pub(crate) struct Shim {
@@ -15,6 +15,8 @@ pub(crate) struct Shim {
     next: Cell<u64>,
     /// Order of threads and blocks: 0 ascending, 1 descending, others random.
     pub(crate) order: Cell<u64>,
+    /// Which kernels are chosen; all of them are there.
+    pub(crate) generation: Cell<Generation>,
 }
 
 /// Why the shim stopped.
@@ -32,9 +34,8 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda")
 }
 
-/// Compiles `kernels` (a path), or those of them that `only` names, and starts them; `None` when there is no C++ compiler,
-/// which is said.
-pub(crate) fn start(kernels: &Path, only: Option<&str>, name: &str) -> Option<Shim> {
+/// Compiles `kernels` (a path) with these definitions and starts them; `None` when there is no C++ compiler, which is said.
+pub(crate) fn start(kernels: &Path, definitions: &[&str], name: &str) -> Option<Shim> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     if Command::new(&compiler).arg("--version").output().is_err() {
         eprintln!("SKIPPED: no C++ compiler ({compiler}); CUDA kernels were not run on the shim");
@@ -49,7 +50,7 @@ pub(crate) fn start(kernels: &Path, only: Option<&str>, name: &str) -> Option<Sh
             .args(["-std=c++17", "-O1", "-fsanitize=address,undefined", "-Wall", "-Werror"])
             .args(["-fno-sanitize-recover=undefined", "-Wno-unknown-pragmas"])
             .arg(format!("-DATTAR_SIMT_KERNELS=\"{}\"", kernels.display()))
-            .args(only.map(|only| format!("-DATTAR_ONLY={only}")))
+            .args(definitions.iter().map(|definition| format!("-D{definition}")))
             .arg(folder().join("simt/main.cpp"))
             .arg("-o")
             .arg(&part)
@@ -65,7 +66,12 @@ pub(crate) fn start(kernels: &Path, only: Option<&str>, name: &str) -> Option<Sh
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    Some(Shim { child: RefCell::new(child), next: Cell::new(1), order: Cell::new(0) })
+    Some(Shim {
+        child: RefCell::new(child),
+        next: Cell::new(1),
+        order: Cell::new(0),
+        generation: Cell::new(Generation::Ampere),
+    })
 }
 
 /// The kernels of this build.
@@ -73,7 +79,7 @@ pub(crate) fn kernels() -> Option<Shim> {
     use std::sync::Mutex;
     static COMPILING: Mutex<()> = Mutex::new(());
     let _one = COMPILING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    start(&folder().join("device/attar.cu"), None, "attar")
+    start(&folder().join("device/attar.cu"), &[], "attar")
 }
 
 /// Of the shim and of all files that kernels include.
@@ -127,6 +133,10 @@ impl Device for Shim {
     type Buffer = (u64, usize);
     type Error = ShimError;
 
+    fn generation(&self) -> Generation {
+        self.generation.get()
+    }
+
     fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer, ShimError> {
         let id = self.next.get();
         self.next.set(id + 1);
@@ -170,6 +180,7 @@ impl Device for Shim {
         word(&mut command, launch.threads);
         command.extend(u64::from(launch.shared).to_le_bytes());
         command.extend(self.order.get().to_le_bytes());
+        word(&mut command, launch.cluster);
         self.send(&command)?;
         let mut found = [0];
         self.receive(&mut found)?;
@@ -183,7 +194,7 @@ mod tests {
     use crate::cases::{self, Input};
     use crate::cuda::images;
     use crate::cuda::proof::{Prover, pack};
-    use crate::cuda::{DeviceLinear, Half};
+    use crate::cuda::{DeviceLinear, Generation, Half};
 
     /// Runs few and many tokens in several orders with lines of the sources replaced; what was noticed first.
     fn plant(name: &str, edits: &[(&str, &str)]) -> Option<String> {
@@ -196,13 +207,23 @@ mod tests {
         std::fs::create_dir_all(&out).unwrap();
         let path = out.join(format!("planted-{name}.cu"));
         std::fs::write(&path, source).unwrap();
-        let device = start(&path, Some("ATTAR_MATMUL(4, f16, F16)"), name)?;
-        let case = cases::Case { bits: 4, in_features: 1024, group: 32, ..cases::all()[0] };
+        let ampere = ["ATTAR_ONLY=ATTAR_MATMUL(4, f16, F16)", "ATTAR_SIMT_AMPERE"];
+        let hopper = [
+            "ATTAR_ONLY=ATTAR_STREAM(4, f16, F16) ATTAR_TILES(4, f16, F16, 16) ATTAR_TILES(4, f16, F16, 128)",
+        ];
+        let hopper_bug = name.starts_with("hopper");
+        let definitions: &[&str] = if hopper_bug { &hopper } else { &ampere };
+        let device = start(&path, definitions, name)?;
+        let generation = if hopper_bug { Generation::Hopper } else { Generation::Ampere };
+        device.generation.set(generation);
+        // On Hopper more stages for a block than there is room for.
+        let in_features = if hopper_bug { 1152 } else { 1024 };
+        let case = cases::Case { bits: 4, in_features, group: 32, ..cases::all()[0] };
         let (weight, packed) = pack(&case);
         let prover = Prover::new(&weight);
         let linear = DeviceLinear::upload(&device, &packed).unwrap();
         for order in 0..4 {
-            for m in [3, 40] {
+            for m in if hopper_bug { [3, 12, 80] } else { [3, 40, 40] } {
                 device.order.set(order);
                 match prover.run(&device, &linear, (Half::F16, m, Input::Gaussian), 1) {
                     Ok((proof, _)) if proof.worst > 1.0 => return Some(format!("{proof:?}")),
@@ -220,7 +241,22 @@ mod tests {
         let late = "    copies_wait<0>();\n    float* partial = p.partial + (long long)tile * p.splits * (8 ";
         let barrier = "    __syncthreads();\n    const int next = stage";
         let sums = "  __syncthreads();\n  float sum[NT];";
-        let bugs: [(&str, &[(&str, &str)], &str); 7] = [
+        let full = "    barrier_wait(full + 8 * slot, parity);\n";
+        let arrive = "    if (lane == 0) barrier_arrive(empty + 8 * slot);\n";
+        let registers = "fewer_registers<56>();";
+        let landed = "      barrier_wait(barriers + 8 * slot, parity);\n";
+        let made = "        products_wait<0>();\n";
+        let bugs: [(&str, &[(&str, &str)], &str); 13] = [
+            ("hopper-none", &[], "nothing"),
+            ("hopper-no-wait", &[(full, "")], "never waited for"),
+            ("hopper-never-free", &[(arrive, "")], "never come"),
+            (
+                "hopper-registers",
+                &[(registers, "fewer_registers<64>();\n    more_registers<72>();")],
+                "never come",
+            ),
+            ("hopper-stream-no-wait", &[(landed, "")], "never waited for"),
+            ("hopper-products-not-made", &[(made, "")], "Proof"),
             ("none", &[], "nothing"),
             ("no-wait", &[(wait, "")], "never waited for"),
             (

@@ -1,9 +1,9 @@
 // From packed codes to operands of the tensor cores: code - zero as a half-precision number, exactly.
 //
 // A block of 32 rows and 64 columns is what one warp multiplies per step. Lane 4g + t holds the codes of rows 4g .. 4g + 3
-// and of columns 32h + 8t .. 32h + 8t + 7 of both halves h: 64 codes, 2 * BITS words. Row 4g + 2r + i is row g + 8i of
-// tile r of 16 rows; column 32h + 8t + 4s + 2j + e is column 2t + 8j + e of step s of half h, so that the lane's eight
-// activations of a half are 16 contiguous bytes. A register a[i + 2j] of step (r, h, s) is the pair e = 0, 1.
+// and of columns 32h + 16s + 8j + 2t + e (h, s, j, e: 0 or 1): 64 codes, 2 * BITS words. Row 4g + 2r + i is row g + 8i of tile
+// r of 16 rows; the 16 columns of step (h, s) stand in the order in which both mma.sync and wgmma want them. A register
+// a[i + 2j] of step (r, h, s) is the pair e = 0, 1.
 //
 //   4 bits  word r*4 + h*2 + s:  nibbles, low to high      a0.0 a1.0 a2.0 a3.0 a0.1 a1.1 a2.1 a3.1
 //   8 bits  word (r*4 + h*2 + s)*2 + j:  bytes             a[2j].0 a[2j].1 a[2j+1].0 a[2j+1].1
@@ -21,6 +21,10 @@ struct F16 {
   static __device__ __forceinline__ float to_float(u16 a) { return float_of_f16(a); }
   static __device__ __forceinline__ u16 of_float(float a) { return f16_of_float(a); }
   static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
+#ifdef ATTAR_HOPPER
+  template <int N>
+  static __device__ __forceinline__ void products(float (&c)[N][4], const u32 (&a)[4], u64 b, int add) { wgmma_f16(c, a, b, add); }
+#endif
   // a + b, a pair each.
   static __device__ __forceinline__ u32 add(u32 a, u32 b) { return fma_f16x2(a, 0x3c003c00u, b); }
   static const u32 MAGIC = 0x64006400u;  // 1024
@@ -31,6 +35,10 @@ struct Bf16 {
   static __device__ __forceinline__ float to_float(u16 a) { return __uint_as_float((u32)a << 16); }
   static __device__ __forceinline__ u16 of_float(float a) { return bf16_of_float(a); }
   static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
+#ifdef ATTAR_HOPPER
+  template <int N>
+  static __device__ __forceinline__ void products(float (&c)[N][4], const u32 (&a)[4], u64 b, int add) { wgmma_bf16(c, a, b, add); }
+#endif
   static __device__ __forceinline__ u32 add(u32 a, u32 b) { return fma_bf16x2(a, 0x3f803f80u, b); }
   static const u32 MAGIC = 0x43004300u;  // 128
   static const u32 MINUS = 0xc300u;      // -128
@@ -169,5 +177,22 @@ __device__ __forceinline__ void shared_codes(const u8* block, int lane, u32 (&w)
     const uint2 v = reinterpret_cast<const uint2*>(block + 512)[lane];
     w[(2 * BITS) - 2] = v.x;
     w[(2 * BITS) - 1] = v.y;
+  }
+}
+
+// Those of tile r alone (for 2 bits of both).
+template <int BITS>
+__device__ __forceinline__ void tile_codes(const u8* block, int lane, int r, u32 (&w)[2 * BITS]) {
+  if (BITS < 4) {
+    shared_codes<BITS>(block, lane, w);
+  } else {
+#pragma unroll
+    for (int p = r * (BITS / 4); p < (r + 1) * (BITS / 4); p++) {
+      const uint4 v = reinterpret_cast<const uint4*>(block + 512 * p)[lane];
+      w[4 * p] = v.x;
+      w[4 * p + 1] = v.y;
+      w[4 * p + 2] = v.z;
+      w[4 * p + 3] = v.w;
+    }
   }
 }

@@ -19,16 +19,10 @@ template <int NT>
 __device__ __forceinline__ void load_x(const AttarMatmul& p, int token, int chunk, int t, u32 (&x)[NT][8]) {
 #pragma unroll
   for (int n = 0; n < NT; n++) {
+    const bool valid = token + 8 * n < p.m;
+    const u32* from = reinterpret_cast<const u32*>(p.x + (valid ? (token + 8 * n) * p.x_stride + (long long)chunk * CHUNK : 0)) + t;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (token + 8 * n < p.m)
-        v = *reinterpret_cast<const uint4*>(p.x + (token + 8 * n) * p.x_stride + (long long)chunk * CHUNK + h * HALF + 8 * t);
-      x[n][4 * h] = v.x;
-      x[n][4 * h + 1] = v.y;
-      x[n][4 * h + 2] = v.z;
-      x[n][4 * h + 3] = v.w;
-    }
+    for (int i = 0; i < 8; i++) x[n][i] = valid ? from[4 * i] : 0;
   }
 }
 

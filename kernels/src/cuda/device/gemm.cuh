@@ -1,10 +1,9 @@
 // More tokens: codes and activations go through shared memory in a pipeline of asynchronous copies.
 //
 // A block of WR x WT warps multiplies 32 * WR rows by 8 * NT * WT tokens; each warp 32 rows by 8 * NT tokens. A stage of the
-// pipeline is one chunk of 64 columns: WR blocks of codes as they lie in memory, and 128 bytes of each token, whose 16-byte
-// units are swapped by halves (unit ^ 4) in odd tokens, so that a quarter warp, which reads two tokens, meets no bank twice.
+// pipeline is one chunk of 64 columns: WR blocks of codes as they lie in memory, and 128 bytes of each token, whose unit u of
+// 16 bytes stands at place u ^ (token & 7), so that a read of one unit of eight tokens meets no bank twice.
 // Registers of a thread: 16 * NT sums (totals and those of the group), 16 of decoded weights, 2 * BITS of codes.
-// Reading a 16-byte unit of a token per lane gives the right operand of both steps of a half chunk: no ldmatrix is needed.
 //
 // With splits the columns are shared by several blocks; whoever comes last adds their sums in the order of the splits.
 //
@@ -25,7 +24,7 @@ __device__ __forceinline__ void copy_chunk(const AttarMatmul& p, u8* stage, int 
   }
   u8* x = stage + WR * 256 * BITS;
   for (int u = threadIdx.x; u < TOKENS * 8; u += THREADS) {
-    const int token = u >> 3, unit = (u & 7) ^ ((token & 1) << 2);
+    const int token = u >> 3, unit = (u & 7) ^ (token & 7);
     const bool valid = first_token + token < p.m;
     const u16* from = p.x + (valid ? (first_token + token) * p.x_stride + (long long)chunk * CHUNK + (u & 7) * 8 : 0);
     copy_async(x + token * 128 + unit * 16, from, valid);
@@ -67,7 +66,7 @@ __device__ __forceinline__ void gemm(const AttarMatmul& p) {
       copy_chunk<BITS, WR, TOKENS, THREADS>(p, shared + next * STAGE, chunk + STAGES - 1, first_token);
     copies_commit();
     const u8* codes = shared + stage * STAGE + warp_row * 256 * BITS;
-    const u8* x = shared + stage * STAGE + WR * 256 * BITS + (warp_token + g) * 128;
+    const u8* x = shared + stage * STAGE + WR * 256 * BITS + (warp_token + (lane & 7)) * 128;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     u32 w[2 * BITS];
     shared_codes<BITS>(codes, lane, w);
@@ -80,12 +79,12 @@ __device__ __forceinline__ void gemm(const AttarMatmul& p) {
         for (int r = 0; r < 2; r++) Codes<BITS, T>::decode(w, r, h, s, groups.offsets[r], a[s][r]);
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        // Tokens of a lane are g + 8n: odd when g is.
-        const uint4 b = *reinterpret_cast<const uint4*>(x + n * 1024 + (((h * 4 + t) ^ ((g & 1) << 2)) << 4));
-        T::mma(part[0][n], a[0][0], b.x, b.y);
-        T::mma(part[1][n], a[0][1], b.x, b.y);
-        T::mma(part[0][n], a[1][0], b.z, b.w);
-        T::mma(part[1][n], a[1][1], b.z, b.w);
+        u32 b[4];
+        load_matrices(b, x + n * 1024 + (((h * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
+        T::mma(part[0][n], a[0][0], b[0], b[1]);
+        T::mma(part[1][n], a[0][1], b[0], b[1]);
+        T::mma(part[0][n], a[1][0], b[2], b[3]);
+        T::mma(part[1][n], a[1][1], b[2], b[3]);
       }
       if (--groups.left == 0) {
         fold<NT>(total, part, groups.scale);

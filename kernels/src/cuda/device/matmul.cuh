@@ -25,6 +25,48 @@ const int HALF = 32;         // columns of half a chunk
 const int CHUNK = 64;        // columns of a chunk
 const int BLOCK_ROWS = 32;   // rows of a block of codes
 
+// Scales of four rows, of the type that `kind` numbers, as they lie in memory. No branch decides into which register a load
+// goes: nothing waits for it before it is used.
+__device__ __forceinline__ void load_scales(int kind, const u8* from, u32 (&raw)[4]) {
+  const uint2 low = *reinterpret_cast<const uint2*>(from);
+  uint2 high;
+  high.x = high.y = 0;
+  if (kind == 2) high = *reinterpret_cast<const uint2*>(from + 8);
+  raw[0] = low.x;
+  raw[1] = low.y;
+  raw[2] = high.x;
+  raw[3] = high.y;
+}
+
+__device__ __forceinline__ void four_scales(int kind, const u32 (&raw)[4], float (&scale)[4]) {
+  if (kind == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) scale[i] = __uint_as_float(raw[i]);
+  } else if (kind == 0) {
+    scale[0] = float_of_f16((u16)raw[0]);
+    scale[1] = float_of_f16((u16)(raw[0] >> 16));
+    scale[2] = float_of_f16((u16)raw[1]);
+    scale[3] = float_of_f16((u16)(raw[1] >> 16));
+  } else {
+    scale[0] = __uint_as_float(raw[0] << 16);
+    scale[1] = __uint_as_float(raw[0] & 0xffff0000u);
+    scale[2] = __uint_as_float(raw[1] << 16);
+    scale[3] = __uint_as_float(raw[1] & 0xffff0000u);
+  }
+}
+
+// What four rows subtract, from their zero points.
+template <int BITS, class T>
+__device__ __forceinline__ void registers_offsets(const u32 (&zeros)[2], Offsets<BITS, T> (&offsets)[2]) {
+  if (BITS == 8) {
+    offsets[0].set(zeros[0] & 0xffffu, zeros[0] >> 16);
+    offsets[1].set(zeros[1] & 0xffffu, zeros[1] >> 16);
+  } else {
+    offsets[0].set(zeros[0] & 0xffu, zeros[0] >> 8 & 0xffu);
+    offsets[1].set(zeros[0] >> 16 & 0xffu, zeros[0] >> 24);
+  }
+}
+
 // Scales and zero points of the lane's four rows while it walks over half chunks.
 template <int BITS, class T>
 struct Groups {
@@ -63,35 +105,12 @@ struct Groups {
 
   // Zero points loaded before are taken; those of the group after this one and the scales of this one are asked for.
   __device__ __forceinline__ void enter(const AttarMatmul& p) {
-    if (BITS == 8) {
-      offsets[0].set(next_zeros[0] & 0xffffu, next_zeros[0] >> 16);
-      offsets[1].set(next_zeros[1] & 0xffffu, next_zeros[1] >> 16);
-    } else {
-      offsets[0].set(next_zeros[0] & 0xffu, next_zeros[0] >> 8 & 0xffu);
-      offsets[1].set(next_zeros[0] >> 16 & 0xffu, next_zeros[0] >> 24);
-    }
+    registers_offsets<BITS, T>(next_zeros, offsets);
     if (p.zeros && (group + 1) * p.group_halves < p.chunks * 2) load_zeros(p, group + 1);
     const long long at = group * stride + row;
-    if (p.scale_kind == 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const float*>(p.scales) + at);
-      scale[0] = __uint_as_float(v.x);
-      scale[1] = __uint_as_float(v.y);
-      scale[2] = __uint_as_float(v.z);
-      scale[3] = __uint_as_float(v.w);
-    } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const u16*>(p.scales) + at);
-      if (p.scale_kind == 0) {
-        scale[0] = float_of_f16((u16)v.x);
-        scale[1] = float_of_f16((u16)(v.x >> 16));
-        scale[2] = float_of_f16((u16)v.y);
-        scale[3] = float_of_f16((u16)(v.y >> 16));
-      } else {
-        scale[0] = __uint_as_float(v.x << 16);
-        scale[1] = __uint_as_float(v.x & 0xffff0000u);
-        scale[2] = __uint_as_float(v.y << 16);
-        scale[3] = __uint_as_float(v.y & 0xffff0000u);
-      }
-    }
+    u32 raw[4];
+    load_scales(p.scale_kind, static_cast<const u8*>(p.scales) + at * (p.scale_kind == 2 ? 4 : 2), raw);
+    four_scales(p.scale_kind, raw, scale);
   }
 };
 

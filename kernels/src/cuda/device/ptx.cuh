@@ -104,6 +104,16 @@ __device__ __forceinline__ float load_shared_sum(const float* p) {
   return d;
 }
 
+// Four matrices of 8 rows of 16 bytes. Lane 8i + k says where row k of matrix i stands in shared memory; lane 4g + t gets, of
+// row g of matrix i, bytes 4t .. 4t + 3: the right operands of two steps of mma when rows are tokens and bytes columns.
+__device__ __forceinline__ void load_matrices(u32 (&d)[4], const void* row) {
+  asm volatile("{ .reg .u64 t; .reg .u32 a; cvta.to.shared.u64 t, %4; cvt.u32.u64 a, t;"
+               "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [a]; }"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "l"(row)
+               : "memory");
+}
+
 // Starts a copy of 16 bytes from global to shared memory, of zeros when not valid (then nothing is read).
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   u32 to;

@@ -36,7 +36,7 @@ __device__ __forceinline__ void repack_codes(const AttarRepack& p) {
   for (int i = 0; i < 2 * BITS; i++) w[i] = 0;
   for (int n = 0; n < 64; n++) {
     const int r = n & 1, h = n >> 1 & 1, s = n >> 2 & 1, j = n >> 3 & 1, e = n >> 4 & 1, i = n >> 5;
-    const int row = block * 32 + 4 * g + 2 * r + i, place = chunk * 64 + 32 * h + 8 * t + 4 * s + 2 * j + e;
+    const int row = block * 32 + 4 * g + 2 * r + i, place = chunk * 64 + 32 * h + 16 * s + 8 * j + 2 * t + e;
     const int column = p.order ? p.order[place] : place;
     if (row >= p.rows || column < 0 || column >= p.columns) continue;
     const u32 code = Layout::template code<BITS>(p, row, column);

@@ -2,7 +2,7 @@
 //   1 id:u64 bytes:u64 data           makes a buffer
 //   2 id:u64                          answers its bytes
 //   3 id:u64                          frees it
-//   4 name arguments links grid:3*u32 threads:u32 shared:u64 order:u64    launches; answers 1, or 0 for an unknown kernel
+//   4 name arguments links grid:3*u32 threads:u32 shared:u64 order:u64 cluster:u32    launches; answers 1, or 0 for an unknown kernel
 //     name, arguments: length:u32 bytes; links: count:u32 (offset:u32 id:u64), pointers to buffers within the arguments
 // ATTAR_SIMT_KERNELS names the kernels to include.
 #include "simt.hpp"
@@ -57,9 +57,10 @@ int main() {
       const auto threads = take<uint32_t>();
       const auto shared = take<uint64_t>();
       const auto order = take<uint64_t>();
+      const auto cluster = take<uint32_t>();
       const auto kernel = simt::kernels().find(name);
       const unsigned char found = kernel != simt::kernels().end() && kernel->second.argument == arguments.size();
-      if (found) simt::launch(kernel->second.run, arguments.data(), grid, threads, shared, order);
+      if (found) simt::launch(kernel->second.run, arguments.data(), grid, threads, shared, order, cluster, kernel->second.registers);
       std::fwrite(&found, 1, 1, stdout);
       std::fflush(stdout);
     } else {
