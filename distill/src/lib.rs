@@ -3,8 +3,11 @@
 
 mod adamw;
 mod clip;
+mod fake;
 mod order;
+mod rounding;
 mod schedule;
+mod start;
 
 pub use adamw::{AdamW, Moments};
 use attar_ir::PassDef;
@@ -13,4 +16,4 @@ pub use order::Order;
 pub use schedule::{Decay, Schedule};
 
 /// Every pass of this crate on one block after the other.
-pub const PASSES: &[PassDef] = &[];
+pub const PASSES: &[PassDef] = &[rounding::DEF];

@@ -9,6 +9,7 @@ mod block;
 mod decoder;
 mod evaluate;
 mod generate;
+mod lesson;
 mod rope;
 pub mod spec;
 mod stream;
@@ -17,6 +18,7 @@ pub use block::{BlockRun, Timing, observe_block};
 pub use decoder::Decoder;
 pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
 pub use generate::{Generator, Sampling};
+pub use lesson::{LANES, Lesson};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
 
