@@ -1,10 +1,11 @@
-//! Forward passes of decoder models, one block at a time, and what calibration observes there.
+//! Forward and backward passes of decoder models, one block at a time, and what calibration observes there.
 //!
 //! One generic decoder is described by data ([`DecoderSpec`]); families differ only in how their
 //! config.json is read ([`spec::ARCHS`]). Nothing here knows files: tensors come from a
 //! [`attar_tensor::TensorSource`], spilled activations go to a file the caller opens.
 
 mod attention;
+mod backward;
 mod block;
 mod decoder;
 mod evaluate;
@@ -14,6 +15,8 @@ mod rope;
 pub mod spec;
 mod stream;
 
+pub use attention::QkNorm;
+pub use backward::{BlockGradient, BlockWeights, Differentiable, Space, Tape, embed_backward};
 pub use block::{BlockRun, Timing, observe_block};
 pub use decoder::Decoder;
 pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
