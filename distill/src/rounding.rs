@@ -13,8 +13,8 @@
 //! Cost: 6 FLOPs per token and weight and step, and as much memory as `attar plan` says.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, BlockValues, Contract, Cost, Event, FormChange, FormSet, Limits,
-    Needs, Pass, PassContext, PassDef, PassError, PassReport, Progress, SiteReport, Target,
+    Block, BlockState, BlockStats, BlockValues, Contract, Cost, Event, FormChange, FormSet, Lesson,
+    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Progress, SiteReport, Target,
     Teacher, Touches, Upstream, Wanted, Weight, check_finite,
     recipe::{RecipeError, options},
     relative,
@@ -305,8 +305,9 @@ impl Pass for AutoRound {
         }
     }
 
-    fn batch(&self) -> usize {
-        self.0.batch
+    fn lesson(&self) -> Lesson {
+        let Options { batch, iterations: steps, norm_rate, .. } = self.0;
+        Lesson { batch, steps, vectors: norm_rate > 0.0 }
     }
 
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {

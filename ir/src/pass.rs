@@ -6,7 +6,8 @@ use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Teacher, recipe::RecipeError,
+    Block, BlockState, BlockStats, FormChange, FormSet, Lesson, Limits, Needs, Teacher,
+    recipe::RecipeError,
 };
 
 /// Which activations the statistics come from.
@@ -246,9 +247,9 @@ pub trait Pass: Debug + Send + Sync {
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError>;
 
-    /// Windows that a pass which learns works on at once: what derivatives take is predicted from it.
-    fn batch(&self) -> usize {
-        0
+    /// How a pass learns whose contract needs [`Needs::TEACHER`].
+    fn lesson(&self) -> Lesson {
+        Lesson::default()
     }
 
     /// As [`Pass::apply`], for passes whose contract needs [`Needs::TEACHER`]. The head has no teacher and goes through

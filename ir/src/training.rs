@@ -6,6 +6,17 @@ use attar_tensor::Mat;
 
 use crate::{BlockState, PassError};
 
+/// How a pass learns: what the plan counts on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lesson {
+    /// Windows that derivatives are taken of at once.
+    pub batch: usize,
+    /// Steps.
+    pub steps: usize,
+    /// True when biases and norms change.
+    pub vectors: bool,
+}
+
 /// Which derivatives a step asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
