@@ -36,6 +36,8 @@ pub(crate) struct FakeLinear {
 /// How levels move.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Mover {
+    /// Not at all: codes stay.
+    Fixed,
     /// By the sign of the derivative (SignSGD).
     Sign,
     /// By Adam.
@@ -193,7 +195,7 @@ impl FakeLinear {
             adam.step(t, scale_rate, &mut self.factor_moments, &mut self.factors, &sums);
         }
         self.factor_gradient = sums;
-        if rate > 0.0 {
+        if rate > 0.0 && mover != Mover::Fixed {
             match (mover, &mut self.moments) {
                 (Mover::Adam(adam), Some(moments)) => {
                     adam.step(t, rate, moments, &mut self.levels, gradient);

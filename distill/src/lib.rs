@@ -3,11 +3,14 @@
 
 mod adamw;
 mod clip;
+mod dense;
 mod fake;
 mod order;
+mod reconstruct;
 mod rounding;
 mod schedule;
 mod start;
+mod trainer;
 
 pub use adamw::{AdamW, Moments};
 use attar_ir::PassDef;
@@ -16,4 +19,4 @@ pub use order::Order;
 pub use schedule::{Decay, Schedule};
 
 /// Every pass of this crate on one block after the other.
-pub const PASSES: &[PassDef] = &[rounding::DEF];
+pub const PASSES: &[PassDef] = &[rounding::DEF, reconstruct::DEF];

@@ -13,9 +13,9 @@
 //! Cost: 6 FLOPs per token and weight and step, and as much memory as `attar plan` says.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, BlockValues, Contract, Cost, Event, FormChange, FormSet, Lesson,
-    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, Progress, SiteReport, Target,
-    Teacher, Touches, Upstream, Wanted, Weight, check_finite,
+    Block, BlockState, BlockStats, BlockValues, Contract, Cost, Event, FormChange, FormSet, Limits,
+    Needs, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target, Teacher, Touches,
+    Training, Upstream, Weight, check_finite,
     recipe::{RecipeError, options},
     relative,
 };
@@ -27,9 +27,10 @@ use attar_tensor::{
 use serde::Deserialize;
 
 use crate::{
-    AdamW, Decay, Moments, Order, Schedule,
+    AdamW, Decay,
     fake::{FakeLinear, Mover},
     start,
+    trainer::{Course, Learner, Outcome, Trainer},
 };
 
 /// Registration of `autoround`.
@@ -114,6 +115,8 @@ struct Options {
     warmup: f64,
     /// How rates fall.
     decay: Decay,
+    /// The last block is taught by the divergence of the logits that the output head makes, not by what it puts out.
+    logits: bool,
 }
 
 impl Default for Options {
@@ -130,31 +133,27 @@ impl Default for Options {
             refine: 2,
             warmup: 0.0,
             decay: Decay::Linear,
+            logits: true,
         }
     }
 }
 
 impl Options {
     fn check(&self) -> Result<(), RecipeError> {
-        if self.batch == 0 {
-            return Err(RecipeError::invalid("batch", "expected at least 1 window"));
-        }
-        let rates =
-            [("rate", self.rate), ("scale_rate", self.scale_rate), ("norm_rate", self.norm_rate)];
-        for (name, rate) in rates {
-            if !(0.0..=1.0).contains(&rate) {
-                let reason = format!("expected a number from 0 to 1, got {rate}");
-                return Err(RecipeError::invalid(name, reason));
-            }
-        }
         if self.reach.is_some_and(|reach| !(reach > 0.0)) {
             return Err(RecipeError::invalid("reach", "expected a positive number"));
         }
-        if !(0.0..1.0).contains(&self.warmup) {
-            let reason = format!("expected a fraction below 1, got {}", self.warmup);
-            return Err(RecipeError::invalid("warmup", reason));
-        }
-        Ok(())
+        self.course().check()
+    }
+
+    fn course(&self) -> Course {
+        let &Self { iterations, batch, rate, scale_rate, norm_rate, warmup, decay, logits, .. } =
+            self;
+        let mover = match self.mover {
+            Optimizer::Adam => Mover::Adam(AdamW { beta2: 0.99, ..AdamW::default() }),
+            Optimizer::Sign => Mover::Sign,
+        };
+        Course { iterations, batch, rate, scale_rate, norm_rate, mover, warmup, decay, logits }
     }
 
     const fn adam(&self) -> bool {
@@ -164,13 +163,6 @@ impl Options {
 
 #[derive(Debug)]
 struct AutoRound(Options);
-
-/// Norms and biases in training.
-struct Vectors {
-    moments: Vec<Moments>,
-    /// Learning rate of each, by the size of what it moves.
-    rates: Vec<f32>,
-}
 
 impl AutoRound {
     /// Codes, scales and zero points to begin with, and what is worth telling.
@@ -220,73 +212,6 @@ impl AutoRound {
         }
         Ok(all)
     }
-
-    fn train(
-        &self,
-        context: &PassContext<'_>,
-        targets: &[Target],
-        fakes: &mut [FakeLinear],
-        values: &mut BlockValues,
-        teacher: &Teacher<'_>,
-    ) -> Result<Event, PassError> {
-        let options = &self.0;
-        let function = teacher.function;
-        let power = function.power()?.max(f64::MIN_POSITIVE);
-        let all: Vec<usize> = (0..function.windows()).collect();
-        let put = |fakes: &[FakeLinear], values: &mut BlockValues| {
-            for (target, fake) in targets.iter().zip(fakes) {
-                fake.values(&mut values.linears[target.site]);
-            }
-        };
-        put(fakes, values);
-        let before = function.loss(values, &all)?;
-        let mut gradient = values.zeros();
-        let wanted = Wanted {
-            linears: options.rate + options.scale_rate > 0.0,
-            vectors: options.norm_rate > 0.0,
-        };
-        let mut vectors = Vectors { moments: Vec::new(), rates: Vec::new() };
-        for vector in values.biases.iter().flatten().chain(&values.norms) {
-            vectors.moments.push(Moments::new(vector.len()));
-            let mean = vector.iter().map(|v| v.abs()).sum::<f32>() / vector.len().max(1) as f32;
-            vectors.rates.push(options.norm_rate as f32 * mean);
-        }
-        let steps = options.iterations;
-        let schedule = Schedule {
-            steps,
-            warmup: (options.warmup * steps as f64) as usize,
-            decay: options.decay,
-            floor: 0.0,
-        };
-        let mover = match options.mover {
-            Optimizer::Adam => Mover::Adam(AdamW { beta2: 0.99, ..AdamW::default() }),
-            Optimizer::Sign => Mover::Sign,
-        };
-        let mut order =
-            Order::new(all.len(), options.batch, context.seed ^ context.block.index as u64);
-        for step in 0..steps {
-            let batch = order.batch(step);
-            let loss = function.gradient(values, &batch, wanted, &mut gradient)?;
-            let factor = schedule.factor(step);
-            let rates = (options.rate as f32 * factor, options.scale_rate as f32 * factor);
-            for (target, fake) in targets.iter().zip(&mut *fakes) {
-                fake.step(step + 1, rates, mover, &mut gradient.linears[target.site]);
-            }
-            if wanted.vectors {
-                let all = values.biases.iter_mut().flatten().chain(&mut values.norms);
-                let from = gradient.biases.iter().flatten().chain(&gradient.norms);
-                let slots = vectors.moments.iter_mut().zip(&vectors.rates);
-                for ((vector, from), (moments, rate)) in all.zip(from).zip(slots) {
-                    AdamW::default().step(step + 1, rate * factor, moments, vector, from);
-                }
-            }
-            put(fakes, values);
-            let progress = Progress { step: step + 1, steps, loss: loss / power };
-            (teacher.progress)(progress);
-        }
-        let after = function.loss(values, &all)?;
-        Ok(Event::Learned { steps, before: before / power, after: after / power })
-    }
 }
 
 impl Pass for AutoRound {
@@ -305,9 +230,8 @@ impl Pass for AutoRound {
         }
     }
 
-    fn lesson(&self) -> Lesson {
-        let Options { batch, iterations: steps, norm_rate, .. } = self.0;
-        Lesson { batch, steps, vectors: norm_rate > 0.0 }
+    fn training(&self) -> Training {
+        self.0.course().training()
     }
 
     fn cost(&self, block: &Block, targets: &[Target], limits: &Limits) -> Cost {
@@ -352,29 +276,25 @@ impl Pass for AutoRound {
         teacher: &Teacher<'_>,
     ) -> Result<PassReport, PassError> {
         let mut found = self.start(context, targets, state, stats)?;
-        let mut values = BlockValues::of(state);
+        let values = BlockValues::of(state);
         let reach = self.0.reach.map(|reach| reach as f32);
-        let mut fakes: Vec<FakeLinear> = targets
-            .iter()
-            .zip(&found)
-            .map(|(target, (start, _))| {
-                let weight = &values.linears[target.site];
-                FakeLinear::new(weight, start, state.masked[target.site], reach, self.0.adam())
-            })
-            .collect();
-        let event = self.train(context, targets, &mut fakes, &mut values, teacher)?;
-        for ((quantized, events), fake) in found.iter_mut().zip(fakes) {
-            *quantized = fake.quantized();
+        let learner = |(target, (start, _)): (&Target, &(QuantizedLinear, Vec<Event>))| {
+            let (weight, masked) = (&values.linears[target.site], state.masked[target.site]);
+            Learner::Fake(FakeLinear::new(weight, start, masked, reach, self.0.adam()))
+        };
+        let learners = targets.iter().zip(&found).map(learner).collect();
+        let seed = context.seed ^ context.block.index as u64;
+        let mut trainer = Trainer { course: self.0.course(), seed, targets, learners, values };
+        let Outcome { event, better } = trainer.run(teacher)?;
+        let Trainer { learners, values, .. } = trainer;
+        for ((quantized, events), learner) in found.iter_mut().zip(learners) {
+            if let (true, Learner::Fake(fake)) = (better, learner) {
+                *quantized = fake.quantized();
+            }
             events.push(event.clone());
         }
-        if self.0.norm_rate > 0.0 {
-            let BlockValues { biases, norms, .. } = values;
-            for (at, bias) in biases.into_iter().enumerate().filter(|(_, bias)| bias.is_some()) {
-                state.linears[at].bias = bias;
-                state.bias_changed[at] = true;
-            }
-            state.norms = norms;
-            state.norm_changed.fill(true);
+        if better && self.0.norm_rate > 0.0 {
+            state.put_vectors(values.biases, values.norms);
         }
         Ok(self.finish(context, targets, state, stats, found))
     }

@@ -165,7 +165,7 @@ fn folded(plan: &Plan) -> BTreeMap<String, BTreeSet<String>> {
             for target in targets {
                 add(format!("{}.weight", block.sites[target.site].name));
             }
-            if !targets.is_empty() && pass.lesson().vectors {
+            if !targets.is_empty() && pass.training().vectors {
                 block.norms.iter().for_each(|norm| add(norm.tensor.clone()));
                 let biased = block.sites.iter().filter(|site| site.bias);
                 biased.for_each(|site| add(format!("{}.bias", site.name)));

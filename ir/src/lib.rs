@@ -37,4 +37,4 @@ pub use pass::{
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};
 pub use stats::{BlockStats, Given, InputStats, Needs};
-pub use training::{BlockFunction, BlockValues, Lesson, Progress, Teacher, Wanted};
+pub use training::{BlockFunction, BlockValues, Progress, Teacher, Training, Wanted};

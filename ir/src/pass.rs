@@ -6,7 +6,7 @@ use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, BlockState, BlockStats, FormChange, FormSet, Lesson, Limits, Needs, Teacher,
+    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Teacher, Training,
     recipe::RecipeError,
 };
 
@@ -248,8 +248,8 @@ pub trait Pass: Debug + Send + Sync {
     ) -> Result<PassReport, PassError>;
 
     /// How a pass learns whose contract needs [`Needs::TEACHER`].
-    fn lesson(&self) -> Lesson {
-        Lesson::default()
+    fn training(&self) -> Training {
+        Training::default()
     }
 
     /// As [`Pass::apply`], for passes whose contract needs [`Needs::TEACHER`]. The head has no teacher and goes through

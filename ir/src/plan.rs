@@ -215,6 +215,11 @@ pub struct Round {
 }
 
 impl Round {
+    /// True when activations have to enter the block.
+    pub fn feeds(&self) -> bool {
+        self.learns || self.observes()
+    }
+
     /// True when a forward of the block has to be observed.
     pub fn observes(&self) -> bool {
         self.upstream != Upstream::Given && self.needs.iter().any(|needs| !needs.is_empty())

@@ -8,13 +8,15 @@ use crate::{BlockState, PassError};
 
 /// How a pass learns: what the plan counts on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Lesson {
+pub struct Training {
     /// Windows that derivatives are taken of at once.
     pub batch: usize,
     /// Steps.
     pub steps: usize,
     /// True when biases and norms change.
     pub vectors: bool,
+    /// True when the last block is taught by logits.
+    pub logits: bool,
 }
 
 /// Which derivatives a step asks for.
@@ -70,14 +72,15 @@ impl BlockValues {
 
 /// A decoder block as a function of its weights, with the inputs and the teacher's outputs of every window.
 ///
-/// The loss of some windows is the mean over their tokens and channels of the squared difference between what the
-/// block puts out and what the original block put out on the original activations. Calls with the same arguments give
-/// the same bits on any number of threads.
+/// The loss of some windows is a mean over their tokens: how far what the block puts out is from what the original
+/// block put out on the original activations. Calls with the same arguments give the same bits on any number of
+/// threads.
 pub trait BlockFunction: Debug + Sync {
     /// Number of windows.
     fn windows(&self) -> usize;
 
-    /// Mean square of what the block adds to its input in the original model: what losses are compared with.
+    /// The loss of a block that would put out what enters it: what losses are compared with. 1 where the loss means
+    /// something by itself, as that of the last block does, the divergence of logits in nats.
     ///
     /// # Errors
     /// When activations cannot be read.

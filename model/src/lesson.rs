@@ -1,12 +1,17 @@
 //! A block with what it is to learn from: inputs of every window, and what the original block made of the original
-//! ones. The loss of some windows is the mean of `(y − t)²` over their tokens and channels, f32 differences, sums in
-//! f64. Windows of a step are cut into [`LANES`] fixed parts, whose derivatives are added in their order, so that the
+//! ones. The loss of some windows is a mean over their tokens. Of a block between others it is `‖y − t‖² / ‖t‖²`:
+//! a norm follows on every path, so that only the relative error of a token goes on, and the few tokens whose stream
+//! is a hundred times longer than the others' do not decide alone. Of the last block it is the divergence of what
+//! the output head makes of both, `Σ p (log p − log q)`. f32 differences, sums in f64. Windows of a step are cut into [`LANES`] fixed parts, whose derivatives are added in their order, so that the
 //! number of threads does not change bits.
 
 use std::sync::Mutex;
 
 use attar_ir::{BlockFunction, BlockValues, PassError, Wanted};
-use attar_tensor::{Mat, TensorSource};
+use attar_tensor::{
+    Mat, TensorSource,
+    linalg::{axpy, dot, exp_in_place, sum_sq},
+};
 use rayon::prelude::*;
 
 use crate::{
@@ -16,6 +21,9 @@ use crate::{
 /// Parts of a step; each holds derivatives of its own.
 pub const LANES: usize = 2;
 
+/// Tokens whose logits are held at once.
+const LOGIT_ROWS: usize = 128;
+
 /// Memory of one part, used again.
 #[derive(Debug, Default)]
 struct Room {
@@ -24,6 +32,9 @@ struct Room {
     output: Vec<f32>,
     lengths: Vec<usize>,
     buffer: Vec<f32>,
+    normed: Vec<f32>,
+    logits: Vec<f32>,
+    wanted: Vec<f32>,
     tape: Tape,
     space: Space,
     gradient: Option<BlockValues>,
@@ -37,11 +48,13 @@ pub struct Lesson<'a> {
     qk_norm: QkNorm,
     inputs: &'a Stream,
     targets: &'a Stream,
+    head: Option<BlockValues>,
     rooms: Mutex<Vec<Room>>,
 }
 
 impl<'a> Lesson<'a> {
-    /// Block `index`, to which `inputs` come and which is to put out `targets`.
+    /// Block `index`, to which `inputs` come and which is to put out `targets`; `head` is given with the last block, where
+    /// logits are to be compared.
     ///
     /// # Errors
     /// When the norms of queries and keys cannot be read.
@@ -51,6 +64,7 @@ impl<'a> Lesson<'a> {
         source: &dyn TensorSource,
         inputs: &'a Stream,
         targets: &'a Stream,
+        head: Option<BlockValues>,
     ) -> Result<Self, ModelError> {
         let positions = inputs.lengths().into_iter().max().unwrap_or(0);
         Ok(Self {
@@ -59,6 +73,7 @@ impl<'a> Lesson<'a> {
             qk_norm: decoder.load_qk_norm(index, source)?,
             inputs,
             targets,
+            head,
             rooms: Mutex::default(),
         })
     }
@@ -86,7 +101,8 @@ impl<'a> Lesson<'a> {
         }
     }
 
-    /// Squared error of some windows and the number of elements; `room.output` holds the differences.
+    /// Sum of the losses of some windows' tokens; `room.output` becomes its derivative by what is put out when
+    /// `taped`.
     fn errors(
         &self,
         room: &mut Room,
@@ -99,7 +115,48 @@ impl<'a> Lesson<'a> {
         let tape = taped.then_some(tape);
         let weights = self.weights(values);
         self.blocks.forward(self.index, &weights, lengths, input, tape, space, output);
-        Ok(differ(output, target))
+        let Some(head) = &self.head else {
+            return Ok(differ(output, target, self.inputs.width()));
+        };
+        Ok(self.diverge(head, room, taped))
+    }
+
+    /// Divergence of the head's logits, summed over tokens, and its derivative into `room.output`.
+    fn diverge(&self, head: &BlockValues, room: &mut Room, taped: bool) -> f64 {
+        let width = self.inputs.width();
+        let Room { target, output, normed, logits, wanted, space, .. } = room;
+        let weights = BlockWeights { qk_norm: None, ..self.weights(head) };
+        let mut nothing = BlockGradient {
+            linears: vec![None],
+            biases: vec![None],
+            norms: vec![None],
+            qk_norm: None,
+            input: true,
+        };
+        let mut sum = 0.0;
+        let pieces = output.chunks_mut(LOGIT_ROWS * width).zip(target.chunks(LOGIT_ROWS * width));
+        for (made, target) in pieces {
+            self.blocks.head_forward(&weights, target, space, normed, wanted);
+            self.blocks.head_forward(&weights, made, space, normed, logits);
+            let vocab = wanted.len() / (target.len() / width);
+            let rows = logits.par_chunks_mut(vocab).zip(wanted.par_chunks_mut(vocab));
+            let losses: Vec<f64> =
+                rows.map_init(Vec::new, |room, (q, p)| divergence(q, p, room)).collect();
+            sum += losses.iter().sum::<f64>();
+            if taped {
+                let x = made.to_vec();
+                made.fill(0.0);
+                self.blocks.head_backward(
+                    &weights,
+                    (&x, normed),
+                    logits,
+                    &mut nothing,
+                    space,
+                    made,
+                );
+            }
+        }
+        sum
     }
 
     /// Runs `work` on each part of `windows`, with a room of its own.
@@ -120,10 +177,9 @@ impl<'a> Lesson<'a> {
             .map_err(PassError::Activations)
     }
 
-    fn elements(&self, windows: &[usize]) -> f64 {
+    fn tokens(&self, windows: &[usize]) -> f64 {
         let lengths = self.inputs.lengths();
-        let tokens: usize = windows.iter().map(|&window| lengths[window]).sum();
-        (tokens * self.inputs.width()).max(1) as f64
+        windows.iter().map(|&window| lengths[window]).sum::<usize>().max(1) as f64
     }
 
     fn give_back(&self, rooms: impl IntoIterator<Item = Room>) {
@@ -135,17 +191,40 @@ fn slice(weight: &Mat) -> &[f32] {
     weight.as_slice().expect("weights are in standard layout")
 }
 
-/// `made −= wanted`, and the sum of the squares.
-fn differ(made: &mut [f32], wanted: &[f32]) -> f64 {
-    const PIECE: usize = 4096;
+/// Sum over tokens of `‖y − t‖² / ‖t‖²`; `made` becomes its derivative.
+fn differ(made: &mut [f32], wanted: &[f32], width: usize) -> f64 {
     let mut sum = 0.0;
-    for (made, wanted) in made.chunks_mut(PIECE).zip(wanted.chunks(PIECE)) {
+    for (made, wanted) in made.chunks_mut(width).zip(wanted.chunks(width)) {
+        let inverse = 1.0 / sum_sq(wanted).max(f32::MIN_POSITIVE);
         for (made, wanted) in made.iter_mut().zip(wanted) {
             *made -= wanted;
         }
-        sum += f64::from(attar_tensor::linalg::sum_sq(made));
+        sum += f64::from(sum_sq(made) * inverse);
+        made.iter_mut().for_each(|d| *d *= 2.0 * inverse);
     }
     sum
+}
+
+/// `Σ p (log p − log q)` of a token whose logits are given; q's become the derivative by them, p's the probabilities.
+fn divergence(q: &mut [f32], p: &mut [f32], room: &mut Vec<f32>) -> f64 {
+    room.clear();
+    room.extend(p.iter().zip(&*q).map(|(p, q)| p - q));
+    let (of_p, of_q) = (probabilities(p), probabilities(q));
+    // Logits and their sums apart, so that what is alike cancels.
+    let sum = f64::from(dot(p, room)) - (of_p - of_q);
+    axpy(-1.0, p, q);
+    sum
+}
+
+/// Makes probabilities of logits; returns the logarithm of the sum of their exponentials.
+fn probabilities(row: &mut [f32]) -> f64 {
+    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter_mut().for_each(|v| *v -= top);
+    exp_in_place(row);
+    let sum: f64 = row.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
+    let inverse = (1.0 / sum) as f32;
+    row.iter_mut().for_each(|v| *v *= inverse);
+    f64::from(top) + sum.ln()
 }
 
 impl BlockFunction for Lesson<'_> {
@@ -154,18 +233,21 @@ impl BlockFunction for Lesson<'_> {
     }
 
     fn power(&self) -> Result<f64, PassError> {
+        if self.head.is_some() {
+            return Ok(1.0);
+        }
         let mut room = Room::default();
         let (mut sum, all) = (0.0, (0..self.windows()).collect::<Vec<_>>());
         for window in &all {
             self.read(&mut room, &[*window]).map_err(PassError::Activations)?;
-            sum += differ(&mut room.input, &room.target);
+            sum += differ(&mut room.input, &room.target, self.inputs.width());
         }
-        Ok(sum / self.elements(&all))
+        Ok(sum / self.tokens(&all))
     }
 
     fn loss(&self, weights: &BlockValues, windows: &[usize]) -> Result<f64, PassError> {
         /// Windows that one part runs at once.
-        const TOGETHER: usize = 4;
+        const TOGETHER: usize = 2;
         let mut sum = 0.0;
         for some in windows.chunks(LANES * TOGETHER) {
             let made = self.parts(some, |room, part| self.errors(room, weights, part, false))?;
@@ -173,7 +255,7 @@ impl BlockFunction for Lesson<'_> {
             sum += errors.iter().sum::<f64>();
             self.give_back(rooms);
         }
-        Ok(sum / self.elements(windows))
+        Ok(sum / self.tokens(windows))
     }
 
     fn gradient(
@@ -183,10 +265,10 @@ impl BlockFunction for Lesson<'_> {
         wanted: Wanted,
         gradient: &mut BlockValues,
     ) -> Result<f64, PassError> {
-        let elements = self.elements(windows);
+        let tokens = self.tokens(windows);
         let made = self.parts(windows, |room, part| {
             let error = self.errors(room, weights, part, true)?;
-            let scale = (2.0 / elements) as f32;
+            let scale = (1.0 / tokens) as f32;
             room.output.iter_mut().for_each(|d| *d *= scale);
             let own = room.gradient.get_or_insert_with(|| weights.zeros());
             own.tensors_mut().for_each(|tensor| tensor.fill(0.0));
@@ -220,12 +302,12 @@ impl BlockFunction for Lesson<'_> {
                 if at == 0 {
                     to.copy_from_slice(from);
                 } else {
-                    attar_tensor::linalg::axpy(1.0, from, to);
+                    axpy(1.0, from, to);
                 }
             }
             self.give_back([room]);
         }
-        Ok(sum / elements)
+        Ok(sum / tokens)
     }
 }
 

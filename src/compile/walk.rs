@@ -11,8 +11,8 @@ use std::{
 use attar_eval::report::{Phase, SiteEntry, Timings};
 use attar_formats::{Checkpoint, Windows, stage::Stage};
 use attar_ir::{
-    Block, BlockState, BlockStats, InputStats, Needs, PassContext, Teacher, Upstream, plan::Plan,
-    recipe::Recipe,
+    Block, BlockState, BlockStats, BlockValues, InputStats, Needs, PassContext, Teacher, Upstream,
+    plan::Plan, recipe::Recipe,
 };
 use attar_model::{BlockRun, Decoder, Lesson, Spill, Stream, embed, observe_block};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
@@ -592,6 +592,14 @@ impl<'a> Walk<'a> {
         stats: &mut BlockStats,
         streams: Option<&(Stream, Stream)>,
     ) -> Result<(), Error> {
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
+        let logits = self.plan.passes[unit.step].training().logits;
+        let last = block.index + 1 == decoder.spec.layers;
+        let head = if streams.is_some() && last && logits {
+            Some(BlockValues::of(&self.load(&decoder.graph.epilogue)?))
+        } else {
+            None
+        };
         let scratch = scratch_of(self.stage);
         let context = PassContext {
             block,
@@ -601,9 +609,10 @@ impl<'a> Walk<'a> {
         };
         let what = name_of(block);
         let pass = &self.plan.passes[unit.step];
-        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
         let lesson = streams
-            .map(|(inputs, targets)| Lesson::new(decoder, block.index, checkpoint, inputs, targets))
+            .map(|(inputs, targets)| {
+                Lesson::new(decoder, block.index, checkpoint, inputs, targets, head)
+            })
             .transpose()?;
         let trace = self.trace;
         let (report, seconds) = trace.run(Phase::Solve, what, || match &lesson {
