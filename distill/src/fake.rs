@@ -11,6 +11,8 @@ use crate::{AdamW, Moments};
 
 /// How far beyond the outermost codes, or from an edge between codes, levels stay.
 const MARGIN: f32 = 1e-3;
+/// Rows of one task.
+const ROWS: usize = 16;
 
 /// One linear in training.
 #[derive(Debug)]
@@ -31,6 +33,60 @@ pub(crate) struct FakeLinear {
     moments: Option<Moments>,
     factor_moments: Moments,
     factor_gradient: Vec<f32>,
+}
+
+/// What scales and codes of a group are made of.
+struct Shared<'a> {
+    scheme: QuantScheme,
+    base: &'a [f32],
+    factors: &'a [f32],
+    zeros: &'a [u16],
+}
+
+impl<'a> Shared<'a> {
+    fn of(linear: &'a FakeLinear) -> Self {
+        let FakeLinear { scheme, base, factors, zeros, .. } = linear;
+        Self { scheme: *scheme, base, factors, zeros }
+    }
+
+    fn scale(&self, group: usize) -> f32 {
+        self.scheme.scale_grid.project(self.base[group] * self.factors[group])
+    }
+
+    fn span(&self, group: usize) -> (f32, f32) {
+        let zero = f32::from(self.zeros[group]);
+        (-zero, f32::from(self.scheme.max_code()) - zero)
+    }
+}
+
+/// One group: returns `Σ q d`, makes derivatives by levels of `gradient`, and moves the levels by `rate` against the
+/// sign of those, within the codes there are.
+#[inline(always)]
+fn advance(
+    gradient: &mut [f32],
+    levels: &mut [f32],
+    scale: f32,
+    (low, high): (f32, f32),
+    rate: f32,
+) -> f32 {
+    const LANES: usize = 16;
+    let (first, last) = (low - 0.5 + MARGIN, high + 0.5 - MARGIN);
+    let mut lanes = [0.0f32; LANES];
+    for (gradient, levels) in gradient.chunks_mut(LANES).zip(levels.chunks_mut(LANES)) {
+        for ((lane, d), level) in lanes.iter_mut().zip(gradient).zip(levels) {
+            *lane += level.round_ties_even().clamp(low, high) * *d;
+            *d *= scale;
+            let step = if *d > 0.0 {
+                rate
+            } else if *d < 0.0 {
+                -rate
+            } else {
+                0.0
+            };
+            *level = (*level - step).clamp(first, last);
+        }
+    }
+    lanes.iter().sum::<f32>()
 }
 
 /// How levels move.
@@ -91,46 +147,40 @@ impl FakeLinear {
             + 30 * (weights / size)
     }
 
-    fn scale(&self, group: usize) -> f32 {
-        self.scheme.scale_grid.project(self.base[group] * self.factors[group])
-    }
-
-    fn span(&self, group: usize) -> (f32, f32) {
-        let zero = f32::from(self.zeros[group]);
-        (-zero, f32::from(self.scheme.max_code()) - zero)
-    }
-
     /// Writes Ŵ.
     pub(crate) fn values(&self, out: &mut Mat) {
         let (n, size) = (self.shape.1, self.size);
-        let rows = out.as_slice_mut().expect("standard layout").par_chunks_mut(n);
-        rows.zip(self.levels.par_chunks(n)).enumerate().for_each(|(row, (out, levels))| {
-            let spans = out.chunks_mut(size).zip(levels.chunks(size)).enumerate();
-            for (g, (out, levels)) in spans {
-                let group = row * (n / size) + g;
-                let (scale, (low, high)) = (self.scale(group), self.span(group));
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for (out, &level) in out.iter_mut().zip(levels) {
-                            *out = level.round_ties_even().clamp(low, high) * scale;
-                        }
-                    },
-                );
-            }
-        });
+        let (shared, groups) = (Shared::of(self), n / size);
+        let tasks = out.as_slice_mut().expect("standard layout").par_chunks_mut(n * ROWS);
+        tasks.zip(self.levels.par_chunks(n * ROWS)).enumerate().for_each(
+            |(task, (out, levels))| {
+                for (at, (out, levels)) in out.chunks_mut(size).zip(levels.chunks(size)).enumerate()
+                {
+                    let group = task * ROWS * groups + at;
+                    let (scale, (low, high)) = (shared.scale(group), shared.span(group));
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            for (out, &level) in out.iter_mut().zip(levels) {
+                                *out = level.round_ties_even().clamp(low, high) * scale;
+                            }
+                        },
+                    );
+                }
+            },
+        );
     }
 
     /// The codes and scales as they are now.
     pub(crate) fn quantized(&self) -> QuantizedLinear {
         let (out, n) = self.shape;
-        let groups = n / self.size;
+        let (shared, groups) = (Shared::of(self), n / self.size);
         let mut codes = vec![0u8; out * n];
         codes.par_chunks_mut(n).zip(self.levels.par_chunks(n)).enumerate().for_each(
             |(row, (codes, levels))| {
                 for (c, (code, &level)) in codes.iter_mut().zip(levels).enumerate() {
                     let group = row * groups + c / self.size;
-                    let (low, high) = self.span(group);
+                    let (low, high) = shared.span(group);
                     *code = (level.round_ties_even().clamp(low, high) - low) as u8;
                 }
             },
@@ -140,7 +190,7 @@ impl FakeLinear {
             out_features: out,
             in_features: n,
             codes,
-            scales: (0..out * groups).map(|group| self.scale(group)).collect(),
+            scales: (0..out * groups).map(|group| shared.scale(group)).collect(),
             zeros: self.zeros.clone(),
             g_idx: None,
         }
@@ -159,33 +209,23 @@ impl FakeLinear {
         let groups = n / size;
         let gradient = gradient.as_slice_mut().expect("standard layout");
         let mut sums = std::mem::take(&mut self.factor_gradient);
-        let shared = &*self;
+        // By its sign a level moves at once; others are moved below.
+        let signed = if mover == Mover::Sign { rate } else { 0.0 };
+        let Self { scheme, base, factors, zeros, levels, .. } = self;
+        let shared = Shared { scheme: *scheme, base, factors, zeros };
         gradient
-            .par_chunks_mut(n)
-            .zip(shared.levels.par_chunks(n))
-            .zip(sums.par_chunks_mut(groups))
+            .par_chunks_mut(n * ROWS)
+            .zip(levels.par_chunks_mut(n * ROWS))
+            .zip(sums.par_chunks_mut(groups * ROWS))
             .enumerate()
-            .for_each(|(row, ((gradient, levels), sums))| {
-                let spans = gradient.chunks_mut(size).zip(levels.chunks(size)).zip(sums);
-                for (g, ((gradient, levels), sum)) in spans.enumerate() {
-                    let group = row * groups + g;
+            .for_each(|(task, ((gradient, levels), sums))| {
+                let spans = gradient.chunks_mut(size).zip(levels.chunks_mut(size)).zip(sums);
+                for (at, ((gradient, levels), sum)) in spans.enumerate() {
+                    let group = task * ROWS * groups + at;
                     let (scale, (low, high)) = (shared.scale(group), shared.span(group));
                     let total = vectorize(
                         #[inline(always)]
-                        || {
-                            const LANES: usize = 16;
-                            let mut lanes = [0.0f32; LANES];
-                            let spans = gradient.chunks_mut(LANES).zip(levels.chunks(LANES));
-                            for (gradient, levels) in spans {
-                                for ((lane, d), &level) in
-                                    lanes.iter_mut().zip(gradient).zip(levels)
-                                {
-                                    *lane += level.round_ties_even().clamp(low, high) * *d;
-                                    *d *= scale;
-                                }
-                            }
-                            lanes.iter().sum::<f32>()
-                        },
+                        || advance(gradient, levels, scale, (low, high), signed),
                     );
                     *sum = total * shared.base[group];
                 }
@@ -195,21 +235,12 @@ impl FakeLinear {
             adam.step(t, scale_rate, &mut self.factor_moments, &mut self.factors, &sums);
         }
         self.factor_gradient = sums;
-        if rate > 0.0 && mover != Mover::Fixed {
-            match (mover, &mut self.moments) {
-                (Mover::Adam(adam), Some(moments)) => {
-                    adam.step(t, rate, moments, &mut self.levels, gradient);
-                }
-                _ => self.levels.par_chunks_mut(n).zip(gradient.par_chunks(n)).for_each(
-                    |(levels, gradient)| {
-                        for (level, &d) in levels.iter_mut().zip(gradient) {
-                            *level -= if d == 0.0 { 0.0 } else { rate.copysign(d) };
-                        }
-                    },
-                ),
-            }
+        if let (true, Mover::Adam(adam), Some(moments)) = (rate > 0.0, mover, &mut self.moments) {
+            adam.step(t, rate, moments, &mut self.levels, gradient);
         }
-        self.confine();
+        if rate > 0.0 && (mover != Mover::Sign || self.origin.is_some() || self.pruned.is_some()) {
+            self.confine();
+        }
     }
 
     /// Brings levels back to where they may be.

@@ -10,6 +10,8 @@ mod reconstruct;
 mod rounding;
 mod schedule;
 mod start;
+#[cfg(test)]
+mod testing;
 mod trainer;
 
 pub use adamw::{AdamW, Moments};

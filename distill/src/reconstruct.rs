@@ -229,3 +229,80 @@ impl Pass for Reconstruct {
         Ok(PassReport { sites })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        rounding,
+        testing::{Linear, learn, loss, scheme, state},
+    };
+
+    fn pruned(before: &BlockState) -> BlockState {
+        let mut state = before.clone();
+        let Weight::Dense(weight) = &mut state.linears[0].weight else { unreachable!() };
+        weight.iter_mut().filter(|w| w.abs() < 0.6).for_each(|w| *w = 0.0);
+        state.masked[0] = true;
+        state
+    }
+
+    #[test]
+    fn float_weights_learn_what_pruning_took_and_zeros_stay() {
+        let before = state(1);
+        let linear = Linear::new(&before, 2);
+        let start = pruned(&before);
+        let zeros: Vec<bool> = start.linears[0].weight.values().iter().map(|&w| w == 0.0).collect();
+        let (mut all, mut vectors, mut none) = (start.clone(), start.clone(), start.clone());
+        let report = learn(&DEF, "iterations = 400", None, &linear, &mut all);
+        learn(&DEF, "iterations = 400\nlearn = \"vectors\"", None, &linear, &mut vectors);
+        learn(&DEF, "iterations = 0", None, &linear, &mut none);
+        assert_eq!(none.linears, start.linears);
+        assert_eq!(none.norms, start.norms);
+        assert_eq!(vectors.linears[0].weight, start.linears[0].weight);
+        let losses = [&start, &vectors, &all].map(|state| loss(&linear, state));
+        assert!(losses[1] < 0.95 * losses[0] && losses[2] < 0.5 * losses[0], "{losses:?}");
+        for (w, zero) in all.linears[0].weight.values().iter().zip(zeros) {
+            assert!(!zero || *w == 0.0);
+        }
+        assert!(all.weight_changed[0] && all.norm_changed[0] && all.bias_changed[0]);
+        assert!(report.sites[0].weight_error > 0.0);
+    }
+
+    #[test]
+    fn what_is_right_already_is_left_alone() {
+        let before = state(3);
+        let linear = Linear::new(&before, 4);
+        let mut state = before.clone();
+        learn(&DEF, "iterations = 20", None, &linear, &mut state);
+        assert_eq!(state.linears, before.linears);
+        assert_eq!(state.norms, before.norms);
+    }
+
+    #[test]
+    fn of_quantized_weights_the_scales_learn() {
+        let before = state(5);
+        let linear = Linear::new(&before, 6);
+        let mut start = before.clone();
+        learn(&rounding::DEF, "iterations = 0", Some(scheme(2, true)), &linear, &mut start);
+        let mut state = start.clone();
+        learn(&DEF, "", None, &linear, &mut state);
+        let of = |state: &BlockState| state.linears[0].weight.as_quantized().unwrap().clone();
+        let (old, new) = (of(&start), of(&state));
+        assert_eq!(old.codes, new.codes);
+        assert_ne!(old.scales, new.scales);
+        assert!(loss(&linear, &state) < 0.95 * loss(&linear, &start));
+    }
+
+    #[test]
+    fn threads_do_not_change_bits() {
+        let before = state(8);
+        let linear = Linear::new(&before, 9);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut state = pruned(&before);
+            pool.install(|| learn(&DEF, "iterations = 50", None, &linear, &mut state));
+            state
+        };
+        assert_eq!(run(1), run(2));
+    }
+}

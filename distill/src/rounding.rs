@@ -83,11 +83,11 @@ enum Start {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Optimizer {
-    /// Adam.
-    #[default]
-    Adam,
     /// By the sign of the derivative alone.
+    #[default]
     Sign,
+    /// Adam.
+    Adam,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
@@ -125,9 +125,9 @@ impl Default for Options {
             iterations: 128,
             batch: 2,
             rate: 0.01,
-            scale_rate: 0.002,
+            scale_rate: 0.01,
             norm_rate: 0.002,
-            mover: Optimizer::Adam,
+            mover: Optimizer::Sign,
             reach: None,
             start: Start::Sweep,
             refine: 2,
@@ -327,5 +327,128 @@ impl AutoRound {
             linear.weight = Weight::Quantized(quantized);
         }
         PassReport { sites }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{IN, Linear, OUT, learn, loss, scheme, state};
+    use attar_ir::LinearState;
+
+    fn quantized(state: &BlockState) -> &QuantizedLinear {
+        state.linears[0].weight.as_quantized().unwrap()
+    }
+
+    #[test]
+    fn no_iteration_is_the_start_and_more_of_them_lower_the_loss() {
+        let before = state(1);
+        let linear = Linear::new(&before, 2);
+        for (bits, symmetric) in [(2, true), (2, false), (3, true)] {
+            let scheme = Some(scheme(bits, symmetric));
+            let of = |options: &str| {
+                let mut state = before.clone();
+                let report = learn(&DEF, options, scheme, &linear, &mut state);
+                (state, report)
+            };
+            let (start, _) = of("iterations = 0");
+            let (nearest, _) = of("iterations = 0\nstart = \"nearest\"");
+            assert!(loss(&linear, &start) < loss(&linear, &nearest));
+            assert_eq!(start.norms, before.norms);
+            // A linear alone has little left to learn behind the sweep: a start that is better is kept.
+            let (from_start, from_nearest) = (loss(&linear, &start), loss(&linear, &nearest));
+            for (options, most) in [
+                ("", from_start),
+                ("rate = 0.0", 0.999 * from_start),
+                ("start = \"nearest\"\nbatch = 4", 0.99 * from_nearest),
+                ("start = \"nearest\"\nmover = \"adam\"\nrate = 0.02", 0.8 * from_nearest),
+                ("start = \"nearest\"\nreach = 1.0\nbatch = 4", 0.99 * from_nearest),
+            ] {
+                let (learned, report) = of(options);
+                let now = loss(&linear, &learned);
+                assert!(now <= most, "{bits} {symmetric} {options}: {now} {most}");
+                let events = &report.sites[0].events;
+                let Some(Event::Learned { before, after, .. }) = events.first() else { panic!() };
+                assert!(after <= before);
+                let found = quantized(&learned);
+                for &scale in &found.scales {
+                    assert_eq!(scale.to_bits(), found.scheme.scale_grid.project(scale).to_bits());
+                }
+                assert!(found.codes.iter().all(|&code| code <= found.scheme.max_code()));
+            }
+            // Scales and norms alone, and codes alone.
+            let (scales, _) = of("rate = 0.0");
+            assert_eq!(quantized(&scales).codes, quantized(&start).codes);
+            assert_ne!(quantized(&scales).scales, quantized(&start).scales);
+            let frozen = "scale_rate = 0.0\nnorm_rate = 0.0\nstart = \"nearest\"\nmover = \"adam\"\nrate = 0.02";
+            let (codes, _) = of(frozen);
+            assert_eq!(quantized(&codes).scales, quantized(&nearest).scales);
+            assert!(codes.norms == before.norms && !codes.norm_changed[0]);
+            assert!(quantized(&codes).codes != quantized(&nearest).codes);
+        }
+    }
+
+    #[test]
+    fn what_the_scheme_holds_exactly_stays() {
+        let mut before = state(4);
+        let step = 0.0078125;
+        let weight = before.linears[0].weight.as_dense().unwrap();
+        // Every group reaches both ends, so that the search finds this grid.
+        let exact = Mat::from_shape_fn((OUT, IN), |(r, c)| match c % 32 {
+            0 => -128.0 * step,
+            1 => 127.0 * step,
+            _ => (weight[[r, c]] / step).round().clamp(-128.0, 127.0) * step,
+        });
+        let bias = before.linears[0].bias.clone();
+        before.linears[0] = LinearState { weight: Weight::Dense(exact.clone()), bias };
+        let linear = Linear::new(&before, 5);
+        let mut state = before.clone();
+        learn(&DEF, "start = \"nearest\"", Some(scheme(8, false)), &linear, &mut state);
+        assert_eq!(quantized(&state).dequantize(), exact);
+        assert_eq!(state.norms, before.norms);
+    }
+
+    #[test]
+    fn pruned_weights_stay_zero() {
+        let mut before = state(6);
+        let linear = Linear::new(&before, 7);
+        let Weight::Dense(weight) = &mut before.linears[0].weight else { unreachable!() };
+        weight.iter_mut().enumerate().filter(|(i, _)| i % 2 == 0).for_each(|(_, w)| *w = 0.0);
+        before.masked[0] = true;
+        for options in ["", "start = \"nearest\"\nmover = \"adam\"\nrate = 0.05"] {
+            let mut state = before.clone();
+            learn(&DEF, options, Some(scheme(3, true)), &linear, &mut state);
+            let values = quantized(&state).dequantize();
+            assert!(values.iter().step_by(2).all(|&w| w == 0.0));
+            assert!(values.iter().skip(1).step_by(2).any(|&w| w != 0.0));
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_bits() {
+        let before = state(8);
+        let linear = Linear::new(&before, 9);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut state = before.clone();
+            pool.install(|| learn(&DEF, "", Some(scheme(2, true)), &linear, &mut state));
+            state
+        };
+        assert_eq!(run(1), run(2));
+    }
+
+    #[test]
+    fn options_out_of_range_are_refused() {
+        for (options, word) in [
+            ("batch = 0", "batch"),
+            ("rate = -0.1", "rate"),
+            ("scale_rate = 2.0", "scale_rate"),
+            ("warmup = 1.0", "warmup"),
+            ("reach = 0.0", "reach"),
+            ("itertions = 3", "iterations"),
+        ] {
+            let error = (DEF.build)(&options.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.contains(word), "{options}: {error}");
+        }
     }
 }

@@ -292,22 +292,33 @@ impl BlockFunction for Lesson<'_> {
         for (at, (error, mut room)) in made.into_iter().enumerate() {
             sum += error;
             let part = room.gradient.as_mut().expect("it was just made");
-            for (at_tensor, (to, from)) in
-                gradient.tensors_mut().zip(part.tensors_mut()).enumerate()
-            {
-                let linear = at_tensor < weights.linears.len();
-                if !(if linear { wanted.linears } else { wanted.vectors }) {
-                    continue;
-                }
-                if at == 0 {
-                    to.copy_from_slice(from);
-                } else {
-                    axpy(1.0, from, to);
+            if wanted.linears {
+                let linears = gradient.linears.par_iter_mut().zip(&mut part.linears);
+                linears.for_each(|(to, from)| join(at, to, from));
+            }
+            if wanted.vectors {
+                let biases = gradient.biases.iter_mut().zip(&mut part.biases);
+                let biases = biases.filter_map(|(to, from)| Some((to.as_mut()?, from.as_mut()?)));
+                for (to, from) in biases.chain(gradient.norms.iter_mut().zip(&mut part.norms)) {
+                    if at == 0 {
+                        std::mem::swap(to, from);
+                    } else {
+                        axpy(1.0, from, to);
+                    }
                 }
             }
             self.give_back([room]);
         }
         Ok(sum / tokens)
+    }
+}
+
+/// The derivatives of the first part become those of all, others are added.
+fn join(part: usize, to: &mut Mat, from: &mut Mat) {
+    if part == 0 {
+        std::mem::swap(to, from);
+    } else {
+        axpy(1.0, slice(from), to.as_slice_mut().expect("weights are in standard layout"));
     }
 }
 

@@ -688,7 +688,16 @@ impl<'a> Walk<'a> {
         let space = 5 * hidden + wide + 2 * out(0) + 2 * keys;
         let packed = wide.next_multiple_of(16) * hidden.max(part);
         let scores = self.limits.threads * 2 * QUERY_ROWS.min(context) * context;
-        4 * (LEARNING_LANES * (part * (tape + space) + packed) + scores)
+        let graph = self.facts.graph;
+        let last = training.logits && block.index + 1 == graph.blocks.len();
+        // The head, packed by each part, and the logits of both sides.
+        let table = graph.vocab.next_multiple_of(16) * hidden;
+        let head = if last {
+            table * (1 + LEARNING_LANES) + LEARNING_LANES * 2 * QUERY_ROWS * graph.vocab
+        } else {
+            0
+        };
+        4 * (LEARNING_LANES * (part * (tape + space) + packed) + scores + head)
     }
 
     /// Copies of what a step made, on their way to the work directory.
