@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""distill.py make|judge|both --attar BINARY --llmc PYTHON --autoround PYTHON --model DIR --ids FILE.jsonl --text FILE --work DIR
+"""distill.py make|more|judge|all --attar BINARY --llmc PYTHON --autoround PYTHON --model DIR --ids FILE.jsonl --text FILE --work DIR
              [--context 256] [--threads 2] [--max-windows N] [--results DIR]
 
 W2 g64, symmetric, of Attar and of its peers with the same calibration ids, and what Attar trains back behind pruning. `make` runs every tool
-once, with its wall time (on an idle machine, or the times mean nothing); `judge` measures perplexity, mean KL divergence (original || compressed,
+once, with its wall time (on an idle machine, or the times mean nothing); `more` other settings of ours, untimed; `judge` measures perplexity, mean KL divergence (original || compressed,
 nats) and top-1 agreement by one judge that belongs to none of them: weights in transformers, f32 (packed ones through tests/interop's
 dequantizer), on windows of --context tokens that do not overlap, every position but the last of a window predicting, no special token. Run it with
 the interpreter of the interop environment. Exit 1 when a claim of the table fails.
@@ -13,14 +13,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent; sys.path.insert(0, str(HERE.parent / "tests" / "interop"))
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("what", choices=["make", "judge", "both"])
+p.add_argument("what", choices=["make", "more", "judge", "all"])
 for name in ("attar", "llmc", "autoround", "model", "ids", "text", "work"): p.add_argument(f"--{name}", required=True)
 p.add_argument("--context", type=int, default=256); p.add_argument("--threads", type=int, default=2); p.add_argument("--max-windows", type=int); p.add_argument("--results"); a = p.parse_args()
 work = Path(a.work); work.mkdir(parents=True, exist_ok=True); samples = sum(1 for line in open(a.ids) if line.strip()); times = work / "times.json"
 
 step = lambda name, *more: "\n".join(["[[step]]", f'pass = "{name}"', *more]) + "\n"
 W2 = "scheme = { bits = 2, group_size = 64 }"
-OURS = [("gptq", step("gptq", W2)), ("autoround", step("autoround", W2)), ("autoround, from nearest", step("autoround", W2, 'start = "nearest"')),
+OURS = [("gptq", step("gptq", W2)), ("autoround", step("autoround", W2))]
+MORE = [("autoround, 256 iterations", step("autoround", W2, "iterations = 256")), ("autoround, from nearest", step("autoround", W2, 'start = "nearest"')),
         ("autoround, no logits", step("autoround", W2, "logits = false")), ("autoround, codes alone", step("autoround", W2, "scale_rate = 0.0", "norm_rate = 0.0")),
         ("gptq, then reconstruct (scales, norms)", step("gptq", W2) + step("reconstruct")),
         ("sparsegpt 2:4", step("sparsegpt", 'pattern = "2:4"')), ("sparsegpt 2:4, then reconstruct", step("sparsegpt", 'pattern = "2:4"') + step("reconstruct")),
@@ -29,6 +30,11 @@ OURS = [("gptq", step("gptq", W2)), ("autoround", step("autoround", W2)), ("auto
 PEERS = [("llm-compressor", "gptq", [a.llmc, HERE / "peer_llmc.py", a.model, a.ids, "OUT", "--algorithm", "gptq", "--bits", 2, "--group", 64, "--samples", samples, "--context", a.context, "--threads", a.threads]),
          ("auto-round", "200 iterations", [a.autoround, HERE / "peer_autoround.py", a.model, a.ids, "OUT", "--threads", a.threads])]
 tag = lambda tool, what: "".join(c if c.isalnum() else "-" for c in f"{tool}-{what}")
+
+def ours(what, recipe, found):
+    name = tag("attar", what); (work / f"{name}.toml").write_text(recipe); dense = [] if "scheme" in recipe else ["--layout", "dense"]
+    found[name] = run([a.attar, "compress", a.model, "--recipe", work / f"{name}.toml", *dense, "--ids", a.ids, "--samples", samples, "--context", a.context, "--threads", a.threads, "--out", work / name], name)
+    found[name]["peak_mb"] = json.loads((work / name / "report.json").read_text())["measured_peak_bytes"] / 1e6; print(name, found[name], flush=True)
 
 def run(command, name):
     log = work / f"{name}.log"; start = time.time()
@@ -40,10 +46,7 @@ def make():
     found = {}
     for tool, what, command in PEERS:
         name = tag(tool, what); found[name] = run([work / name if c == "OUT" else c for c in command], name); print(name, found[name], flush=True)
-    for what, recipe in OURS:
-        name = tag("attar", what); (work / f"{name}.toml").write_text(recipe); dense = [] if "scheme" in recipe else ["--layout", "dense"]
-        found[name] = run([a.attar, "compress", a.model, "--recipe", work / f"{name}.toml", *dense, "--ids", a.ids, "--samples", samples, "--context", a.context, "--threads", a.threads, "--out", work / name], name)
-        report = json.loads((work / name / "report.json").read_text()); found[name]["peak_mb"] = report["measured_peak_bytes"] / 1e6; print(name, found[name], flush=True)
+    for what, recipe in OURS: ours(what, recipe, found)
     times.write_text(json.dumps(found, indent=1) + "\n")
 
 def judge():
@@ -64,14 +67,15 @@ def judge():
     add("original", "", a.model, False)
     for tool, what, _ in PEERS:
         d = work / tag(tool, what); add(tool, what, d if (d / "config.json").exists() else next(d.iterdir()), True)
-    for what, recipe in OURS: add("attar", what, work / tag("attar", what), "scheme" in recipe)
+    for what, recipe in OURS + [m for m in MORE if (work / tag("attar", m[0]) / "report.json").exists()]: add("attar", what, work / tag("attar", what), "scheme" in recipe)
     by = {(r["tool"], r["what"]): r for r in rows}; checks = []
     def claim(text, x, y): checks.append((text, x, y, x <= y))
     ours, peer, gptq = by["attar", "autoround"], by["auto-round", "200 iterations"], min(by["attar", "gptq"]["kl_mean"], by["llm-compressor", "gptq"]["kl_mean"])
     claim("autoround: KL at most 0.85 of the better GPTQ's", ours["kl_mean"], 0.85 * gptq); claim("autoround: perplexity at or below auto-round's", ours["perplexity"], peer["perplexity"]); claim("autoround: KL at or below auto-round's", ours["kl_mean"], peer["kl_mean"])
     claim("autoround: seconds at most a quarter of auto-round's", ours["seconds"], peer["seconds"] / 4)
-    for what in ("sparsegpt 2:4", "wanda 2:4"): claim(f"{what}: reconstruct lowers KL", by["attar", f"{what}, then reconstruct"]["kl_mean"], by["attar", what]["kl_mean"])
-    claim("gptq: trained scales lower KL", by["attar", "gptq, then reconstruct (scales, norms)"]["kl_mean"], by["attar", "gptq"]["kl_mean"])
+    for what in ("sparsegpt 2:4", "wanda 2:4"):
+        if ("attar", f"{what}, then reconstruct") in by: claim(f"{what}: reconstruct lowers KL", by["attar", f"{what}, then reconstruct"]["kl_mean"], by["attar", what]["kl_mean"])
+    if ("attar", "gptq, then reconstruct (scales, norms)") in by: claim("gptq: trained scales lower KL", by["attar", "gptq, then reconstruct (scales, norms)"]["kl_mean"], by["attar", "gptq"]["kl_mean"])
     name = Path(a.model).name; show = lambda v, f: "-" if v is None else format(v, f)
     md = [f"# Learned rounding and reconstruction on {name}, {datetime.date.today()}", "", f"{samples} calibration windows of {a.context} tokens, the same ids for all tools, {a.threads} threads; judged on {n} windows of {a.context} ({rows[0]['tokens']} predictions) of {Path(a.text).name} in transformers, f32. KL in nats, "
           "standard error over windows. W2 g64 symmetric unless said; head and embedding untouched. Seconds: wall time of the whole command, imports, reading, writing and (Attar) verifying included.", "", "| what | tool | perplexity | KL (se) | top-1 agreement | seconds | peak MB |", "|---|---|---|---|---|---|---|"]
@@ -81,5 +85,7 @@ def judge():
     (folder / f"{name}.md").write_text("\n".join(md) + "\n"); (folder / f"{name}.json").write_text(json.dumps(dict(rows=rows, checks=checks), indent=1) + "\n")
     print("\n".join(md)); sys.exit(0 if all(c[3] for c in checks) else 1)
 
-if a.what != "judge": make()
-if a.what != "make": judge()
+if a.what in ("make", "all"): make()
+if a.what in ("more", "all"):
+    for what, recipe in MORE: ours(what, recipe, {})
+if a.what in ("judge", "all"): judge()

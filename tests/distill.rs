@@ -8,6 +8,9 @@ use std::{
     process::{Command, Stdio},
 };
 
+use attar_formats::{Checkpoint, CorpusSource, corpus};
+use attar_ir::{BlockFunction, BlockValues, Wanted};
+use attar_model::{BlockOps, Decoder, Lesson, Stream, embed, run_block};
 use serde_json::Value;
 
 use super::{attar, data, model};
@@ -53,6 +56,67 @@ fn losses(report: &Value) -> Vec<(f64, f64)> {
         .collect();
     all.dedup();
     all
+}
+
+#[test]
+fn derivatives_of_both_losses_are_those_of_differences() {
+    let checkpoint = Checkpoint::open(&data("tinystories-656k")).unwrap();
+    let decoder = Decoder::read(checkpoint.config(), &checkpoint).unwrap();
+    let source = CorpusSource::Text(vec![data("tinystories_calib.txt")]);
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let windows =
+        corpus::calibration(&source, Some(&tokenizer), 48, 3, decoder.spec.vocab).unwrap().ids;
+    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+    let mut stream = Stream::new(&lengths, decoder.spec.hidden, None).unwrap();
+    for (at, ids) in windows.iter().enumerate() {
+        stream.write(at, &embed(&decoder, &checkpoint, ids).unwrap()).unwrap();
+    }
+    let head = BlockValues::of(&decoder.load_block(decoder.spec.layers, &checkpoint).unwrap());
+    for (index, head) in [(0, None), (decoder.spec.layers - 1, Some(head))] {
+        let logits = head.is_some();
+        let mut inputs = Stream::new(&lengths, decoder.spec.hidden, None).unwrap();
+        for window in 0..windows.len() {
+            inputs.write(window, &stream.read(window).unwrap()).unwrap();
+        }
+        run_block(
+            &decoder,
+            index,
+            &BlockOps::load(&decoder, index, &checkpoint).unwrap(),
+            &mut stream,
+        )
+        .unwrap();
+        let lesson = Lesson::new(&decoder, index, &checkpoint, &inputs, &stream, head).unwrap();
+        let exact = BlockValues::of(&decoder.load_block(index, &checkpoint).unwrap());
+        let all = [0, 1, 2];
+        assert!(lesson.loss(&exact, &all).unwrap().abs() < 1e-6);
+        let mut values = exact.clone();
+        for tensor in values.tensors_mut() {
+            tensor.iter_mut().enumerate().for_each(|(i, v)| *v *= 1.0 + 0.2 * (i as f32).sin());
+        }
+        let wanted = Wanted { linears: true, vectors: true };
+        let mut gradient = values.zeros();
+        let loss = lesson.gradient(&values, &all, wanted, &mut gradient).unwrap();
+        assert!((loss - lesson.loss(&values, &all).unwrap()).abs() < 1e-4 * loss);
+        // Along the derivative of every tensor of its own.
+        let tensors = gradient.clone().tensors_mut().count();
+        for at in 0..tensors {
+            let along: Vec<f32> = gradient.tensors_mut().nth(at).unwrap().to_vec();
+            let length = along.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            assert!(length > 0.0, "tensor {at}");
+            let size = values.tensors_mut().nth(at).unwrap().len() as f64;
+            let step = 2e-3 * size.sqrt().min(30.0) / 10.0;
+            let moved = |by: f64| {
+                let mut values = values.clone();
+                let tensor = values.tensors_mut().nth(at).unwrap();
+                for (v, g) in tensor.iter_mut().zip(&along) {
+                    *v += (by * f64::from(*g) / length) as f32;
+                }
+                lesson.loss(&values, &all).unwrap()
+            };
+            let slope = (moved(step) - moved(-step)) / (2.0 * step);
+            assert!((slope - length).abs() < 0.03 * length, "{logits} {at}: {slope} {length}");
+        }
+    }
 }
 
 #[test]

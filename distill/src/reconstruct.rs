@@ -94,7 +94,7 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            iterations: 256,
+            iterations: 128,
             batch: 2,
             rate: 0.01,
             scale_rate: 0.005,

@@ -122,7 +122,7 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            iterations: 128,
+            iterations: 96,
             batch: 2,
             rate: 0.01,
             scale_rate: 0.01,
