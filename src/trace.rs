@@ -7,6 +7,7 @@ use std::{
 };
 
 use attar_eval::report::{Phase, Span};
+use attar_ir::Progress;
 use serde_json::json;
 
 /// Collects the time line of one run.
@@ -76,6 +77,17 @@ impl Trace {
             _ => spans.push(Span { phase, what: what.to_owned(), start, end }),
         }
         end - start
+    }
+
+    /// Tells how far a pass that learns is, at every hundredth of its steps.
+    pub(crate) fn progress(&self, what: &str, Progress { step, steps, loss }: Progress) {
+        let hundredth = |step: usize| 100 * step / steps.max(1);
+        if self.json && hundredth(step) != hundredth(step.saturating_sub(1)) {
+            let line = json!({
+                "event": "progress", "what": what, "step": step, "steps": steps, "loss": loss, "t": self.now(),
+            });
+            eprintln!("{line}");
+        }
     }
 
     /// Something worth a line that is not a part of the work.

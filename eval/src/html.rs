@@ -389,6 +389,9 @@ fn told(event: &Event) -> String {
             format!("dampening raised to {percdamp} after {failures} failures")
         }
         Event::DeadColumns { count } => format!("{count} dead columns"),
+        Event::Learned { steps, before, after } => {
+            format!("block loss {before:.4} to {after:.4}, {steps} steps")
+        }
         Event::Chosen { name, value } => format!("{name} {value}"),
     }
 }

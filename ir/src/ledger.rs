@@ -13,8 +13,9 @@ use attar_tensor::{QuantScheme, TensorHeader};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Numeric, Plan, Producer, Rank, Sparsity, Touches,
+    Needs, Numeric, Plan, Producer, Rank, Sparsity, Touches,
     plan::Origin,
+    plan::PlanStep,
     recipe::{Step, matches},
 };
 
@@ -127,8 +128,8 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
             {
                 (Fate::Pruned, format!("{form}"), written)
             } else if let Some(steps) = by {
-                let steps = steps.iter().copied().collect::<Vec<_>>().join(", ");
-                (Fate::Changed, format!("{stored}, scales folded in by {steps}"), written)
+                let steps = steps.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+                (Fate::Changed, format!("{stored}, {steps}"), written)
             } else if plan.graph.tied && name == "lm_head.weight" && plan.graph.embedding != name {
                 (Fate::Tied, format!("to {}, {stored}", plan.graph.embedding), written)
             } else if let Some(to) = written.iter().find(|to| to.dtype != header.dtype) {
@@ -152,16 +153,35 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
     lines
 }
 
-/// Tensors that steps which touch folds may write, with the labels of these steps.
-fn folded(plan: &Plan) -> BTreeMap<String, BTreeSet<&str>> {
-    let mut found: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+/// Tensors that steps which touch folds, or learn, may write, with what these steps do.
+fn folded(plan: &Plan) -> BTreeMap<String, BTreeSet<String>> {
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let learns = |step: &&PlanStep| step.contract.needs.contains(Needs::TEACHER);
+    for (step, pass) in plan.steps.iter().zip(&plan.passes).filter(|(step, _)| learns(step)) {
+        for (block, targets) in plan.graph.blocks.iter().zip(&step.targets) {
+            let mut add = |name: String| {
+                found.entry(name).or_default().insert(format!("trained by {}", step.label));
+            };
+            for target in targets {
+                add(format!("{}.weight", block.sites[target.site].name));
+            }
+            if !targets.is_empty() && pass.training().vectors {
+                block.norms.iter().for_each(|norm| add(norm.tensor.clone()));
+                let biased = block.sites.iter().filter(|site| site.bias);
+                biased.for_each(|site| add(format!("{}.bias", site.name)));
+            }
+        }
+    }
     for step in plan.steps.iter().filter(|step| step.contract.touches == Touches::Folds) {
         for (block, targets) in plan.graph.all_blocks().zip(&step.targets) {
             let inputs: BTreeSet<usize> =
                 targets.iter().map(|target| block.input_of(target.site)).collect();
             for fold in block.folds.iter().filter(|fold| inputs.contains(&fold.input)) {
                 let mut add = |name: String| {
-                    found.entry(name).or_default().insert(&step.label);
+                    found
+                        .entry(name)
+                        .or_default()
+                        .insert(format!("scales folded in by {}", step.label));
                 };
                 for &site in &block.inputs[fold.input].sites {
                     add(format!("{}.weight", block.sites[site].name));

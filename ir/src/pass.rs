@@ -6,7 +6,8 @@ use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, recipe::RecipeError,
+    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Teacher, Training,
+    recipe::RecipeError,
 };
 
 /// Which activations the statistics come from.
@@ -104,6 +105,15 @@ pub enum Event {
         /// How many.
         count: usize,
     },
+    /// A block was trained: its loss before and after over all windows, relative to what it adds to its input.
+    Learned {
+        /// Steps of training.
+        steps: usize,
+        /// Before the first.
+        before: f64,
+        /// Of what was kept.
+        after: f64,
+    },
     /// A chosen hyperparameter, e.g. the scale exponent of awq.
     Chosen {
         /// Its name.
@@ -156,6 +166,9 @@ pub enum PassError {
         /// The operating system's word.
         source: std::io::Error,
     },
+    /// Activations of a block that learns could not be read.
+    #[error("activations: {0}; free space for scratch files or raise the memory limit")]
+    Activations(std::io::Error),
 }
 
 /// A transformation of one block.
@@ -233,6 +246,27 @@ pub trait Pass: Debug + Send + Sync {
         state: &mut BlockState,
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError>;
+
+    /// How a pass learns whose contract needs [`Needs::TEACHER`].
+    fn training(&self) -> Training {
+        Training::default()
+    }
+
+    /// As [`Pass::apply`], for passes whose contract needs [`Needs::TEACHER`]. The head has no teacher and goes through
+    /// `apply`.
+    ///
+    /// # Errors
+    /// As [`Pass::apply`], and when activations cannot be read.
+    fn learn(
+        &self,
+        context: &PassContext<'_>,
+        targets: &[Target],
+        state: &mut BlockState,
+        stats: &mut BlockStats,
+        _: &Teacher<'_>,
+    ) -> Result<PassReport, PassError> {
+        self.apply(context, targets, state, stats)
+    }
 }
 
 /// An entry of a crate's list of passes.

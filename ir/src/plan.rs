@@ -210,9 +210,16 @@ pub struct Round {
     pub needs: Vec<Needs>,
     /// Which activations the statistics come from.
     pub upstream: Upstream,
+    /// True when its step learns from the original block ([`crate::Pass::learn`]).
+    pub learns: bool,
 }
 
 impl Round {
+    /// True when activations have to enter the block.
+    pub fn feeds(&self) -> bool {
+        self.learns || self.observes()
+    }
+
     /// True when a forward of the block has to be observed.
     pub fn observes(&self) -> bool {
         self.upstream != Upstream::Given && self.needs.iter().any(|needs| !needs.is_empty())
@@ -411,7 +418,7 @@ fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
             rounds.last().is_some_and(|last| !whole && !last.whole && last.upstream == upstream);
         if !joins {
             let needs = vec![Needs::empty(); shape.inputs.len()];
-            rounds.push(Round { whole, steps: Vec::new(), needs, upstream });
+            rounds.push(Round { whole, steps: Vec::new(), needs, upstream, learns: false });
         }
         let round = rounds.last_mut().expect("one was just there or pushed");
         round.steps.push(index);
@@ -420,8 +427,10 @@ fn rounds(graph: &ModelGraph, steps: &[PlanStep], block: usize) -> Vec<Round> {
         if head && step.given.is_some_and(|given| !given.head) {
             continue;
         }
+        // Nothing follows the head that a teacher could compare.
+        round.learns |= step.contract.needs.contains(Needs::TEACHER) && !head;
         for target in targets {
-            round.needs[shape.input_of(target.site)] |= step.contract.needs;
+            round.needs[shape.input_of(target.site)] |= step.contract.needs - Needs::TEACHER;
         }
     }
     rounds

@@ -108,6 +108,16 @@ impl BlockState {
         }
     }
 
+    /// Gives the block other biases and norms.
+    pub fn put_vectors(&mut self, biases: Vec<Option<Vec<f32>>>, norms: Vec<Vec<f32>>) {
+        for (at, bias) in biases.into_iter().enumerate().filter(|(_, bias)| bias.is_some()) {
+            self.linears[at].bias = bias;
+            self.bias_changed[at] = true;
+        }
+        self.norms = norms;
+        self.norm_changed.fill(true);
+    }
+
     /// Notes that the activations of input group `input` are now divided by `scale [width]` once more.
     pub fn scale_input(&mut self, input: usize, scale: &[f32]) {
         if self.input_scale.len() <= input {

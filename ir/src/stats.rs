@@ -14,6 +14,9 @@ bitflags::bitflags! {
         const SQUARE_SUM = 1 << 2;
         /// `H = 2/n XᵀX`.
         const HESSIAN = 1 << 3;
+        /// No statistic, but the block as a function: its inputs, and what the original block put out
+        /// ([`crate::BlockFunction`]).
+        const TEACHER = 1 << 4;
     }
 }
 

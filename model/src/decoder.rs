@@ -238,7 +238,11 @@ impl Decoder {
         self.block(index).norms.iter().map(|norm| read_finite(source, &norm.tensor)).collect()
     }
 
-    pub(crate) fn load_qk_norm(
+    /// Norm weights of queries and keys of a block, where the family has them.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn load_qk_norm(
         &self,
         index: usize,
         source: &dyn TensorSource,

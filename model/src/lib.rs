@@ -1,22 +1,27 @@
-//! Forward passes of decoder models, one block at a time, and what calibration observes there.
+//! Forward and backward passes of decoder models, one block at a time, and what calibration observes there.
 //!
 //! One generic decoder is described by data ([`DecoderSpec`]); families differ only in how their
 //! config.json is read ([`spec::ARCHS`]). Nothing here knows files: tensors come from a
 //! [`attar_tensor::TensorSource`], spilled activations go to a file the caller opens.
 
 mod attention;
+mod backward;
 mod block;
 mod decoder;
 mod evaluate;
 mod generate;
+mod lesson;
 mod rope;
 pub mod spec;
 mod stream;
 
+pub use attention::QkNorm;
+pub use backward::{BlockGradient, BlockWeights, Differentiable, Space, Tape, embed_backward};
 pub use block::{BlockRun, Timing, observe_block};
 pub use decoder::Decoder;
 pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
 pub use generate::{Generator, Sampling};
+pub use lesson::{LANES, Lesson};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
 

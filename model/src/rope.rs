@@ -96,6 +96,18 @@ impl RopeTable {
             second[i] = b * c + a * s;
         }
     }
+
+    /// Backward of [`RopeTable::rotate`]: a gradient on what it put out, turned back, in place.
+    pub(crate) fn rotate_back(&self, head: &mut [f32], position: usize) {
+        let at = position * self.half;
+        let (first, second) = head.split_at_mut(self.half);
+        for i in 0..self.half {
+            let (c, s) = (self.cos[at + i], self.sin[at + i]);
+            let (a, b) = (first[i], second[i]);
+            first[i] = a * c + b * s;
+            second[i] = b * c - a * s;
+        }
+    }
 }
 
 #[cfg(test)]

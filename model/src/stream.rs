@@ -71,6 +71,20 @@ impl Stream {
         Self::new(&self.lengths(), width, spill.as_ref())
     }
 
+    /// A stream of the same content.
+    ///
+    /// # Errors
+    /// As [`Stream::new`], and when either scratch file cannot be read or written.
+    pub fn copy(&self, spill: &Spill) -> io::Result<Self> {
+        let mut copy = Self::new(&self.lengths(), self.width, Some(spill))?;
+        let mut values = Vec::new();
+        for window in 0..self.windows() {
+            self.read_into(window, &mut values)?;
+            copy.write(window, &values)?;
+        }
+        Ok(copy)
+    }
+
     /// Ends the stream; its scratch file, if it has one, serves the next one [`Stream::beside`].
     pub fn end(self, spill: Option<&Spill>) {
         if let (true, Some(spill)) = (self.values.on_scratch(), spill) {

@@ -580,6 +580,9 @@ fn event(event: &Event) -> String {
             format!("dampening raised to {percdamp} after {failures} failed factorizations")
         }
         Event::DeadColumns { count } => format!("{count} dead columns"),
+        Event::Learned { steps, before, after } => {
+            format!("loss of the block from {before:.4} to {after:.4} in {steps} steps")
+        }
         Event::Chosen { name, value } => format!("{name} = {value} chosen"),
     }
 }

@@ -85,6 +85,8 @@ pub(crate) struct RoundKeys {
     pub(crate) whole: bool,
     /// True when its stages run in one forward that also carries the stream on.
     pub(crate) staged: bool,
+    /// True when its step learns from the original block.
+    pub(crate) learns: bool,
     /// One per input group.
     pub(crate) statistics: Vec<Option<Statistic>>,
     pub(crate) units: Vec<Unit>,
@@ -99,6 +101,11 @@ impl RoundKeys {
     /// True when the statistic of this input has to be computed.
     pub(crate) fn observes(&self, input: usize) -> bool {
         self.reads(input) && self.statistics[input].as_ref().is_some_and(|s| !s.cached)
+    }
+
+    /// True when its step has yet to learn: both streams have to enter the block.
+    pub(crate) fn teaches(&self) -> bool {
+        self.learns && self.units.iter().any(|unit| !unit.cached)
     }
 
     /// True when any has.
@@ -119,6 +126,14 @@ pub(crate) struct BlockKeys {
 impl BlockKeys {
     /// True when activations of this upstream have to enter the block.
     pub(crate) fn needs(&self, upstream: Upstream) -> bool {
+        let teaches = |round: &RoundKeys| {
+            round.teaches() && (upstream == Upstream::Original || round.upstream == upstream)
+        };
+        self.observes(upstream) || self.rounds.iter().any(teaches)
+    }
+
+    /// True when statistics have to be taken of these activations.
+    pub(crate) fn observes(&self, upstream: Upstream) -> bool {
         self.rounds.iter().any(|round| round.upstream == upstream && round.observes_any())
     }
 }
@@ -311,6 +326,12 @@ fn round_keys(
             if plan.passes[step].surveys().is_some() {
                 parts.push(activations.2);
             }
+            if round.learns {
+                // Inputs, and what the original block makes of the original ones.
+                parts.push(if original { activations.1 } else { activations.0 });
+                parts.push(activations.1);
+                parts.extend(source.weights.iter().chain(&source.norms).map(String::as_str));
+            }
             match input {
                 Some(_) => parts.extend(targets.iter().map(|t| slots.weights[t.site].as_str())),
                 None => parts.extend(slots.weights.iter().chain(&slots.norms).map(String::as_str)),
@@ -333,8 +354,8 @@ fn round_keys(
             units.push(Unit { step, input, targets, key, cached });
         }
     }
-    let Round { upstream, whole, .. } = round;
-    let mut keyed = RoundKeys { upstream, whole, staged, statistics, units };
+    let Round { upstream, whole, learns, .. } = round;
+    let mut keyed = RoundKeys { upstream, whole, staged, learns, statistics, units };
     for input in 0..block.inputs.len() {
         // Statistics are large: only those that something will read are looked at.
         let read = keyed.reads(input);

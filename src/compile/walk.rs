@@ -11,10 +11,10 @@ use std::{
 use attar_eval::report::{Phase, SiteEntry, Timings};
 use attar_formats::{Checkpoint, Windows, stage::Stage};
 use attar_ir::{
-    Block, BlockState, BlockStats, InputStats, Needs, PassContext, Upstream, plan::Plan,
-    recipe::Recipe,
+    Block, BlockState, BlockStats, BlockValues, InputStats, Needs, PassContext, Teacher, Upstream,
+    plan::Plan, recipe::Recipe,
 };
-use attar_model::{BlockRun, Decoder, Spill, Stream, embed, observe_block};
+use attar_model::{BlockRun, Decoder, Lesson, Spill, Stream, embed, observe_block};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
 use serde_json::json;
 
@@ -172,7 +172,7 @@ impl<'a> Walk<'a> {
     /// The block after all its steps.
     pub(super) fn run_block(&mut self, block: &Block) -> Result<BlockState, Error> {
         let keys = &self.blocks[block.index];
-        if keys.needs(Upstream::Original) {
+        if keys.observes(Upstream::Original) {
             self.observe_original(block)?;
         }
         let mut state = self.load(block)?;
@@ -205,6 +205,7 @@ impl<'a> Walk<'a> {
             self.bring(Upstream::Compressed, block.index)?;
             observed = self.observe_whole(block, round, state)?;
         }
+        let streams = if round.teaches() { Some(self.streams(block, round)?) } else { None };
         // One group of units after the other: those of one input read the same statistic.
         let groups: Vec<Option<usize>> =
             if round.whole { vec![None] } else { (0..block.inputs.len()).map(Some).collect() };
@@ -224,11 +225,38 @@ impl<'a> Walk<'a> {
                 if unit.cached {
                     self.take_back(block, unit, state)?;
                 } else {
-                    self.apply(block, round, unit, state, &mut stats)?;
+                    self.apply(block, round, unit, state, &mut stats, streams.as_ref())?;
                 }
             }
         }
+        if let Some((inputs, targets)) = streams {
+            self.put_back(Upstream::Original, block.index + 1, targets)?;
+            if round.upstream == Upstream::Compressed {
+                self.put_back(Upstream::Compressed, block.index, inputs)?;
+            }
+        }
         Ok(())
+    }
+
+    /// What enters a block that is to learn, and what the original block makes of the original activations.
+    fn streams(&mut self, block: &Block, round: &RoundKeys) -> Result<(Stream, Stream), Error> {
+        const COUNTED: &str = "the plan counted on calibration data";
+        let lane = lane_of(Upstream::Original);
+        if self.lanes[lane].at > block.index {
+            // Statistics of the original block were taken first.
+            self.lanes[lane] = Lane::default();
+        }
+        let inputs = if round.upstream == Upstream::Compressed {
+            self.bring(Upstream::Compressed, block.index)?;
+            self.lanes[lane_of(Upstream::Compressed)].stream.take()
+        } else {
+            self.bring(Upstream::Original, block.index)?;
+            let stream = self.lanes[lane].stream.as_ref();
+            stream.map(|stream| stream.copy(&self.spill)).transpose()?
+        };
+        self.bring(Upstream::Original, block.index + 1)?;
+        let targets = self.lanes[lane].stream.take();
+        Ok((inputs.ok_or(COUNTED)?, targets.ok_or(COUNTED)?))
     }
 
     /// Statistics of every input with the weights as they stand; kept where a later run can use them.
@@ -299,7 +327,7 @@ impl<'a> Walk<'a> {
                 if unit.cached {
                     self.take_back(block, unit, state)?;
                 } else {
-                    self.apply(block, round, unit, state, &mut stats)?;
+                    self.apply(block, round, unit, state, &mut stats, None)?;
                 }
             }
         }
@@ -562,7 +590,16 @@ impl<'a> Walk<'a> {
         unit: &Unit,
         state: &mut BlockState,
         stats: &mut BlockStats,
+        streams: Option<&(Stream, Stream)>,
     ) -> Result<(), Error> {
+        let (decoder, checkpoint) = (self.decoder, self.checkpoint);
+        let logits = self.plan.passes[unit.step].training().logits;
+        let last = block.index + 1 == decoder.spec.layers;
+        let head = if streams.is_some() && last && logits {
+            Some(BlockValues::of(&self.load(&decoder.graph.epilogue)?))
+        } else {
+            None
+        };
         let scratch = scratch_of(self.stage);
         let context = PassContext {
             block,
@@ -572,9 +609,20 @@ impl<'a> Walk<'a> {
         };
         let what = name_of(block);
         let pass = &self.plan.passes[unit.step];
-        let (report, seconds) = self
-            .trace
-            .run(Phase::Solve, what, || pass.apply(&context, &unit.targets, state, stats));
+        let lesson = streams
+            .map(|(inputs, targets)| {
+                Lesson::new(decoder, block.index, checkpoint, inputs, targets, head)
+            })
+            .transpose()?;
+        let trace = self.trace;
+        let (report, seconds) = trace.run(Phase::Solve, what, || match &lesson {
+            Some(lesson) => {
+                let progress = |progress| trace.progress(what, progress);
+                let teacher = Teacher { function: lesson, progress: &progress };
+                pass.learn(&context, &unit.targets, state, stats, &teacher)
+            }
+            None => pass.apply(&context, &unit.targets, state, stats),
+        });
         self.time.solve += seconds;
         let mut entries = Vec::new();
         for result in report?.sites {
@@ -593,8 +641,9 @@ impl<'a> Walk<'a> {
         if let Some(stage) = self.stage {
             let sites: Vec<usize> = unit.targets.iter().map(|target| target.site).collect();
             let whole = unit.input.is_none();
-            let all: Vec<usize> =
-                (0..block.sites.len()).filter(|&at| state.weight_changed[at]).collect();
+            let all: Vec<usize> = (0..block.sites.len())
+                .filter(|at| state.weight_changed[*at] || sites.contains(at))
+                .collect();
             let begun = self.trace.begin(Phase::Store, what);
             let schemes: Vec<Option<QuantScheme>> =
                 state.linears.iter().map(|linear| linear.weight.scheme()).collect();

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
     Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
-    Upstream,
+    Training, Upstream,
 };
 
 /// Bytes while `corpus` bytes of tokenizer and text are read; token ids need no tokenizer.
@@ -38,6 +38,10 @@ const CORPUS_FACTOR: usize = 12;
 const FAULT_BYTES: usize = 64 << 10;
 /// Query rows whose scores are held at once (`attar_model`'s attention).
 const QUERY_ROWS: usize = 128;
+
+/// Parts of a step of training, and windows of each part when only the loss is taken (`attar_model`'s lesson).
+const LEARNING_LANES: usize = 2;
+const LOSS_WINDOWS: usize = 2;
 
 /// Elements of a tensor that a pass on the whole model holds at once where it works row by row.
 pub const PIECE_ELEMENTS: usize = 4 << 20;
@@ -215,7 +219,7 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
 fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
     let all = facts.graph.all_blocks();
     let rounds: Vec<_> = all.map(|block| rounds(facts.graph, facts.steps, block.index)).collect();
-    let last = rounds.iter().rposition(|r: &Vec<Round>| r.iter().any(Round::observes));
+    let last = rounds.iter().rposition(|r: &Vec<Round>| r.iter().any(Round::feeds));
     (rounds, last)
 }
 
@@ -249,8 +253,14 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
             for &step in &round.steps {
                 let targets = &steps[step].targets[block.index];
                 work.solve += passes[step].cost(block, targets, &limits).flops;
+                if round.learns {
+                    // Forward, backward, and the loss of all windows before and after.
+                    let Training { batch, steps, .. } = passes[step].training();
+                    work.solve += 3.0 * block.forward_flops(batch * steps * context, context);
+                    work.solve += 2.0 * block.forward_flops(tokens, context);
+                }
             }
-            original |= round.observes() && round.upstream == Upstream::Original;
+            original |= round.observes() && round.upstream == Upstream::Original || round.learns;
         }
     }
     let Some(last_observed) = last_observed else { return work };
@@ -441,11 +451,14 @@ impl<'a> Walk<'a> {
             let header = source.iter().find(|header| header.name.starts_with(name));
             header.map_or(0, TensorHeader::bytes)
         };
-        let upstreams = [Upstream::Original, Upstream::Compressed];
-        let reads = |upstream: &Upstream| {
-            block_rounds.iter().flatten().any(|r| r.observes() && r.upstream == *upstream)
-        };
-        let streams = upstreams.iter().filter(|upstream| reads(upstream)).count();
+        let any = |what: &dyn Fn(&Round) -> bool| block_rounds.iter().flatten().any(what);
+        // A block that learns on original activations has a copy of what enters it.
+        let streams = [
+            any(&|r| r.learns || r.observes() && r.upstream == Upstream::Original),
+            any(&|r| r.feeds() && r.upstream == Upstream::Compressed),
+            any(&|r| r.learns && r.upstream == Upstream::Original),
+        ];
+        let streams = streams.iter().filter(|stream| **stream).count();
         if last_observed.is_some() {
             self.add(Moment {
                 what: "read corpus".into(),
@@ -467,7 +480,7 @@ impl<'a> Walk<'a> {
             });
         }
         for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
-            let feeds = |later: &Vec<Round>| later.iter().any(Round::observes);
+            let feeds = |later: &Vec<Round>| later.iter().any(Round::feeds);
             let streams = last_observed.is_some();
             let advance = streams && block_rounds.iter().skip(block.index + 1).any(feeds);
             let runs = streams && last_observed.is_some_and(|last| block.index <= last);
@@ -618,8 +631,11 @@ impl<'a> Walk<'a> {
                 };
                 let weights = self.weights(block, &quantized);
                 let stored = Self::stored(block, targets, &steps[step]);
+                let learning =
+                    if round.learns { self.learning(block, passes[step].training()) } else { 0 };
                 self.add(Moment {
                     what: steps[step].label.clone(),
+                    activations: learning,
                     place: if steps[step].contract.touches == Touches::Sites {
                         String::new()
                     } else {
@@ -659,6 +675,29 @@ impl<'a> Walk<'a> {
             ..Moment::default()
         });
         self.behind = made + packing;
+    }
+
+    /// Activations, and what derivatives are made in, of the windows that a step of training works on.
+    fn learning(&self, block: &Block, training: Training) -> usize {
+        let out = |site: usize| block.sites[site].out_features;
+        let (hidden, wide, keys) = (self.facts.graph.hidden, out(4), out(1) + out(2));
+        let context = self.facts.context.min(self.facts.tokens.max(1));
+        let part = training.batch.div_ceil(LEARNING_LANES).max(LOSS_WINDOWS) * context;
+        // What linears put out and the stream between; then norms, gradients, inputs, targets and outputs.
+        let tape = 2 * out(0) + keys + hidden + 2 * wide;
+        let space = 5 * hidden + wide + 2 * out(0) + 2 * keys;
+        let packed = wide.next_multiple_of(16) * hidden.max(part);
+        let scores = self.limits.threads * 2 * QUERY_ROWS.min(context) * context;
+        let graph = self.facts.graph;
+        let last = training.logits && block.index + 1 == graph.blocks.len();
+        // The head, packed by each part, and the logits of both sides.
+        let table = graph.vocab.next_multiple_of(16) * hidden;
+        let head = if last {
+            table * (1 + LEARNING_LANES) + LEARNING_LANES * 2 * QUERY_ROWS * graph.vocab
+        } else {
+            0
+        };
+        4 * (LEARNING_LANES * (part * (tape + space) + packed) + scores + head)
     }
 
     /// Copies of what a step made, on their way to the work directory.

@@ -44,6 +44,10 @@ impl Plan {
                 if targets.is_empty() {
                     continue;
                 }
+                if step.contract.needs.contains(Needs::TEACHER) {
+                    let norms: usize = block.norms.iter().map(|norm| 4 * norm.width).sum();
+                    stored.results += norms;
+                }
                 if step.contract.touches == Touches::Folds {
                     // Folds reach into neighbours: all that they may have changed, in f32.
                     stored.results += 4 * block.sites.iter().map(Site::weights).sum::<usize>();

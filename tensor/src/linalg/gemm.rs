@@ -12,7 +12,7 @@ use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{Operand, Panels, Product, multiply, pack_panels},
+    microkernel::{Operand, Panels, Product, multiply, pack_panels, pack_panels_into},
     thin,
 };
 use crate::Mat;
@@ -144,6 +144,95 @@ pub fn par_gemm_nt(
         let a = along_depth((&a[first * lda..], lda));
         run(m < THIN, Product { shape, alpha, a, b, add, out, ldo, panels: None, below: None });
     });
+}
+
+/// Memory in which one operand of a large product is packed, used again from product to product. Products
+/// spread over rayon's current pool, the operand being packed once for all threads; an element's bits are those
+/// of the products without `Packing`, except that thin ones run on register tiles too.
+#[derive(Debug, Default)]
+pub struct Packing(Vec<f32>);
+
+impl Packing {
+    /// Bytes held at most for an operand `[n, k]`, whose rows are padded to whole vectors.
+    pub const fn bytes(n: usize, k: usize) -> usize {
+        4 * (n.next_multiple_of(16) * k + 16)
+    }
+
+    /// As [`gemm_nt`].
+    ///
+    /// # Panics
+    /// When a slice is too short for its shape.
+    pub fn nt(
+        &mut self,
+        shape: (usize, usize, usize),
+        (a, lda): Rows<'_>,
+        b: Rows<'_>,
+        add: bool,
+        out: (&mut [f32], usize),
+    ) {
+        self.run(shape, |first| along_depth((&a[first * lda..], lda)), along_depth(b), add, out);
+    }
+
+    /// As [`gemm_nn`].
+    ///
+    /// # Panics
+    /// When a slice is too short for its shape.
+    pub fn nn(
+        &mut self,
+        shape: (usize, usize, usize),
+        (a, lda): Rows<'_>,
+        b: Rows<'_>,
+        add: bool,
+        out: (&mut [f32], usize),
+    ) {
+        self.run(shape, |first| along_depth((&a[first * lda..], lda)), across_depth(b), add, out);
+    }
+
+    /// As [`gemm_tn`].
+    ///
+    /// # Panics
+    /// When a slice is too short for its shape.
+    pub fn tn(
+        &mut self,
+        shape: (usize, usize, usize),
+        (a, lda): Rows<'_>,
+        b: Rows<'_>,
+        add: bool,
+        out: (&mut [f32], usize),
+    ) {
+        self.run(shape, |first| across_depth((&a[first..], lda)), across_depth(b), add, out);
+    }
+
+    fn run<'a>(
+        &mut self,
+        (m, n, k): (usize, usize, usize),
+        rows_from: impl Fn(usize) -> Operand<'a> + Sync,
+        b: Operand<'_>,
+        add: bool,
+        (out, ldo): (&mut [f32], usize),
+    ) {
+        if m == 0 || n == 0 {
+            return;
+        }
+        let start = pack_panels_into(&mut self.0, b, n, k);
+        let panels = Panels { data: &self.0[start..], roomy: false };
+        let end = span(m, n, ldo);
+        out[..end].par_chunks_mut(ROWS_PER_TASK * ldo).enumerate().for_each(|(task, out)| {
+            let first = task * ROWS_PER_TASK;
+            let a = rows_from(first);
+            multiply(Product {
+                shape: (ROWS_PER_TASK.min(m - first), n, k),
+                alpha: 1.0,
+                a,
+                b: a,
+                add,
+                out,
+                ldo,
+                panels: Some(panels),
+                below: None,
+            });
+        });
+    }
 }
 
 /// A matrix whose rows or columns are contiguous, copied if neither are.
@@ -309,6 +398,7 @@ mod tests {
             (17, 33, 65),
             (64, 100, 48),
             (9, 130, 1030),
+            (600, 33, 20),
         ] {
             let (lda, ldb, ldo) = (k + 3, k + 1, n + 2);
             let (a, b) = (rng.normals(m * lda), rng.normals(n * ldb));
@@ -341,6 +431,24 @@ mod tests {
             let (at, bt) = (at.as_slice().unwrap(), bt.as_slice().unwrap());
             gemm_tn((m, n, k), 1.0, (at, m), (bt, n), false, (&mut tn, n));
             assert!(distance(&tn, &want).nmse < 1e-10);
+            let mut packing = Packing::default();
+            for threads in [1, 2] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut all = [vec![0.0; m * n], vec![0.0; m * n], vec![0.0; m * n]];
+                pool.install(|| {
+                    let [nt, nn, t] = &mut all;
+                    packing.nt((m, n, k), (&a, lda), (&b, ldb), false, (nt, n));
+                    packing.nn((m, n, k), (&a, lda), (bt, n), false, (nn, n));
+                    packing.tn((m, n, k), (at, m), (bt, n), false, (t, n));
+                });
+                for got in &all {
+                    assert!(distance(got, &want).nmse < 1e-10, "packing {m} {n} {k}");
+                    assert_eq!(got, &all[0], "the operands' order in memory is no matter");
+                }
+                if m >= THIN {
+                    assert_eq!(tn, all[0], "as without packing");
+                }
+            }
         }
     }
 

@@ -563,17 +563,43 @@ pub(super) fn room_for_panels(n: usize, k: usize) -> (Vec<f32>, usize) {
 
 /// All of B for [`Product::panels`], from the returned index on. Runs on rayon's current pool.
 pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
-    let (mut data, start) = room_for_panels(n, k);
-    let width = n.next_multiple_of(lanes());
-    data[start..start + width * k].par_chunks_mut((width * KC).max(1)).enumerate().for_each(
-        |(block, dest)| {
-            let l0 = block * KC;
-            let depth = KC.min(k - l0);
-            let (columns, room) = ((0, n), (depth, 0));
-            Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
-        },
-    );
+    let mut data = Vec::new();
+    let start = pack_panels_into(&mut data, b, n, k);
     (data, start)
+}
+
+/// As [`pack_panels`], into memory that is used again.
+pub(super) fn pack_panels_into(data: &mut Vec<f32>, b: Operand<'_>, n: usize, k: usize) -> usize {
+    /// Panels per task.
+    const TASK: usize = 4;
+    let (lanes, width) = (lanes(), n.next_multiple_of(lanes()));
+    if data.len() < width * k + LINE {
+        // Nothing of the old content is wanted.
+        *data = room_for_panels(n, k).0;
+    }
+    let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
+    let mut rest = &mut data[start..start + width * k];
+    let mut tasks = Vec::new();
+    for l0 in (0..k).step_by(KC) {
+        let depth = KC.min(k - l0);
+        let mut j = 0;
+        while j < n {
+            let first = j;
+            for _ in 0..TASK {
+                if j < n {
+                    j += panel_vectors(n - j, lanes) * lanes;
+                }
+            }
+            let (dest, behind) = rest.split_at_mut((j - first) * depth);
+            tasks.push((l0, depth, first, j.min(n), dest));
+            rest = behind;
+        }
+    }
+    tasks.into_par_iter().for_each(|(l0, depth, first, end, dest)| {
+        let (columns, room) = ((first, end), (depth, 0));
+        Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
+    });
+    start
 }
 
 /// Packs products `at..` of B `[n, k]` from the rows of `x [products, n]`, into roomy panels. Runs on rayon's

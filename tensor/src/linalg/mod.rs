@@ -1,7 +1,7 @@
 //! Dense linear algebra: one place for GEMM, the symmetric rank-k update, Cholesky and the vectorised
 //! element-wise functions. A call gives the same bits each time. Calls are single-threaded, and callers
-//! parallelise over a partition that does not depend on the number of threads; `par_gemm_nt` and
-//! `GramAccumulator::add` do so themselves on rayon's current pool.
+//! parallelise over a partition that does not depend on the number of threads; `par_gemm_nt`, `Packing`
+//! and `GramAccumulator::add` do so themselves on rayon's current pool.
 
 pub mod cholesky;
 pub mod double;
@@ -18,14 +18,15 @@ mod thin;
 pub use cholesky::{LinalgError, cholesky_lower, solve_spd};
 pub use factor::{InverseFactor, UpperPanels};
 pub use gemm::{
-    PackedRows, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into,
-    matmul_tn, matmul_tn_into, par_gemm_nt,
+    PackedRows, Packing, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt,
+    matmul_nt_into, matmul_tn, matmul_tn_into, par_gemm_nt,
 };
 pub use isa::{Isa, IsaError, arch, isa, pin};
 pub use metric::{metric, squares};
 pub use orthogonal::Orthogonal;
 pub use simd::{
-    abs_max, axpy, dot, exp_in_place, first_non_finite, rms_norm_row, silu_mul,
-    softmax_row_in_place, sum_sq, vectorize,
+    abs_max, add_in_place, axpy, dot, exp_in_place, first_non_finite, rms_norm_row,
+    rms_norm_row_backward, silu_mul, silu_mul_backward, softmax_row_backward, softmax_row_in_place,
+    sum_sq, vectorize,
 };
 pub use syrk::GramAccumulator;

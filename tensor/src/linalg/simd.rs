@@ -242,6 +242,92 @@ pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     );
 }
 
+/// Backward of [`softmax_row_in_place`] for its result `p`: `d = p ⊙ (d - Σ p d)`, in place.
+pub fn softmax_row_backward(p: &[f32], d: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            let mean = dot_inline(p, d);
+            for (d, &p) in d.iter_mut().zip(p) {
+                *d = p * (*d - mean);
+            }
+        },
+    );
+}
+
+/// Backward of [`silu_mul`] for `d` on its result: `gate` and `up` become their own gradients and `d` becomes the
+/// result `silu(gate) · up` itself, which the gradient of the linear behind it needs.
+pub fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], d: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for ((g, u), d) in gate.iter_mut().zip(up.iter_mut()).zip(d.iter_mut()) {
+                let below = 1.0 + exp(-*g);
+                // As in `silu_mul`, to the bit.
+                let (sigmoid, silu) = (1.0 / below, *g / below);
+                let (d_up, d_silu, made) = (*d * silu, *d * *u, silu * *u);
+                *g = d_silu * (sigmoid + silu * (1.0 - sigmoid));
+                *u = d_up;
+                *d = made;
+            }
+        },
+    );
+}
+
+/// Backward of [`rms_norm_row`] for `d_out` on its result: adds to `d_x`, and to `d_weight` when it is wanted. With
+/// `s = 1 / sqrt(mean(x²) + eps)`: `d_x += s w d_out - x s³ Σ(w d_out x) / n`, `d_weight += s x d_out`.
+pub fn rms_norm_row_backward(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    d_out: &[f32],
+    d_x: &mut [f32],
+    d_weight: Option<&mut [f32]>,
+) {
+    let mut d_weight = d_weight;
+    vectorize(
+        #[inline(always)]
+        || {
+            let n = x.len();
+            let (weight, d_out, d_x) = (&weight[..n], &d_out[..n], &mut d_x[..n]);
+            let square = reduce(x, 0.0, |a, b| a + b * b, |a, b| a + b);
+            let scale = 1.0 / (square / n as f32 + eps).sqrt();
+            let mut lanes = [0.0f32; LANES];
+            let (xs, x_tail) = x.as_chunks::<LANES>();
+            let (ws, w_tail) = weight.as_chunks::<LANES>();
+            let (ds, d_tail) = d_out.as_chunks::<LANES>();
+            for ((x, w), d) in xs.iter().zip(ws).zip(ds) {
+                for i in 0..LANES {
+                    lanes[i] += x[i] * w[i] * d[i];
+                }
+            }
+            let tail: f32 =
+                x_tail.iter().zip(w_tail).zip(d_tail).map(|((x, w), d)| x * w * d).sum();
+            let along = (fold(lanes, |a, b| a + b) + tail) * scale * scale * scale / n as f32;
+            for ((d_x, &x), (&w, &d)) in d_x.iter_mut().zip(x).zip(weight.iter().zip(d_out)) {
+                *d_x += scale * w * d - x * along;
+            }
+            if let Some(d_weight) = d_weight.as_deref_mut() {
+                for ((d_w, &x), &d) in d_weight.iter_mut().zip(x).zip(d_out) {
+                    *d_w += scale * x * d;
+                }
+            }
+        },
+    );
+}
+
+/// `y += x`.
+pub fn add_in_place(x: &[f32], y: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y += x;
+            }
+        },
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -288,5 +374,58 @@ mod tests {
         assert!((mean - 4.0).abs() < 1e-3);
         assert!((abs_max(&x) - x.iter().fold(0.0f32, |a, b| a.max(b.abs()))).abs() < f32::EPSILON);
         assert!((dot(&x, &x) - x.iter().map(|v| v * v).sum::<f32>()).abs() < 1e-3);
+    }
+
+    #[test]
+    fn backwards_agree_with_central_differences_in_f64() {
+        let mut rng = Rng::new(7);
+        let n = 37;
+        let (x, w, u, d) = (rng.normals(n), rng.normals(n), rng.normals(n), rng.normals(n));
+        let wide = |x: &[f32]| x.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        let (x64, w64, u64s, d64) = (wide(&x), wide(&w), wide(&u), wide(&d));
+        let loss = |out: &[f64]| out.iter().zip(&d64).map(|(a, b)| a * b).sum::<f64>();
+        let slope = |at: &[f64], f: &dyn Fn(&[f64]) -> f64| -> Vec<f64> {
+            (0..at.len())
+                .map(|i| {
+                    let moved = |by: f64| {
+                        let mut at = at.to_vec();
+                        at[i] += by;
+                        f(&at)
+                    };
+                    (moved(1e-5) - moved(-1e-5)) / 2e-5
+                })
+                .collect()
+        };
+        let agree = |got: &[f32], want: &[f64]| {
+            for (got, want) in got.iter().zip(want) {
+                assert!((f64::from(*got) - want).abs() < 3e-6 * (1.0 + want.abs()), "{got} {want}");
+            }
+        };
+        let norm = |x: &[f64], w: &[f64]| -> f64 {
+            let s = (x.iter().map(|v| v * v).sum::<f64>() / n as f64 + 1e-3).sqrt();
+            loss(&x.iter().zip(w).map(|(x, w)| x / s * w).collect::<Vec<_>>())
+        };
+        let (mut dx, mut dw) = (vec![0.0; n], vec![0.0; n]);
+        rms_norm_row_backward(&x, &w, 1e-3, &d, &mut dx, Some(&mut dw));
+        agree(&dx, &slope(&x64, &|x| norm(x, &w64)));
+        agree(&dw, &slope(&w64, &|w| norm(&x64, w)));
+        let soft = |x: &[f64]| {
+            let sum: f64 = x.iter().map(|v| v.exp()).sum();
+            loss(&x.iter().map(|v| v.exp() / sum).collect::<Vec<_>>())
+        };
+        let (mut p, mut ds) = (x.clone(), d.clone());
+        softmax_row_in_place(&mut p);
+        softmax_row_backward(&p, &mut ds);
+        agree(&ds, &slope(&x64, &soft));
+        let gated = |g: &[f64], u: &[f64]| {
+            loss(&g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect::<Vec<_>>())
+        };
+        let (mut dg, mut du, mut made) = (x.clone(), u.clone(), d.clone());
+        silu_mul_backward(&mut dg, &mut du, &mut made);
+        agree(&dg, &slope(&x64, &|g| gated(g, &u64s)));
+        agree(&du, &slope(&u64s, &|u| gated(&x64, u)));
+        let mut forward = x.clone();
+        silu_mul(&mut forward, &u);
+        assert_eq!(made, forward);
     }
 }

@@ -1,0 +1,24 @@
+//! Passes that learn from the original model. [`PASSES`] is the list that recipes may name; what trains them
+//! ([`AdamW`], [`Schedule`], [`clip_norm`], [`Order`]) serves whole-model distillation as well.
+
+mod adamw;
+mod clip;
+mod dense;
+mod fake;
+mod order;
+mod reconstruct;
+mod rounding;
+mod schedule;
+mod start;
+#[cfg(test)]
+mod testing;
+mod trainer;
+
+pub use adamw::{AdamW, Moments};
+use attar_ir::PassDef;
+pub use clip::{clip_norm, norm};
+pub use order::Order;
+pub use schedule::{Decay, Schedule};
+
+/// Every pass of this crate on one block after the other.
+pub const PASSES: &[PassDef] = &[rounding::DEF, reconstruct::DEF];
