@@ -3,12 +3,14 @@
 
 mod adamw;
 mod clip;
+mod learner;
 mod order;
 mod schedule;
 
 pub use adamw::{AdamW, Moments};
 use attar_ir::PassDef;
 pub use clip::{clip_norm, norm};
+pub use learner::{Learner, Trained, fake_quantize};
 pub use order::Order;
 pub use schedule::{Decay, Schedule};
 

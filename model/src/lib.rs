@@ -13,6 +13,7 @@ mod generate;
 mod rope;
 pub mod spec;
 mod stream;
+mod training;
 
 pub use attention::QkNorm;
 pub use backward::{BlockGradient, BlockWeights, Differentiable, Space, Tape, embed_backward};
@@ -22,6 +23,7 @@ pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logit
 pub use generate::{Generator, Sampling};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
+pub use training::{Objective, StepMemory, Student, training_step};
 
 /// Why a model could not be read or run.
 #[derive(Debug, thiserror::Error)]
