@@ -4,6 +4,7 @@ mod keys;
 mod output;
 mod prepare;
 mod reshape;
+mod train;
 mod walk;
 
 use std::{
@@ -302,6 +303,7 @@ fn produce(
                     limits: &plan.limits,
                     seed: job.recipe.calibration.seed,
                     salt: &salt,
+                    checkpoint_every: options.checkpoint_every,
                 };
                 let hashes = json!(sources).to_string();
                 reshape::run(&plan.model, &job.checkpoint, &hashes, &around, trace, &mut time)?

@@ -7,7 +7,7 @@ use std::{
 };
 
 use attar_eval::report::{Phase, Span};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Collects the time line of one run.
 #[derive(Debug)]
@@ -76,6 +76,15 @@ impl Trace {
             _ => spans.push(Span { phase, what: what.to_owned(), start, end }),
         }
         end - start
+    }
+
+    /// How far training is, for programs.
+    pub(crate) fn training(&self, mut facts: Value) {
+        if self.json {
+            facts["event"] = json!("training");
+            facts["t"] = json!(self.now());
+            eprintln!("{facts}");
+        }
     }
 
     /// Something worth a line that is not a part of the work.

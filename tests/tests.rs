@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
 mod bundle;
+mod distill;
 mod gguf;
 mod headers;
 mod imatrix;

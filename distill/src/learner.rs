@@ -112,10 +112,19 @@ impl Part {
 
     /// The value with its adapter merged.
     fn merged(&self) -> Cow<'_, [f32]> {
-        let Value::Adapted(values, adapter, _) = &self.value else {
+        if !matches!(self.value, Value::Adapted(..)) {
             return Cow::Borrowed(self.own());
-        };
-        let mut out = values.clone();
+        }
+        let mut out = Vec::new();
+        self.merge_into(&mut out);
+        Cow::Owned(out)
+    }
+
+    /// The value with its adapter merged, into memory that is used again.
+    fn merge_into(&self, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(self.own());
+        let Value::Adapted(_, adapter, _) = &self.value else { return };
         let (rank, inner) = (adapter.rank, self.shape[1]);
         out.par_chunks_mut(ROWS * inner).zip(adapter.b.values.par_chunks(ROWS * rank)).for_each(
             |(out, b)| {
@@ -124,7 +133,6 @@ impl Part {
                 gemm_nn(shape, adapter.scale, (b, rank), a, true, (out, inner));
             },
         );
-        Cow::Owned(out)
     }
 
     /// The trained lists.
@@ -201,7 +209,9 @@ impl Learner {
                 Trained::Adapters { rank, alpha } if linear => {
                     let deviation = 1.0 / (shape[1] as f32).sqrt();
                     let mut a = rng.normals(rank * shape[1]);
-                    a.iter_mut().for_each(|a| *a *= deviation);
+                    for a in &mut a {
+                        *a *= deviation;
+                    }
                     let (a, b) = (Free::new(a), Free::new(vec![0.0; shape[0] * rank]));
                     let scale = alpha / rank as f32;
                     Value::Adapted(values, Adapter { rank, scale, a, b }, Vec::new())
@@ -283,7 +293,8 @@ impl Learner {
             if !adapted && !part.rounded {
                 continue;
             }
-            let mut seen = part.merged().into_owned();
+            let mut seen = part.seen.take().unwrap_or_default();
+            part.merge_into(&mut seen);
             if let Some(scheme) = scheme.filter(|_| part.rounded) {
                 fake_quantize(&mut seen, part.shape[1], scheme);
             }
@@ -294,7 +305,9 @@ impl Learner {
     /// Sets all gradients to zero.
     pub fn clear(&mut self) {
         for part in &mut self.parts {
-            part.free().into_iter().for_each(|free| free.gradient.fill(0.0));
+            for free in part.free() {
+                free.gradient.fill(0.0);
+            }
         }
     }
 
@@ -476,7 +489,9 @@ impl Student for Learner {
     fn finished(&mut self, index: usize) {
         let at = &self.places[index];
         let parts = &mut self.parts;
-        at.linears.iter().for_each(|&part| parts[part].factor_gradients());
+        for &part in &at.linears {
+            parts[part].factor_gradients();
+        }
     }
 }
 

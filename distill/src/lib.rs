@@ -4,11 +4,13 @@
 mod adamw;
 mod clip;
 mod learner;
+mod logits;
+mod loss;
 mod order;
 mod schedule;
 
 pub use adamw::{AdamW, Moments};
-use attar_ir::PassDef;
+use attar_ir::{ModelPassDef, PassDef};
 pub use clip::{clip_norm, norm};
 pub use learner::{Learner, Trained, fake_quantize};
 pub use order::Order;
@@ -16,3 +18,6 @@ pub use schedule::{Decay, Schedule};
 
 /// Every pass of this crate on one block after the other.
 pub const PASSES: &[PassDef] = &[];
+
+/// Every pass of this crate on the model as a whole.
+pub const MODEL_PASSES: &[ModelPassDef] = &[logits::DEF];
