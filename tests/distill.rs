@@ -194,7 +194,7 @@ fn what_cannot_be_trained_is_refused_before_any_work() {
     let tokenizer: Value = serde_json::from_str(&tokenizer).unwrap();
     let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
     let token = vocab.keys().find(|t| t.len() > 4 && t.is_ascii() && !t.contains('|')).unwrap();
-    swap("tokenizer.json", &format!("\"{token}\""), &format!("\"{token}x\""));
+    swap("tokenizer.json", &format!("\"{token}\":"), &format!("\"{token}x\":"));
     refused(&teacher, &[], &["other numbers", "one tokenizer"]);
     swap("config.json", "2048", "2049");
     refused(&teacher, &[], &["2049 tokens", "2048"]);

@@ -70,7 +70,7 @@ fn yes() -> bool {
 pub(super) struct Options {
     /// Directory of the teacher; the original checkpoint of the run when absent.
     pub(super) teacher: Option<String>,
-    /// How the student's logits are held against the teacher's.
+    /// How the student's logits are held against the teacher's: forward_kl (when absent), reverse_kl or jensen_shannon.
     pub(super) loss: Divergence,
     /// Of jensen_shannon: the teacher's share of the mixture.
     pub(super) beta: f32,
@@ -80,7 +80,7 @@ pub(super) struct Options {
     pub(super) text: f32,
     /// Weight of the relative squared distance between the streams that leave the last blocks.
     pub(super) hidden: f32,
-    /// Which values are trained.
+    /// Which values are trained: all (when absent), norms (with biases) or adapters.
     pub(super) train: What,
     /// Of adapters: their rank.
     pub(super) rank: usize,
@@ -100,7 +100,7 @@ pub(super) struct Options {
     pub(super) rate: Option<f32>,
     /// Fraction of the steps in which the rate rises.
     pub(super) warmup: f64,
-    /// How it falls afterwards.
+    /// How it falls afterwards: cosine (when absent), linear or constant.
     pub(super) decay: Decay,
     /// What it falls to, as a fraction.
     pub(super) floor: f64,
