@@ -80,6 +80,8 @@ fn a_cut_model_learns_back_what_it_knew_by_every_loss() {
         let report: Value =
             serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
         let training = &report["model"].as_array().unwrap().last().unwrap()["training"];
+        let peak = |key: &str| report[key].as_u64().unwrap();
+        assert!(peak("measured_peak_bytes") <= peak("predicted_peak_bytes"), "{name}");
         let curve = training["curve"].as_array().unwrap();
         let loss = |at: usize| curve[at][1].as_f64().unwrap();
         assert!(loss(curve.len() - 1) < loss(0), "{name}: {curve:?}");
@@ -153,6 +155,25 @@ fn threads_memory_and_kills_do_not_change_a_byte() {
         assert!(bytes == want, "killed {kills}");
         assert!(!dir.path().join(format!("killed{kills}.scratch")).exists());
     }
+}
+
+#[test]
+fn a_teacher_elsewhere_is_named_by_its_hash_and_the_run_is_reproduced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cut, learned) = (dir.path().join("cut"), dir.path().join("learned"));
+    let (code, error) = run(CUT, &cut, &[]);
+    assert_eq!(code, 0, "{error}");
+    let options = format!("steps = 12\nbatch = 4\nteacher = \"{}\"", model());
+    let mut arguments = arguments(&distill(&options), &learned, &[]);
+    arguments[1] = cut.display().to_string();
+    let (code, _, error) = attar(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(code, 0, "{error}");
+    assert!(kl(&learned) < 0.97 * kl(&cut));
+    let manifest = fs::read_to_string(learned.join("attar_manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["teacher_blake3"]["step[0] (distill)"].as_str().unwrap().len(), 64);
+    let (code, stdout, error) = attar(&["reproduce", &learned.display().to_string()]);
+    assert_eq!(code, 0, "{stdout}{error}");
 }
 
 #[test]

@@ -183,9 +183,7 @@ pub(super) fn run(
         let windows = around.windows.filter(|_| step.calibrates());
         let windows = windows.map_or("", |windows| windows.hash.as_str());
         let teacher = match (step.pass.work(), &step.teacher) {
-            (Work::Train(_), Some(folder)) => {
-                serde_json::to_string(&Checkpoint::open(Path::new(folder))?.hashes()?)?
-            }
+            (Work::Train(_), Some(folder)) => train::teacher_hash(folder)?,
             (Work::Train(_), None) => hashes.to_owned(),
             _ => String::new(),
         };

@@ -53,6 +53,12 @@ pub(super) fn check_teacher(folder: &Path, student: &Checkpoint) -> Result<Check
     Ok(teacher)
 }
 
+/// One hash of all files of a teacher.
+pub(super) fn teacher_hash(folder: &str) -> Result<String, Error> {
+    let hashes = Checkpoint::open(Path::new(folder))?.hashes()?;
+    Ok(hash_bytes(serde_json::to_string(&hashes)?.as_bytes()))
+}
+
 /// One training at work.
 struct Session<'a> {
     making: &'a Making<'a>,
