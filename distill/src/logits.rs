@@ -12,7 +12,7 @@ mod options;
 mod teacher;
 
 use attar_ir::{
-    Block, Cost, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, Progress, Sizes,
+    Block, Cost, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, Sizes, TrainProgress,
     Train, TrainSession, Training, Work,
     limits::STREAM_IN_MEMORY,
     recipe::{RecipeError, options},
@@ -475,7 +475,7 @@ impl Train for Distill {
                 ));
             }
             state.add(loss, tokens, steps);
-            session.progress(Progress {
+            session.progress(TrainProgress {
                 step: state.step,
                 steps,
                 done: state.step - first,
