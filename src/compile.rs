@@ -4,6 +4,7 @@ mod keys;
 mod output;
 mod prepare;
 mod reshape;
+mod train;
 mod walk;
 
 use std::{
@@ -144,7 +145,7 @@ fn facts(
     emit: &plan::PlannedEmit,
     sources: &BTreeMap<String, String>,
     (windows, imatrix): (Option<&Windows>, Option<&Importances>),
-) -> Map<String, Value> {
+) -> Result<Map<String, Value>, Error> {
     let recipe = recipe.to_toml();
     // A variant that reads no statistics does not depend on what its siblings were calibrated on.
     let windows = windows.filter(|_| plan.calibrates());
@@ -160,7 +161,16 @@ fn facts(
         facts.insert("imatrix_blake3".into(), json!(imatrix.hash));
     }
     facts.insert("calibration_tokens".into(), json!(windows.map(Windows::tokens)));
-    facts
+    let mut teachers = Map::new();
+    for step in &plan.model {
+        if let Some(folder) = &step.teacher {
+            teachers.insert(step.of_chain.clone(), json!(train::teacher_hash(folder)?));
+        }
+    }
+    if !teachers.is_empty() {
+        facts.insert("teacher_blake3".into(), Value::Object(teachers));
+    }
+    Ok(facts)
 }
 
 fn read_windows(job: &Job) -> Result<Option<Windows>, Error> {
@@ -251,7 +261,8 @@ fn finished(
     for (recipe, plan, emit) in emits() {
         let folder = folder(&emit.dir);
         let manifest = attar_formats::read_json(&folder.join(artifact::MANIFEST))?;
-        let facts = facts((recipe, plan), emit, &sources, (windows.as_ref(), job.imatrix.as_ref()));
+        let facts =
+            facts((recipe, plan), emit, &sources, (windows.as_ref(), job.imatrix.as_ref()))?;
         if facts.iter().any(|(name, value)| manifest.get(name) != Some(value)) {
             return Ok(None);
         }
@@ -302,6 +313,7 @@ fn produce(
                     limits: &plan.limits,
                     seed: job.recipe.calibration.seed,
                     salt: &salt,
+                    checkpoint_every: options.checkpoint_every,
                 };
                 let hashes = json!(sources).to_string();
                 reshape::run(&plan.model, &job.checkpoint, &hashes, &around, trace, &mut time)?
@@ -573,7 +585,7 @@ fn walk_variant<'a>(
         let folder = output.writer.finish()?;
         artifact::write_manifest(
             &folder,
-            facts((start.recipe, plan), output.emit, sources, (windows, job.imatrix.as_ref())),
+            facts((start.recipe, plan), output.emit, sources, (windows, job.imatrix.as_ref()))?,
         )?;
         folders.push((output.emit, folder));
     }

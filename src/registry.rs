@@ -22,7 +22,11 @@ impl Passes {
 /// Every pass that recipes may name.
 pub(crate) fn known() -> Passes {
     Passes {
-        model: attar_quant::MODEL_PASSES.iter().chain(attar_prune::MODEL_PASSES).collect(),
+        model: attar_quant::MODEL_PASSES
+            .iter()
+            .chain(attar_prune::MODEL_PASSES)
+            .chain(attar_distill::MODEL_PASSES)
+            .collect(),
         block: attar_quant::PASSES
             .iter()
             .chain(attar_prune::PASSES)

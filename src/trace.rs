@@ -8,7 +8,7 @@ use std::{
 
 use attar_eval::report::{Phase, Span};
 use attar_ir::Progress;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Collects the time line of one run.
 #[derive(Debug)]
@@ -87,6 +87,15 @@ impl Trace {
                 "event": "progress", "what": what, "step": step, "steps": steps, "loss": loss, "t": self.now(),
             });
             eprintln!("{line}");
+        }
+    }
+
+    /// How far training is, for programs.
+    pub(crate) fn training(&self, mut facts: Value) {
+        if self.json {
+            facts["event"] = json!("training");
+            facts["t"] = json!(self.now());
+            eprintln!("{facts}");
         }
     }
 

@@ -3,6 +3,7 @@
 
 mod bundle;
 mod distill;
+mod distill_model;
 mod gguf;
 mod headers;
 mod imatrix;

@@ -20,7 +20,7 @@ const COLOURS: [&str; 8] =
     ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e"];
 const WIDTH: f64 = 900.0;
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -66,6 +66,7 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
     }
     if !report.model.is_empty() {
         whole_model(out, &report.model)?;
+        crate::curve::trainings(out, &report.model)?;
     }
     let quantized: Vec<&SiteEntry> = report.sites.iter().filter(|s| s.scheme.is_some()).collect();
     if !quantized.is_empty() {
@@ -101,11 +102,14 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
 
 /// What passes on the whole model took away.
 fn whole_model(out: &mut String, entries: &[ModelEntry]) -> std::fmt::Result {
+    if entries.iter().all(|entry| entry.training.is_some()) {
+        return Ok(());
+    }
     out.push_str(
         "<h2>Whole model</h2><table><tr><th>step<th>what<th class=\"n\">before<th class=\"n\">after\
          <th class=\"n\">output error<th>removed",
     );
-    for entry in entries {
+    for entry in entries.iter().filter(|entry| entry.training.is_none()) {
         let error = entry.output_error.map_or_else(|| "-".to_owned(), |e| format!("{e:.3e}"));
         let first: Vec<_> = entry.removed.iter().take(12).map(usize::to_string).collect();
         let more = entry.removed.len().saturating_sub(first.len());

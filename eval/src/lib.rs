@@ -1,5 +1,6 @@
 //! What compression cost: perplexity, divergence from the original, reports, and gates over reports.
 
+mod curve;
 pub mod gate;
 pub mod html;
 pub mod metrics;

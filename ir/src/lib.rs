@@ -18,6 +18,7 @@ pub mod recipe;
 pub mod state;
 pub mod stats;
 pub mod target;
+pub mod train;
 pub mod training;
 
 pub use coupling::{Dim, DimName, Member, Side, Sizes};
@@ -37,4 +38,5 @@ pub use pass::{
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};
 pub use stats::{BlockStats, Given, InputStats, Needs};
+pub use train::{Saved, Train, TrainProgress, TrainRecord, TrainSession};
 pub use training::{BlockFunction, BlockValues, Progress, Teacher, Training, Wanted};

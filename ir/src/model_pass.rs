@@ -1,9 +1,9 @@
 //! Passes on the model as a whole: checkpoint in, checkpoint out, before any block is worked on.
 //!
 //! What such a pass changes is told beforehand by [`ModelPass::reshape`], so that everything behind it is
-//! proven on the shapes that will be. Three kinds of work cover them: tensor by tensor without data
-//! ([`Transform`]), block by block with statistics ([`CutBlocks`]), and one choice after all blocks
-//! were seen ([`Choose`]).
+//! proven on the shapes that will be. Four kinds of work cover them: tensor by tensor without data
+//! ([`Transform`]), block by block with statistics ([`CutBlocks`]), one choice after all blocks
+//! were seen ([`Choose`]), and training ([`Train`]).
 
 use std::{collections::BTreeMap, fmt::Debug};
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Block, BlockState, BlockStats, Cost, DimName, InputStats, ModelGraph, Needs, PassError, Sizes,
-    recipe::RecipeError,
+    Train, TrainRecord, recipe::RecipeError,
 };
 
 /// What a pass on the whole model gets beside tensors.
@@ -24,7 +24,7 @@ pub struct ModelContext<'a> {
 }
 
 /// One step of a pass on the whole model, for the report.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct ModelEntry {
     /// The step, `step[i] (pass)`; the driver fills it in.
     #[serde(default)]
@@ -42,6 +42,9 @@ pub struct ModelEntry {
     /// Scores by index, where the pass ranked.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub scores: Vec<f64>,
+    /// What training did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training: Option<TrainRecord>,
 }
 
 /// Indices that stay, of one dimension.
@@ -153,6 +156,8 @@ pub enum Work<'a> {
     Blocks(&'a dyn CutBlocks),
     /// One choice.
     Choose(&'a dyn Choose),
+    /// Training.
+    Train(&'a dyn Train),
 }
 
 /// A pass on the model as a whole.

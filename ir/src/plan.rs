@@ -145,13 +145,16 @@ pub struct ModelStep {
     pub source: Vec<TensorHeader>,
     /// Sizes of the model that it makes.
     pub sizes: Sizes,
+    /// Directory of the model that it learns from, where that is not the original one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
 }
 
 impl ModelStep {
     /// Statistics of an input group of a block that it reads, and whether activations run at all.
     pub fn needs(&self, block: &crate::Block, input: usize) -> Needs {
         match self.pass.work() {
-            crate::Work::Transform(_) => Needs::empty(),
+            crate::Work::Transform(_) | crate::Work::Train(_) => Needs::empty(),
             crate::Work::Blocks(blocks) => {
                 let stops = blocks.stops(block);
                 stops.iter().find(|stop| stop.0 == input).map_or(Needs::empty(), |stop| stop.1)

@@ -14,6 +14,7 @@ mod lesson;
 mod rope;
 pub mod spec;
 mod stream;
+mod training;
 
 pub use attention::QkNorm;
 pub use backward::{BlockGradient, BlockWeights, Differentiable, Space, Tape, embed_backward};
@@ -24,6 +25,7 @@ pub use generate::{Generator, Sampling};
 pub use lesson::{LANES, Lesson};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
+pub use training::{Objective, StepMemory, Student, training_step};
 
 /// Why a model could not be read or run.
 #[derive(Debug, thiserror::Error)]

@@ -104,6 +104,7 @@ impl Choose for Depth {
             removed: (0..count).filter(|block| !kept.contains(block)).collect(),
             output_error: None,
             scores,
+            training: None,
         };
         Ok((Selection { layers: kept, ..Selection::default() }, vec![entry]))
     }

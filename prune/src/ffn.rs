@@ -118,6 +118,7 @@ impl CutBlocks for Ffn {
             removed: (0..n).filter(|channel| !found.kept.contains(channel)).collect(),
             output_error: Some(found.error),
             scores: Vec::new(),
+            training: None,
         };
         Ok((Cut { dim, kept: found.kept }, entry))
     }

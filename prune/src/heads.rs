@@ -154,6 +154,7 @@ impl CutBlocks for Heads {
             removed: (0..table.size).filter(|index| !found.kept.contains(index)).collect(),
             output_error: Some(found.error),
             scores: found.scores,
+            training: None,
         };
         Ok((Cut { dim, kept: found.kept }, entry))
     }

@@ -112,6 +112,7 @@ impl Choose for Hidden {
             removed: (0..n).filter(|channel| !kept.contains(channel)).collect(),
             output_error: None,
             scores: Vec::new(),
+            training: None,
         };
         let layers = (0..graph.blocks.len()).collect();
         let cuts = vec![Cut { dim: DimName::Hidden, kept }];

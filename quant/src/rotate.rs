@@ -201,6 +201,7 @@ impl Transform for Rotate {
             removed: Vec::new(),
             output_error: None,
             scores: Vec::new(),
+            training: None,
         };
         let head = graph.blocks.first().and_then(|block| block.attention);
         let mut entries = Vec::new();

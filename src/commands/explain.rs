@@ -388,10 +388,21 @@ fn whole_model(record: &Record) -> (Vec<String>, Vec<String>) {
             labels.push(entry.step.clone());
             // One block stands for all of a kind.
             let (what, before, after) = (&entry.what, entry.before, entry.after);
-            lines.push(format!(
-                "{}, before all steps on blocks: {what} {before} -> {after}",
-                entry.step
-            ));
+            let did = match &entry.training {
+                Some(training) => {
+                    let ends = (training.curve.first(), training.curve.last());
+                    let loss = match ends {
+                        (Some((_, from)), Some((_, to))) => format!(", loss {from:.4} -> {to:.4}"),
+                        _ => String::new(),
+                    };
+                    format!(
+                        "{} values trained by {} in {} steps{loss}",
+                        training.trained, training.loss, training.steps
+                    )
+                }
+                None => format!("{what} {before} -> {after}"),
+            };
+            lines.push(format!("{}, before all steps on blocks: {did}", entry.step));
         }
     }
     (labels, lines)

@@ -59,7 +59,7 @@ pub(crate) fn prepare(
     }
     let decoder = Decoder::read(checkpoint.config(), &checkpoint)
         .map_err(|error| format!("{}: {error}", what.checkpoint.display()))?;
-    let (mut recipe, base) = recipe_of(what)?;
+    let (mut recipe, folder) = recipe_of(what)?;
     recipe.resolve(registry::known().as_known())?;
     let calibration = &recipe.calibration;
     let corpus = if let Some(ids) = &what.ids {
@@ -67,11 +67,11 @@ pub(crate) fn prepare(
     } else if !what.text.is_empty() {
         Some(CorpusSource::Text(what.text.clone()))
     } else if let Some(ids) = &calibration.ids {
-        Some(CorpusSource::Ids(base.join(ids)))
+        Some(CorpusSource::Ids(folder.join(ids)))
     } else if calibration.text.is_empty() {
         None
     } else {
-        Some(CorpusSource::Text(calibration.text.iter().map(|t| base.join(t)).collect()))
+        Some(CorpusSource::Text(calibration.text.iter().map(|t| folder.join(t)).collect()))
     };
     let context = calibration.context.min(decoder.spec.context);
     let tokens = if corpus.is_some() { calibration.samples * context } else { 0 };
@@ -96,7 +96,7 @@ pub(crate) fn prepare(
     for mut variant in plan::variants(&recipe)? {
         let passes = variant.recipe.resolve(registry::known().as_known())?;
         let steps = (&variant.recipe, variant.steps.as_slice());
-        let (base, model, passes) = match Base::of(&checkpoint, &decoder, steps, passes)? {
+        let (base, model, passes) = match Base::of(&checkpoint, &decoder, steps, passes, &folder)? {
             Ok(found) => found,
             Err(found) => {
                 refuse(found);

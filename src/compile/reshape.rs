@@ -3,7 +3,7 @@
 //! (further such passes, the walk over the blocks, the artifact) reads that one. Its name is the hash of
 //! everything it depends on, so it is found again by a run that was killed later, and by variants.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use attar_eval::{
     Evaluator, Score,
@@ -25,7 +25,7 @@ use attar_tensor::{
 };
 use serde_json::{Value, json};
 
-use super::{keys, scratch_of};
+use super::{keys, scratch_of, train};
 use crate::{Error, measure, progress, trace::Trace};
 
 /// A model that is not there yet: the headers of its tensors.
@@ -67,6 +67,7 @@ impl Base {
         decoder: &Decoder,
         (recipe, numbers): (&Recipe, &[usize]),
         passes: Vec<AnyPass>,
+        folder: &Path,
     ) -> Result<Result<(Self, Vec<ModelStep>, Vec<Box<dyn attar_ir::Pass>>), Vec<PlanError>>, Error>
     {
         let (mut model, mut blocks, mut errors) = (Vec::new(), Vec::new(), Vec::new());
@@ -106,6 +107,16 @@ impl Base {
                     continue;
                 }
             };
+            let teacher = match pass.work() {
+                Work::Train(train) => train.teacher().map(|teacher| folder.join(teacher)),
+                _ => None,
+            };
+            if let Some(teacher) = &teacher
+                && let Err(reason) = train::check_teacher(teacher, checkpoint)
+            {
+                errors.push(PlanError::Reshape { step: label, reason });
+                continue;
+            }
             let headers = reshaped_headers(&graph, &base.headers, &sizes);
             // Which layers stay is not known yet; where their windows differ the config is made anew later.
             let kept: Vec<usize> = (0..sizes.layers).collect();
@@ -121,6 +132,7 @@ impl Base {
                 graph,
                 source: std::mem::replace(&mut base.headers, headers),
                 sizes,
+                teacher: teacher.map(|teacher| teacher.display().to_string()),
             });
             (base.decoder, base.config) = (next, config);
         }
@@ -136,6 +148,8 @@ pub(super) struct Around<'a> {
     pub(super) seed: u64,
     /// Binary and instruction set.
     pub(super) salt: &'a str,
+    /// States of trainings are stored once per so much time.
+    pub(super) checkpoint_every: Duration,
 }
 
 /// A model that was made, and what made it.
@@ -168,6 +182,11 @@ pub(super) fn run(
         let (options, seed) = (keys::toml_text(&step.options), around.seed.to_string());
         let windows = around.windows.filter(|_| step.calibrates());
         let windows = windows.map_or("", |windows| windows.hash.as_str());
+        let teacher = match (step.pass.work(), &step.teacher) {
+            (Work::Train(_), Some(folder)) => train::teacher_hash(folder)?,
+            (Work::Train(_), None) => hashes.to_owned(),
+            _ => String::new(),
+        };
         let key = keys::hash(&[
             keys::VERSION,
             "model",
@@ -177,6 +196,7 @@ pub(super) fn run(
             &options,
             &seed,
             windows,
+            &teacher,
         ]);
         let stage = around.stage;
         let known = stage.contains(&key);
@@ -191,10 +211,13 @@ pub(super) fn run(
         }
         if !there {
             let begun = trace.begin(Phase::Solve, &step.label);
-            let work = Making { step, checkpoint, decoder: &decoder, around };
+            let work = Making { step, source, checkpoint, decoder: &decoder, around };
             stage.put_found(&key, "model", &step.label, work.headers(), |writer| {
-                work.fill(writer).map_err(|error| error.to_string())
+                work.fill(&key, trace, writer).map_err(|error| error.to_string())
             })?;
+            if let Work::Train(_) = step.pass.work() {
+                train::forget(stage, &key)?;
+            }
             time.solve += trace.end(Phase::Solve, &step.label, begun);
             object = stage.open_object(&key)?;
         }
@@ -224,16 +247,19 @@ pub(super) fn run(
 }
 
 /// One pass at work.
-struct Making<'a> {
-    step: &'a ModelStep,
-    checkpoint: &'a Checkpoint,
-    decoder: &'a Decoder,
-    around: &'a Around<'a>,
+pub(super) struct Making<'a> {
+    pub(super) step: &'a ModelStep,
+    /// The original model.
+    pub(super) source: &'a Checkpoint,
+    /// The model that it reads.
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) decoder: &'a Decoder,
+    pub(super) around: &'a Around<'a>,
 }
 
 impl Making<'_> {
     /// What will be written: as the plan promised, in f32 where values are computed.
-    fn headers(&self) -> Vec<TensorHeader> {
+    pub(super) fn headers(&self) -> Vec<TensorHeader> {
         let dims = self.decoder.graph.dims();
         let source = self.checkpoint.headers();
         let mut headers = reshaped_headers(&self.decoder.graph, source, &self.step.sizes);
@@ -248,6 +274,7 @@ impl Making<'_> {
                 .filter(|dim| dim.name.block().is_some())
                 .any(|dim| dim.members.iter().any(|m| m.side == Side::Reads && m.tensor == name)),
             Work::Choose(_) => false,
+            Work::Train(train) => train.changes(&self.decoder.graph, &self.origin(name)),
         };
         for header in &mut headers {
             if changed(&header.name)
@@ -260,17 +287,23 @@ impl Making<'_> {
         headers
     }
 
-    fn context(&self) -> ModelContext<'_> {
+    pub(super) fn context(&self) -> ModelContext<'_> {
         ModelContext { graph: &self.decoder.graph, seed: self.around.seed }
     }
 
     /// Writes every tensor; returns the facts of the object.
-    fn fill(&self, writer: &mut SafetensorsWriter) -> Result<Value, Error> {
+    fn fill(
+        &self,
+        key: &str,
+        trace: &Trace,
+        writer: &mut SafetensorsWriter,
+    ) -> Result<Value, Error> {
         let layers: Vec<usize> = (0..self.decoder.spec.layers).collect();
         let (kept, entries) = match self.step.pass.work() {
             Work::Transform(transform) => (layers, self.transform(transform, writer)?),
             Work::Blocks(blocks) => (layers, self.blocks(blocks, writer)?),
             Work::Choose(choose) => self.choose(choose, writer)?,
+            Work::Train(train) => (layers, train::run(self, train, key, trace, writer)?),
         };
         let spec = &self.decoder.spec;
         let config = resized(self.checkpoint.config(), spec, &self.step.sizes, &kept)?;
@@ -278,7 +311,7 @@ impl Making<'_> {
     }
 
     /// The tensor of the source that a written one comes from.
-    fn origin(&self, name: &str) -> String {
+    pub(super) fn origin(&self, name: &str) -> String {
         let graph = &self.decoder.graph;
         let shared = graph.tied && ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
         if shared { graph.embedding.clone() } else { name.to_owned() }

@@ -229,6 +229,9 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     for step in facts.model {
         work.solve += step.pass.cost(&step.graph, tokens).flops;
         for block in step.graph.blocks.iter().filter(|_| step.calibrates()) {
+            if let crate::Work::Train(_) = step.pass.work() {
+                break;
+            }
             work.forward += block.forward_flops(tokens, context);
             for (at, input) in block.inputs.iter().enumerate() {
                 if step.needs(block, at).contains(Needs::HESSIAN) {
@@ -418,6 +421,18 @@ impl<'a> Walk<'a> {
         }
         let corpus = corpus_bytes(self.facts.budget.corpus);
         self.add(Moment { what: "read corpus".into(), tensors: corpus, ..Moment::default() });
+        if let crate::Work::Train(train) = step.pass.work() {
+            let original = &self.facts.model[0].graph;
+            let solver =
+                train.peak_bytes(&step.graph, original, (tokens, context), self.limits.stream);
+            self.add(Moment {
+                what: step.label.clone(),
+                solver,
+                tensors: piece,
+                ..Moment::default()
+            });
+            return (self.memory, 0);
+        }
         // The stream, and a copy of it where blocks are compared with what enters them.
         let stream = 8 * tokens * step.graph.hidden;
         let kept = if stream / 2 <= self.limits.stream { stream } else { 0 };

@@ -27,6 +27,6 @@ pub use orthogonal::Orthogonal;
 pub use simd::{
     abs_max, add_in_place, axpy, dot, exp_in_place, first_non_finite, rms_norm_row,
     rms_norm_row_backward, silu_mul, silu_mul_backward, softmax_row_backward, softmax_row_in_place,
-    sum_sq, vectorize,
+    softmax_row_log_sum, sum_sq, vectorize,
 };
 pub use syrk::GramAccumulator;

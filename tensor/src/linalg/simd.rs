@@ -200,6 +200,11 @@ pub fn first_non_finite(x: &[f32]) -> Option<usize> {
 
 /// Softmax of one row in place; rows of `-inf` only are not allowed.
 pub fn softmax_row_in_place(x: &mut [f32]) {
+    softmax_row_log_sum(x);
+}
+
+/// As [`softmax_row_in_place`]; returns `ln Σ e^x`.
+pub fn softmax_row_log_sum(x: &mut [f32]) -> f32 {
     vectorize(
         #[inline(always)]
         || {
@@ -212,8 +217,9 @@ pub fn softmax_row_in_place(x: &mut [f32]) {
             for v in x.iter_mut() {
                 *v *= inverse;
             }
+            max + sum.ln()
         },
-    );
+    )
 }
 
 /// `gate = silu(gate) * up`, `silu(v) = v / (1 + e^-v)`.
@@ -356,6 +362,7 @@ mod tests {
         let mut p = x.clone();
         softmax_row_in_place(&mut p);
         let total: f64 = x.iter().map(|&v| f64::from(v).exp()).sum();
+        assert!((f64::from(softmax_row_log_sum(&mut x.clone())) - total.ln()).abs() < 1e-6);
         for (p, x) in p.iter().zip(&x) {
             assert!((f64::from(*p) - f64::from(*x).exp() / total).abs() < 1e-6);
         }

@@ -1,0 +1,253 @@
+//! Training as a pass on the whole model: where its tensors come from, where its state lies while it works, and how it
+//! tells what it does. The state is an object of the work directory that two names take turns for, so that one is always
+//! whole; a run that was killed goes on from the newest.
+
+use std::{
+    cell::RefCell,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use attar_formats::{
+    Checkpoint, Windows, hash_bytes,
+    safetensors::SafetensorsWriter,
+    stage::{Object, Stage},
+};
+use attar_ir::{ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession};
+use attar_tensor::{DType, TensorHeader, TensorSource, TensorView};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use super::{keys, reshape::Making};
+use crate::{Error, progress, trace::Trace};
+
+/// Why a checkpoint cannot teach another; they have to put out the same tokens.
+pub(super) fn check_teacher(folder: &Path, student: &Checkpoint) -> Result<Checkpoint, String> {
+    let fail = |reason: String| format!("teacher {}: {reason}", folder.display());
+    let teacher = Checkpoint::open(folder).map_err(|error| fail(error.to_string()))?;
+    if teacher.gguf().is_some() {
+        return Err(fail("is a GGUF file; give the Hugging Face directory it was made of".into()));
+    }
+    let vocab = |checkpoint: &Checkpoint| checkpoint.config()["vocab_size"].as_u64();
+    let (theirs, ours) = (vocab(&teacher), vocab(student));
+    if theirs != ours {
+        let show = |size: Option<u64>| size.map_or_else(|| "no".to_owned(), |n| n.to_string());
+        let (theirs, ours) = (show(theirs), show(ours));
+        return Err(fail(format!(
+            "has {theirs} tokens where the student has {ours}; distillation needs one vocabulary"
+        )));
+    }
+    let tokens = |checkpoint: &Checkpoint| {
+        let path = checkpoint.folder().join("tokenizer.json");
+        let text: Value = attar_formats::read_json(&path).ok()?;
+        Some(hash_bytes(text["model"]["vocab"].to_string().as_bytes()))
+    };
+    if let (Some(theirs), Some(ours)) = (tokens(&teacher), tokens(student))
+        && theirs != ours
+    {
+        return Err(fail(
+            "its tokenizer.json gives the tokens other numbers than the student's; distillation needs one tokenizer"
+                .into(),
+        ));
+    }
+    Ok(teacher)
+}
+
+/// One hash of all files of a teacher.
+pub(super) fn teacher_hash(folder: &str) -> Result<String, Error> {
+    let hashes = Checkpoint::open(Path::new(folder))?.hashes()?;
+    Ok(hash_bytes(serde_json::to_string(&hashes)?.as_bytes()))
+}
+
+/// One training at work.
+struct Session<'a> {
+    making: &'a Making<'a>,
+    teacher: &'a Checkpoint,
+    windows: &'a Windows,
+    label: &'a str,
+    /// Names of the state, by turns, and the one that was taken last.
+    names: [String; 2],
+    turn: RefCell<usize>,
+    saved: RefCell<Instant>,
+    begun: Instant,
+    told: RefCell<Instant>,
+    bar: ProgressBar,
+    trace: &'a Trace,
+    writer: RefCell<&'a mut SafetensorsWriter>,
+    written: RefCell<Vec<String>>,
+}
+
+/// Names of the state of a training whose result has this key.
+fn names(key: &str) -> [String; 2] {
+    ["0", "1"].map(|turn| keys::hash(&[keys::VERSION, "training", key, turn]))
+}
+
+/// Removes the state of a training; its result is there.
+pub(super) fn forget(stage: &Stage, key: &str) -> Result<(), Error> {
+    for name in names(key) {
+        stage.remove(&name)?;
+    }
+    Ok(())
+}
+
+/// Lines of progress for programs come so often.
+const TELL: Duration = Duration::from_secs(5);
+
+impl Session<'_> {
+    fn stage(&self) -> &Stage {
+        self.making.around.stage
+    }
+
+    fn fail(&self, error: impl std::fmt::Display) -> PassError {
+        PassError::Numeric { site: self.label.to_owned(), reason: error.to_string() }
+    }
+
+    /// The state of a name, when it is whole.
+    fn object(&self, turn: usize) -> Option<Object> {
+        self.stage().get(&self.names[turn]).ok().flatten()
+    }
+}
+
+impl TrainSession for Session<'_> {
+    fn student(&self) -> (&Value, &dyn TensorSource) {
+        (self.making.checkpoint.config(), self.making.checkpoint)
+    }
+
+    fn teacher(&self) -> (&Value, &dyn TensorSource) {
+        (self.teacher.config(), self.teacher)
+    }
+
+    fn windows(&self) -> &[Vec<u32>] {
+        &self.windows.ids
+    }
+
+    fn stream_bytes(&self) -> usize {
+        self.making.around.limits.stream
+    }
+
+    fn saved(&self) -> Result<Option<Saved>, PassError> {
+        let step = |object: &Option<Object>| {
+            object.as_ref().and_then(|object| object.info.facts["step"].as_u64())
+        };
+        let (first, second) = (self.object(0), self.object(1));
+        let newer = usize::from(step(&second) > step(&first));
+        *self.turn.borrow_mut() = newer;
+        let newest = if newer == 1 { second } else { first };
+        Ok(newest.map(|Object { info, tensors }| {
+            self.trace.note(&format!("{} goes on at step {}", self.label, info.facts["step"]));
+            Saved { facts: info.facts, tensors }
+        }))
+    }
+
+    fn due(&self) -> bool {
+        self.saved.borrow().elapsed() >= self.making.around.checkpoint_every
+    }
+
+    fn save(&self, facts: Value, lists: &[(String, &[f32])]) -> Result<(), PassError> {
+        let (old, new) = (*self.turn.borrow(), 1 - *self.turn.borrow());
+        let name = &self.names[new];
+        self.stage().remove(name).map_err(|error| self.fail(error))?;
+        let header = |(name, list): &(String, &[f32])| TensorHeader {
+            name: name.clone(),
+            dtype: DType::F32,
+            shape: vec![list.len()],
+        };
+        let headers = lists.iter().map(header).collect();
+        let kept = self.stage().put_with(name, "training", self.label, facts, headers, |writer| {
+            for (name, list) in lists {
+                let view =
+                    TensorView::new(DType::F32, vec![list.len()], bytemuck::cast_slice(list))
+                        .map_err(|error| error.to_string())?;
+                writer.write_view(name, &view).map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        });
+        kept.map_err(|error| self.fail(error))?;
+        self.stage().remove(&self.names[old]).map_err(|error| self.fail(error))?;
+        *self.turn.borrow_mut() = new;
+        *self.saved.borrow_mut() = Instant::now();
+        self.trace.training(json!({"saved": true}));
+        Ok(())
+    }
+
+    fn progress(&self, TrainProgress { step, steps, done, loss, tokens }: TrainProgress) {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let speed = tokens as f64 / seconds.max(1e-9);
+        self.bar.set_length(steps as u64);
+        self.bar.set_position(step as u64);
+        self.bar.set_message(format!("loss {loss:.4}, {speed:.0} tokens/s"));
+        if step == steps || self.told.borrow().elapsed() >= TELL {
+            *self.told.borrow_mut() = Instant::now();
+            self.trace.training(json!({
+                "step": step, "steps": steps, "loss": loss, "tokens_per_second": speed,
+                "seconds_left": seconds * (steps - step) as f64 / done.max(1) as f64,
+            }));
+        }
+    }
+
+    fn write(&self, tensor: &str, values: &[f32]) -> Result<(), PassError> {
+        let mut written = self.written.borrow_mut();
+        // A tied table may stand in the file twice.
+        for header in self.making.headers() {
+            if self.making.origin(&header.name) != tensor {
+                continue;
+            }
+            let bytes = bytemuck::cast_slice(values);
+            let view = TensorView::new(DType::F32, header.shape.clone(), bytes)
+                .map_err(|error| self.fail(error))?;
+            let done = self.writer.borrow_mut().write_view(&header.name, &view);
+            done.map_err(|error| self.fail(error))?;
+            written.push(header.name);
+        }
+        Ok(())
+    }
+}
+
+/// Trains, writes what changed, and copies what did not.
+pub(super) fn run(
+    making: &Making<'_>,
+    train: &dyn Train,
+    key: &str,
+    trace: &Trace,
+    writer: &mut SafetensorsWriter,
+) -> Result<Vec<ModelEntry>, Error> {
+    let label = making.step.label.as_str();
+    let windows = making.around.windows.ok_or("the plan counted on calibration data")?;
+    let other = making.step.teacher.as_ref();
+    let other = other.map(|folder| check_teacher(Path::new(folder), making.source)).transpose()?;
+    let session = Session {
+        making,
+        teacher: other.as_ref().unwrap_or(making.source),
+        windows,
+        label,
+        names: names(key),
+        turn: RefCell::new(0),
+        saved: RefCell::new(Instant::now()),
+        begun: Instant::now(),
+        told: RefCell::new(Instant::now()),
+        bar: progress::bar(0, making.step.pass.name()),
+        trace,
+        writer: RefCell::new(writer),
+        written: RefCell::default(),
+    };
+    let training = train.train(&making.context(), &session)?;
+    session.bar.finish_and_clear();
+    let Session { written, writer, .. } = session;
+    let (written, writer) = (written.into_inner(), writer.into_inner());
+    for header in making.headers() {
+        if written.contains(&header.name) {
+            continue;
+        }
+        let origin = making.origin(&header.name);
+        writer.write_view(&header.name, &making.checkpoint.read(&origin)?)?;
+        making.checkpoint.release(&origin);
+    }
+    let values = making.decoder.graph.sizes().layers;
+    Ok(vec![ModelEntry {
+        what: "training".into(),
+        before: values,
+        after: values,
+        training: Some(training),
+        ..ModelEntry::default()
+    }])
+}
