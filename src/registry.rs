@@ -23,7 +23,11 @@ impl Passes {
 pub(crate) fn known() -> Passes {
     Passes {
         model: attar_quant::MODEL_PASSES.iter().chain(attar_prune::MODEL_PASSES).collect(),
-        block: attar_quant::PASSES.iter().chain(attar_prune::PASSES).collect(),
+        block: attar_quant::PASSES
+            .iter()
+            .chain(attar_prune::PASSES)
+            .chain(attar_lowrank::PASSES)
+            .collect(),
     }
 }
 

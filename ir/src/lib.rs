@@ -34,5 +34,5 @@ pub use pass::{
     Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
-pub use state::{BlockState, LinearState, Weight};
+pub use state::{BlockState, Corrected, Factors, LinearState, Weight};
 pub use stats::{BlockStats, Given, InputStats, Needs};

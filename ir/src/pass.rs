@@ -6,7 +6,7 @@ use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, recipe::RecipeError,
+    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Site, recipe::RecipeError,
 };
 
 /// Which activations the statistics come from.
@@ -84,6 +84,9 @@ pub struct PassContext<'a> {
     pub seed: u64,
     /// What [`Pass::survey`] found in each decoder block, in order; empty for passes that survey nothing.
     pub survey: &'a [f64],
+    /// The original float weights of the targets by site, with the scales that earlier steps folded around them, for
+    /// passes that read them ([`Pass::reads_original`]); empty for others.
+    pub original: &'a [Option<Mat>],
     /// Where the large parts of a factorization lie; `None` is memory. Bits do not depend on it.
     pub scratch: Option<&'a Scratch>,
 }
@@ -174,6 +177,19 @@ pub trait Pass: Debug + Send + Sync {
     /// Fraction of a site's weights that it leaves, for passes that prune.
     fn density(&self) -> Option<f64> {
         None
+    }
+
+    /// Rank of the factors (or of the correction) that it gives a site, for passes that write the rank axis.
+    ///
+    /// # Errors
+    /// Why the site can have none such, with the largest rank that it can have.
+    fn rank(&self, _: &Site) -> Result<Option<usize>, String> {
+        Ok(None)
+    }
+
+    /// Whether it reads the original float weight beside what earlier steps made of it.
+    fn reads_original(&self) -> bool {
+        false
     }
 
     /// Whether weights that were pruned before come out exactly zero.

@@ -2,7 +2,12 @@
 
 use std::borrow::Cow;
 
-use attar_tensor::{BlockQuantized, BlockType, DType, Mat, QuantScheme, QuantizedLinear, Tensor};
+use attar_tensor::{
+    BlockQuantized, BlockType, DType, Mat, QuantScheme, QuantizedLinear, Tensor,
+    linalg::lowrank::multiply,
+};
+
+use crate::{Block, Producer};
 
 /// The weight of one linear, in one of the forms of [`crate::Form`].
 #[derive(Debug, Clone, PartialEq)]
@@ -13,23 +18,72 @@ pub enum Weight {
     Quantized(QuantizedLinear),
     /// Codes in blocks with two-level scales.
     Blocks(BlockQuantized),
+    /// A product of two thin weights.
+    Factored(Box<Factors>),
+    /// A weight plus a product of two thin ones.
+    Corrected(Box<Corrected>),
+}
+
+/// Two thin weights whose product `up · down` stands for one of `[out_features, in_features]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Factors {
+    /// `[rank, in_features]`, dense or quantized.
+    pub down: Weight,
+    /// `[out_features, rank]`, dense or quantized.
+    pub up: Weight,
+}
+
+impl Factors {
+    /// Dense factors.
+    pub const fn dense(down: Mat, up: Mat) -> Self {
+        Self { down: Weight::Dense(down), up: Weight::Dense(up) }
+    }
+
+    /// Rows of `down`, columns of `up`.
+    pub fn rank(&self) -> usize {
+        self.down.shape().0
+    }
+
+    /// `up · down`, sums in f64.
+    pub fn product(&self) -> Mat {
+        multiply(&self.up.values(), &self.down.values())
+    }
+}
+
+/// A full weight with a correction of low rank beside it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Corrected {
+    /// The full weight, quantized.
+    pub base: Weight,
+    /// What is added to it.
+    pub correction: Factors,
 }
 
 impl Weight {
-    /// The float weight, when it is one.
+    /// The float weight, when it is one of full rank.
     pub const fn as_dense(&self) -> Option<&Mat> {
         match self {
             Self::Dense(weight) => Some(weight),
-            Self::Quantized(_) | Self::Blocks(_) => None,
+            Self::Quantized(_) | Self::Blocks(_) | Self::Factored(_) | Self::Corrected(_) => None,
         }
     }
 
-    /// The scheme of a quantized weight; that of its type for blocks.
+    /// The factors, when it is a product.
+    pub const fn as_factored(&self) -> Option<&Factors> {
+        match self {
+            Self::Factored(factors) => Some(factors),
+            Self::Dense(_) | Self::Quantized(_) | Self::Blocks(_) | Self::Corrected(_) => None,
+        }
+    }
+
+    /// The scheme of a quantized weight; that of its type for blocks, of the factors, of what is corrected.
     pub const fn scheme(&self) -> Option<QuantScheme> {
         match self {
             Self::Dense(_) => None,
             Self::Quantized(weight) => Some(weight.scheme),
             Self::Blocks(weight) => Some(weight.block.scheme()),
+            Self::Factored(factors) => factors.down.scheme(),
+            Self::Corrected(weight) => weight.base.scheme(),
         }
     }
 
@@ -39,6 +93,8 @@ impl Weight {
             Self::Dense(weight) => weight.dim(),
             Self::Quantized(weight) => (weight.out_features, weight.in_features),
             Self::Blocks(weight) => (weight.out_features, weight.in_features),
+            Self::Factored(factors) => (factors.up.shape().0, factors.down.shape().1),
+            Self::Corrected(weight) => weight.base.shape(),
         }
     }
 
@@ -48,14 +104,18 @@ impl Weight {
             Self::Dense(weight) => Cow::Borrowed(weight),
             Self::Quantized(weight) => Cow::Owned(weight.dequantize()),
             Self::Blocks(weight) => Cow::Owned(weight.dequantize()),
+            Self::Factored(factors) => Cow::Owned(factors.product()),
+            Self::Corrected(weight) => {
+                Cow::Owned(&*weight.base.values() + &weight.correction.product())
+            }
         }
     }
 
     /// The affine quantized weight, when it is one.
     pub const fn as_quantized(&self) -> Option<&QuantizedLinear> {
         match self {
-            Self::Dense(_) | Self::Blocks(_) => None,
             Self::Quantized(weight) => Some(weight),
+            Self::Dense(_) | Self::Blocks(_) | Self::Factored(_) | Self::Corrected(_) => None,
         }
     }
 }
@@ -119,13 +179,33 @@ impl BlockState {
         }
     }
 
+    /// Does to the checkpoint's weight of a linear what folds did to it: its columns were multiplied by what its input
+    /// was divided by, and its rows divided where they make the input of others.
+    pub fn follow_folds(&self, block: &Block, site: usize, weight: &mut Mat) {
+        let scale = |input: usize| self.input_scale.get(input).and_then(Option::as_deref);
+        if let Some(scale) = scale(block.input_of(site)) {
+            for mut row in weight.outer_iter_mut() {
+                row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s);
+            }
+        }
+        for fold in block.folds.iter().filter(|fold| fold.producer == Producer::Rows(site)) {
+            let Some(scale) = scale(fold.input) else { continue };
+            let mut divided = vec![false; weight.nrows()];
+            for (consumer, s) in scale.iter().enumerate() {
+                let producer = fold.map.producer_of(consumer);
+                if !std::mem::replace(&mut divided[producer], true) {
+                    weight.row_mut(producer).map_inplace(|w| *w /= s);
+                }
+            }
+        }
+    }
+
     /// The linears at `sites`, and with `neighbours` every norm, bias and input scale that a fold
     /// changed, as named tensors: what [`BlockState::import`] takes back to the same bits.
     ///
     /// # Panics
     /// When a weight is not in standard layout.
     pub fn export(&self, sites: &[usize], neighbours: bool) -> Vec<(String, Tensor)> {
-        const FITS: &str = "the shape is the values' own";
         let mut parts = Vec::new();
         let mut put = |name: String, tensor| parts.push((name, tensor));
         let floats =
@@ -142,46 +222,7 @@ impl BlockState {
                 let flag = Tensor::new(DType::U8, vec![1], vec![1]).expect(FITS);
                 put(format!("linear.{at}.masked"), flag);
             }
-            match &linear.weight {
-                Weight::Dense(weight) => {
-                    let values = weight.as_slice().expect("weights are in standard layout");
-                    let shape = weight.shape().to_vec();
-                    put(
-                        format!("linear.{at}.weight"),
-                        Tensor::from_f32(DType::F32, shape, values).expect(FITS),
-                    );
-                }
-                Weight::Quantized(q) => {
-                    let codes = pack_bits(&q.codes, q.scheme.bits);
-                    let shape = vec![codes.len()];
-                    put(
-                        format!("linear.{at}.codes"),
-                        Tensor::new(DType::U8, shape, codes).expect(FITS),
-                    );
-                    put(format!("linear.{at}.scales"), floats(&q.scales));
-                    let zeros: Vec<i32> = q.zeros.iter().map(|&zero| i32::from(zero)).collect();
-                    put(
-                        format!("linear.{at}.zeros"),
-                        Tensor::from_i32(vec![zeros.len()], &zeros).expect(FITS),
-                    );
-                    if let Some(g_idx) = &q.g_idx {
-                        let g_idx: Vec<i32> = g_idx.iter().map(|&g| g as i32).collect();
-                        put(
-                            format!("linear.{at}.g_idx"),
-                            Tensor::from_i32(vec![g_idx.len()], &g_idx).expect(FITS),
-                        );
-                    }
-                }
-                Weight::Blocks(q) => {
-                    for (what, bytes) in block_parts(q) {
-                        let shape = vec![bytes.len()];
-                        put(
-                            format!("linear.{at}.{what}"),
-                            Tensor::new(DType::U8, shape, bytes).expect(FITS),
-                        );
-                    }
-                }
-            }
+            export_weight(&format!("linear.{at}"), &linear.weight, &mut put);
         }
         if neighbours {
             for (at, norm) in self.norms.iter().enumerate().filter(|(at, _)| self.norm_changed[*at])
@@ -207,25 +248,6 @@ impl BlockState {
         schemes: &[Option<QuantScheme>],
     ) -> Result<(), String> {
         let part = |name: &str| parts.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor);
-        let floats = |name: &str, tensor: &Tensor, count: usize| -> Result<Vec<f32>, String> {
-            let values = tensor.view().to_f32().map_err(|error| format!("{name}: {error}"))?;
-            if values.len() == count {
-                Ok(values)
-            } else {
-                Err(format!("{name}: {} values, expected {count}", values.len()))
-            }
-        };
-        let integers = |name: &str| -> Result<Vec<i32>, String> {
-            let tensor = part(name).ok_or_else(|| format!("{name}: missing"))?;
-            if tensor.dtype() != DType::I32 {
-                return Err(format!("{name}: is {}, expected I32", tensor.dtype()));
-            }
-            Ok(tensor
-                .bytes()
-                .chunks_exact(4)
-                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect())
-        };
         for (at, linear) in self.linears.iter_mut().enumerate() {
             let name = |what: &str| format!("linear.{at}.{what}");
             if let (Some(tensor), Some(bias)) = (part(&name("bias")), &mut linear.bias) {
@@ -234,57 +256,12 @@ impl BlockState {
             }
             let (out, inner) = linear.weight.shape();
             self.masked[at] |= part(&name("masked")).is_some();
-            if let Some(tensor) = part(&name("weight")) {
-                let values = floats(&name("weight"), tensor, out * inner)?;
-                let weight = Mat::from_shape_vec((out, inner), values)
-                    .map_err(|error| format!("{}: {error}", name("weight")))?;
-                linear.weight = Weight::Dense(weight);
-                self.weight_changed[at] = true;
-            } else if let Some(codes) = part(&name("codes")) {
-                let scheme = schemes
-                    .get(at)
-                    .copied()
-                    .flatten()
-                    .ok_or_else(|| format!("{}: no scheme", name("codes")))?;
-                if let Some(block) = scheme.block() {
-                    let bytes = |what: &str| {
-                        let tensor = part(&name(what));
-                        tensor.map_or(&[][..], Tensor::bytes)
-                    };
-                    linear.weight = Weight::Blocks(
-                        blocks_of(block, (out, inner), &bytes)
-                            .ok_or_else(|| format!("{}: blocks do not fit", name("codes")))?,
-                    );
-                    continue;
-                }
-                let groups = scheme
-                    .groups(inner)
-                    .ok_or_else(|| format!("{}: groups do not divide", name("codes")))?;
-                let codes = unpack_bits(codes.bytes(), scheme.bits, out * inner)
-                    .ok_or_else(|| format!("{}: wrong length", name("codes")))?;
-                let scales =
-                    part(&name("scales")).ok_or_else(|| format!("{}: missing", name("scales")))?;
-                let scales = floats(&name("scales"), scales, out * groups)?;
-                let zeros: Vec<u16> =
-                    integers(&name("zeros"))?.into_iter().map(|zero| zero as u16).collect();
-                if zeros.len() != out * groups {
-                    return Err(format!("{}: wrong length", name("zeros")));
-                }
-                let g_idx = match part(&name("g_idx")) {
-                    Some(_) => {
-                        Some(integers(&name("g_idx"))?.into_iter().map(|g| g as u32).collect())
-                    }
-                    None => None,
-                };
-                linear.weight = Weight::Quantized(QuantizedLinear {
-                    scheme,
-                    out_features: out,
-                    in_features: inner,
-                    codes,
-                    scales,
-                    zeros,
-                    g_idx,
-                });
+            let scheme = schemes.get(at).copied().flatten();
+            let stem = format!("linear.{at}");
+            if let Some(weight) = import_weight(&stem, (out, inner), scheme, &part)? {
+                // Codes are written from what they are; floats only where they are said to have changed.
+                self.weight_changed[at] |= matches!(weight, Weight::Dense(_) | Weight::Factored(_));
+                linear.weight = weight;
             }
         }
         for (at, norm) in self.norms.iter_mut().enumerate() {
@@ -306,6 +283,137 @@ impl BlockState {
         }
         Ok(())
     }
+}
+
+/// The shape is the values' own.
+const FITS: &str = "the shape is the values' own";
+
+fn export_weight(stem: &str, weight: &Weight, put: &mut dyn FnMut(String, Tensor)) {
+    match weight {
+        Weight::Dense(weight) => {
+            let values = weight.as_slice().expect("weights are in standard layout");
+            let shape = weight.shape().to_vec();
+            let tensor = Tensor::from_f32(DType::F32, shape, values).expect(FITS);
+            put(format!("{stem}.weight"), tensor);
+        }
+        Weight::Quantized(q) => {
+            let codes = pack_bits(&q.codes, q.scheme.bits);
+            let shape = vec![codes.len()];
+            let codes = Tensor::new(DType::U8, shape, codes).expect(FITS);
+            put(format!("{stem}.codes"), codes);
+            let scales = Tensor::from_f32(DType::F32, vec![q.scales.len()], &q.scales);
+            put(format!("{stem}.scales"), scales.expect(FITS));
+            let mut integers = |what: &str, values: Vec<i32>| {
+                let tensor = Tensor::from_i32(vec![values.len()], &values).expect(FITS);
+                put(format!("{stem}.{what}"), tensor);
+            };
+            integers("zeros", q.zeros.iter().map(|&zero| i32::from(zero)).collect());
+            if let Some(g_idx) = &q.g_idx {
+                integers("g_idx", g_idx.iter().map(|&g| g as i32).collect());
+            }
+        }
+        Weight::Blocks(q) => {
+            for (what, bytes) in block_parts(q) {
+                let shape = vec![bytes.len()];
+                let tensor = Tensor::new(DType::U8, shape, bytes).expect(FITS);
+                put(format!("{stem}.{what}"), tensor);
+            }
+        }
+        Weight::Factored(factors) => export_factors(stem, factors, put),
+        Weight::Corrected(weight) => {
+            export_weight(&format!("{stem}.base"), &weight.base, put);
+            export_factors(stem, &weight.correction, put);
+        }
+    }
+}
+
+fn export_factors(stem: &str, factors: &Factors, put: &mut dyn FnMut(String, Tensor)) {
+    let rank = Tensor::from_i32(vec![1], &[factors.rank() as i32]).expect(FITS);
+    put(format!("{stem}.rank"), rank);
+    export_weight(&format!("{stem}.down"), &factors.down, put);
+    export_weight(&format!("{stem}.up"), &factors.up, put);
+}
+
+fn floats(name: &str, tensor: &Tensor, count: usize) -> Result<Vec<f32>, String> {
+    let values = tensor.view().to_f32().map_err(|error| format!("{name}: {error}"))?;
+    if values.len() == count {
+        Ok(values)
+    } else {
+        Err(format!("{name}: {} values, expected {count}", values.len()))
+    }
+}
+
+fn integers(name: &str, tensor: Option<&Tensor>) -> Result<Vec<i32>, String> {
+    let tensor = tensor.ok_or_else(|| format!("{name}: missing"))?;
+    if tensor.dtype() != DType::I32 {
+        return Err(format!("{name}: is {}, expected I32", tensor.dtype()));
+    }
+    let number = |b: &[u8]| i32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    Ok(tensor.bytes().chunks_exact(4).map(number).collect())
+}
+
+/// A weight under the names that [`export_weight`] gave it; `None` when there is none.
+fn import_weight<'a>(
+    stem: &str,
+    (out, inner): (usize, usize),
+    scheme: Option<QuantScheme>,
+    part: &dyn Fn(&str) -> Option<&'a Tensor>,
+) -> Result<Option<Weight>, String> {
+    let name = |what: &str| format!("{stem}.{what}");
+    if let Some(rank) = part(&name("rank")) {
+        let rank = integers(&name("rank"), Some(rank))?.first().copied().unwrap_or(0);
+        let rank = usize::try_from(rank).map_err(|_| format!("{}: {rank}", name("rank")))?;
+        let thin = |what: &str, shape, scheme| -> Result<Weight, String> {
+            let weight = import_weight(&name(what), shape, scheme, part)?;
+            weight.ok_or_else(|| format!("{}: missing", name(what)))
+        };
+        let base = import_weight(&name("base"), (out, inner), scheme, part)?;
+        // A correction is not quantized; the scheme is that of the weight it belongs to.
+        let own = scheme.filter(|_| base.is_none());
+        let factors =
+            Factors { down: thin("down", (rank, inner), own)?, up: thin("up", (out, rank), own)? };
+        return Ok(Some(match base {
+            Some(base) => Weight::Corrected(Box::new(Corrected { base, correction: factors })),
+            None => Weight::Factored(Box::new(factors)),
+        }));
+    }
+    if let Some(tensor) = part(&name("weight")) {
+        let values = floats(&name("weight"), tensor, out * inner)?;
+        let weight = Mat::from_shape_vec((out, inner), values)
+            .map_err(|error| format!("{}: {error}", name("weight")))?;
+        return Ok(Some(Weight::Dense(weight)));
+    }
+    let Some(codes) = part(&name("codes")) else { return Ok(None) };
+    let scheme = scheme.ok_or_else(|| format!("{}: no scheme", name("codes")))?;
+    if let Some(block) = scheme.block() {
+        let bytes = |what: &str| part(&name(what)).map_or(&[][..], Tensor::bytes);
+        let weight = blocks_of(block, (out, inner), &bytes);
+        let weight = weight.ok_or_else(|| format!("{}: blocks do not fit", name("codes")))?;
+        return Ok(Some(Weight::Blocks(weight)));
+    }
+    let groups =
+        scheme.groups(inner).ok_or_else(|| format!("{}: groups do not divide", name("codes")))?;
+    let codes = unpack_bits(codes.bytes(), scheme.bits, out * inner)
+        .ok_or_else(|| format!("{}: wrong length", name("codes")))?;
+    let scales = part(&name("scales")).ok_or_else(|| format!("{}: missing", name("scales")))?;
+    let scales = floats(&name("scales"), scales, out * groups)?;
+    let zeros = integers(&name("zeros"), part(&name("zeros")))?;
+    let zeros: Vec<u16> = zeros.into_iter().map(|zero| zero as u16).collect();
+    if zeros.len() != out * groups {
+        return Err(format!("{}: wrong length", name("zeros")));
+    }
+    let g_idx =
+        part(&name("g_idx")).map(|list| integers(&name("g_idx"), Some(list))).transpose()?;
+    let g_idx = g_idx.map(|list| list.into_iter().map(|g| g as u32).collect());
+    Ok(Some(Weight::Quantized(QuantizedLinear {
+        scheme,
+        out_features: out,
+        in_features: inner,
+        codes,
+        scales,
+        zeros,
+        g_idx,
+    })))
 }
 
 /// The lists of a weight in blocks, as bytes.
@@ -441,6 +549,56 @@ mod tests {
             parts.retain(|(name, _)| !name.ends_with("scales"));
             let error = fresh().import(&parts, &[None, Some(scheme), None]).unwrap_err();
             assert!(error.contains("linear.1.scales"), "{error}");
+        }
+    }
+
+    #[test]
+    fn factors_and_corrections_come_back_to_the_bit() {
+        let mat = |rows: usize, columns: usize| {
+            Mat::from_shape_fn((rows, columns), |(i, j)| ((3 + i * columns + j) as f32).sin())
+        };
+        let scheme = QuantScheme {
+            bits: 4,
+            granularity: Granularity::Channel,
+            symmetric: true,
+            scale_grid: ScaleGrid::F32,
+            zero_min: 0,
+            activations: attar_tensor::ActivationScheme::Float,
+        };
+        let codes = |out: usize, inner: usize| {
+            Weight::Quantized(QuantizedLinear {
+                scheme,
+                out_features: out,
+                in_features: inner,
+                codes: (0..out * inner).map(|i| (i % 16) as u8).collect(),
+                scales: (0..out).map(|i| 0.1 + i as f32).collect(),
+                zeros: vec![8; out],
+                g_idx: None,
+            })
+        };
+        let fresh = || {
+            let linear = LinearState { weight: Weight::Dense(mat(3, 8)), bias: None };
+            BlockState::new(0, vec![linear], Vec::new())
+        };
+        let corrected =
+            Corrected { base: codes(3, 8), correction: Factors::dense(mat(2, 8), mat(3, 2)) };
+        for (weight, changed) in [
+            (Weight::Factored(Box::new(Factors::dense(mat(2, 8), mat(3, 2)))), true),
+            (Weight::Factored(Box::new(Factors { down: codes(2, 8), up: codes(3, 2) })), true),
+            (Weight::Corrected(Box::new(corrected)), false),
+        ] {
+            let mut state = fresh();
+            assert_eq!(weight.shape(), (3, 8));
+            state.linears[0].weight = weight;
+            state.weight_changed[0] = changed;
+            let scheme = state.linears[0].weight.scheme();
+            let mut again = fresh();
+            again.import(&state.export(&[0], false), &[scheme]).unwrap();
+            assert_eq!(again, state);
+            let mut parts = state.export(&[0], false);
+            parts.retain(|(name, _)| !name.contains(".up."));
+            let error = fresh().import(&parts, &[scheme]).unwrap_err();
+            assert!(error.contains("linear.0.up"), "{error}");
         }
     }
 

@@ -15,7 +15,9 @@ mod stream;
 
 pub use block::{BlockRun, Timing, observe_block};
 pub use decoder::Decoder;
-pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
+pub use evaluate::{
+    BlockOps, LinearOp, Linears, LowRankOp, WeightSource, embed, final_logits, run_block,
+};
 pub use generate::{Generator, Sampling};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};

@@ -107,7 +107,7 @@ impl Side {
         let mut units = BTreeMap::new();
         let mut of_linears = Vec::new();
         if let Some(model) = self.weights.model() {
-            for site in model.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+            for site in model.linears() {
                 if model.scheme_of(site).is_some() {
                     let parts = self.weights.parts(&site.name);
                     of_linears.extend(parts.into_iter().map(|header| header.name.as_str()));

@@ -10,7 +10,7 @@ use attar_ir::{
 use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::BlockType;
 
-use super::{Job, Measure, reshape::Base};
+use super::{Job, Measure, reshape::Base, shim};
 use crate::{Error, args::What, contract, importance::Importances, measure, registry};
 
 fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
@@ -54,6 +54,13 @@ pub(crate) fn prepare(
             "{} is quantized already ({}); give the original checkpoint",
             what.checkpoint.display(),
             parsed.layout
+        )
+        .into());
+    }
+    if checkpoint.config().get("low_rank").is_some() {
+        return Err(format!(
+            "{} is factored already (low_rank in config.json); give the original checkpoint, or one written with              `merge = true`",
+            what.checkpoint.display()
         )
         .into());
     }
@@ -147,6 +154,9 @@ pub(crate) fn prepare(
     }
     for ((_, plan), (base, _)) in variants.iter_mut().zip(&bases) {
         imatrix.as_ref().map_or(Ok(()), |imatrix| imatrix.check(plan))?;
+        if plan.emits.iter().any(|emit| !plan.factored(emit).is_empty()) {
+            shim::text(checkpoint.config())?;
+        }
         check_gguf(&checkpoint, &base.decoder, plan)?;
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;

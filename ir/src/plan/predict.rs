@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
-    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
+    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Rank, Target, Touches,
     Upstream,
 };
 
@@ -339,7 +339,23 @@ impl<'a> Walk<'a> {
                 if quantized { site.weights() + site.weights() / 5 } else { 4 * site.weights() };
             weight + 4 * site.out_features
         };
-        norms + block.sites.iter().zip(quantized).map(site).sum::<usize>()
+        norms + block.sites.iter().zip(quantized).map(site).sum::<usize>() + self.corrections(block)
+    }
+
+    /// Corrections beside the weights of a block, f32. Factors are smaller than the weight that they stand for.
+    fn corrections(&self, block: &Block) -> usize {
+        let Facts { steps, passes, .. } = *self.facts;
+        let corrects = |at: &usize| {
+            steps[*at].contract.produces.rank == Some(Rank::FullPlusLowRank)
+                && steps[*at].targets.len() > block.index
+        };
+        let bytes = |(at, target): (usize, &Target)| {
+            let site = &block.sites[target.site];
+            let rank = passes[at].rank(site).ok().flatten().unwrap_or(0);
+            4 * rank * (site.out_features + site.in_features)
+        };
+        let of = |at: usize| steps[at].targets[block.index].iter().map(move |target| (at, target));
+        (0..steps.len()).filter(corrects).flat_map(of).map(bytes).sum()
     }
 
     /// Packed copies of the sites that a forward runs, and the largest of them that is dequantized on the way,

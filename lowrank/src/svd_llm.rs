@@ -1,0 +1,112 @@
+//! SVD-LLM: truncation-aware whitening (Wang et al. 2024, arXiv:2403.07378, section 3.1).
+//!
+//! Minimises `‖WX − W'X‖²` over W' of rank r: with `H = 2/n XXᵀ = L Lᵀ` the singular values of `W L` are what cutting them
+//! costs, so `W' = U_r Σ_r V_rᵀ L⁻¹`. `weight [out, in]`, `hessian [in, in]`. Cost O(out·in² + min³).
+//!
+//! Deliberate differences from the authors' code: L is never inverted, since `U_r Σ_r V_rᵀ L⁻¹ = U_r U_rᵀ W`, so no dampening
+//! enters where the smaller side is the output; statistics come stage by stage behind what was factored before, in one
+//! forward, so that the closed-form update of U on the compressed stream (section 3.2 of the paper's first version) is
+//! already the optimum found here. Where V is to come from the original model's activations (`upstream = "original"`), a
+//! step `svd_update` behind this one makes that update.
+
+use attar_ir::{
+    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
+    PassContext, PassDef, PassError, PassReport, Site, Target, Touches, Upstream, check_finite,
+    recipe::options,
+};
+use attar_tensor::linalg::lowrank::Metric;
+use serde::Deserialize;
+
+use crate::{
+    common::{best, cost, factor, hessian},
+    options::Size,
+    svd::{KEYS, USUAL},
+};
+
+/// Registration of `svd_llm`.
+pub(crate) const DEF: PassDef = PassDef {
+    name: "svd_llm",
+    summary: "put two thin matrices in the place of each, the nearest by what they put out on the calibration inputs",
+    paper: "Wang et al. 2024, arXiv:2403.07378",
+    example: "\
+[[step]]
+pass = \"svd_llm\"
+ratio = 0.2
+multiple_of = 16
+[[step]]
+pass = \"gptq\"
+scheme = { bits = 4, group_size = 16 }
+",
+    takes_scheme: false,
+    symmetric_by_default: false,
+    build: |table| {
+        let Options { rank, ratio, multiple_of } = options(table, KEYS)?;
+        Ok(Box::new(SvdLlm(Size::of(rank, ratio, multiple_of, USUAL)?)))
+    },
+    schema: || schemars::schema_for!(Options),
+};
+
+#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Options {
+    /// Rank of every site's factors, instead of a ratio.
+    rank: Option<usize>,
+    /// Fraction of each site's parameters that is taken away; 0.2 when there is no rank either.
+    ratio: Option<f64>,
+    /// With a ratio: ranks are rounded down to multiples of it, e.g. the group size of a quantizer that follows.
+    multiple_of: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { rank: None, ratio: None, multiple_of: 1 }
+    }
+}
+
+#[derive(Debug)]
+struct SvdLlm(Size);
+
+impl Pass for SvdLlm {
+    fn name(&self) -> &'static str {
+        "svd_llm"
+    }
+
+    fn contract(&self) -> Contract {
+        Contract {
+            accepts: FormSet::DENSE_FLOAT,
+            produces: FormChange::FACTOR,
+            needs: Needs::HESSIAN,
+            upstream: Upstream::Compressed,
+            touches: Touches::Sites,
+            looks_ahead: false,
+        }
+    }
+
+    fn rank(&self, site: &Site) -> Result<Option<usize>, String> {
+        self.0.rank(site).map(Some)
+    }
+
+    fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
+        cost(block, targets, false)
+    }
+
+    fn apply(
+        &self,
+        context: &PassContext<'_>,
+        targets: &[Target],
+        state: &mut BlockState,
+        stats: &mut BlockStats,
+    ) -> Result<PassReport, PassError> {
+        let stats = &*stats;
+        let thin = |site: usize, weight: &_, rank| {
+            let name = &context.block.sites[site].name;
+            let h = hessian(stats, context.block, site);
+            let h = h.expect("the plan provides what the contract needs");
+            check_finite(name, "the Hessian", h)?;
+            best(name, weight, Metric::Hessian(h), rank)
+        };
+        let rank = |site: &Site| self.0.rank(site);
+        let sites = factor("svd_llm", (context, targets), (state, stats), rank, thin)?;
+        Ok(PassReport { sites })
+    }
+}
