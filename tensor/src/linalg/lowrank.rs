@@ -206,16 +206,73 @@ pub fn refit_up(weight: &Mat, down: &Mat, h: &Mat) -> Result<Mat, LinalgError> {
     let w = wide(weight.as_slice().expect("standard layout"));
     let d = wide(down.as_slice().expect("standard layout"));
     let mut small = sandwich((r, r, n), &d, h, &d);
-    let mean = (0..r).map(|i| small[i * r + i]).sum::<f64>() / r.max(1) as f64;
-    for i in 0..r {
-        small[i * r + i] += 1e-9 * mean.max(f64::MIN_POSITIVE);
-    }
+    dampen(&mut small, r);
     let inverse = inverse_spd(small, r)?;
     let cross = sandwich((out, r, n), &w, h, &d);
     let mut up = vec![0.0; out * r];
     gemm((out, r, r), 1.0, &cross, &inverse, false, &mut up);
     let up = up.iter().map(|&x| x as f32).collect();
     Ok(Mat::from_shape_vec((out, r), up).expect("as many values as the shape has"))
+}
+
+/// The `up` for another `down` (a quantized one) that comes nearest to `up · down` in a metric:
+/// `up (down H d̂ᵀ) (d̂ H d̂ᵀ)⁻¹`, small products all of them.
+///
+/// # Errors
+/// [`LinalgError`] when `d̂ H d̂ᵀ` is indefinite.
+///
+/// # Panics
+/// When shapes do not fit or a matrix is not in standard layout.
+pub fn follow_down(up: &Mat, down: &Mat, other: &Mat, h: &Mat) -> Result<Mat, LinalgError> {
+    let ((out, r), n) = (up.dim(), down.ncols());
+    let wide = |x: &Mat| wide(x.as_slice().expect("standard layout"));
+    let (d, other) = (wide(down), wide(other));
+    let mut small = sandwich((r, r, n), &other, h, &other);
+    dampen(&mut small, r);
+    let inverse = inverse_spd(small, r)?;
+    let cross = sandwich((r, r, n), &d, h, &other);
+    let mut between = vec![0.0; r * r];
+    gemm((r, r, r), 1.0, &cross, &inverse, false, &mut between);
+    let mut followed = vec![0.0; out * r];
+    gemm((out, r, r), 1.0, &wide(up), &between, false, &mut followed);
+    let followed = followed.iter().map(|&x| x as f32).collect();
+    Ok(Mat::from_shape_vec((out, r), followed).expect("as many values as the shape has"))
+}
+
+/// Makes a semidefinite `a [r, r]` definite, by as little as it takes.
+fn dampen(a: &mut [f64], r: usize) {
+    let mean = (0..r).map(|i| a[i * r + i]).sum::<f64>() / r.max(1) as f64;
+    for i in 0..r {
+        a[i * r + i] += 1e-9 * mean.max(f64::MIN_POSITIVE);
+    }
+}
+
+/// `tr(Δ H Δᵀ)` for the difference `Δ` of two products `up · down`, and the same of the first product; the plain squares
+/// without a metric. No product is made.
+///
+/// # Panics
+/// When shapes do not fit or a matrix is not in standard layout.
+pub fn product_error(first: (&Mat, &Mat), second: (&Mat, &Mat), h: Option<&Mat>) -> [f64; 2] {
+    let ((out, r), n) = (first.0.dim(), first.1.ncols());
+    let (s, t) = (second.0.ncols(), first.0.ncols() + second.0.ncols());
+    let wide = |x: &Mat| wide(x.as_slice().expect("standard layout"));
+    let rows = [wide(first.1), wide(second.1)].concat();
+    let gram = match h {
+        Some(h) => sandwich((t, t, n), &rows, h, &rows),
+        None => product_nt((t, t, n), &rows, &rows),
+    };
+    let (a, b) = (wide(first.0), wide(second.0));
+    let mut left = Vec::with_capacity(out * t);
+    for i in 0..out {
+        left.extend_from_slice(&a[i * r..(i + 1) * r]);
+        left.extend(b[i * s..(i + 1) * s].iter().map(|x| -x));
+    }
+    let mut through = vec![0.0; out * t];
+    gemm((out, t, t), 1.0, &left, &gram, false, &mut through);
+    let error = left.iter().zip(&through).map(|(a, b)| a * b).sum();
+    left.chunks_mut(t).for_each(|row| row[r..].fill(0.0));
+    gemm((out, t, t), 1.0, &left, &gram, false, &mut through);
+    [error, left.iter().zip(&through).map(|(a, b)| a * b).sum()]
 }
 
 /// `down H downᵀ [r, r]`, what `up` sees of the metric.
@@ -308,6 +365,30 @@ mod tests {
             let refitted = error(&w, &Thin { up, ..plain.clone() }, &h);
             assert!(refitted < error(&w, &plain, &h) && refitted >= found * 0.999);
         }
+    }
+
+    #[test]
+    fn errors_of_products_are_those_of_the_matrices_and_up_follows_down() {
+        let (out, n, r) = (30, 50, 8);
+        let h = hessian(n, 200, 4);
+        let (up, down) = (random(out, r, 1), random(r, n, 2));
+        let other = down.mapv(|x| (x * 3.0).round() / 3.0);
+        let whole = multiply(&up, &down);
+        for metric in [None, Some(&h)] {
+            let of = |d: &Mat| metric.map_or_else(|| linalg::squares(d), |h| linalg::metric(d, h));
+            let found = product_error((&up, &down), (&up, &other), metric);
+            let want = [of(&(&multiply(&up, &other) - &whole)), of(&whole)];
+            assert!(found.iter().zip(want).all(|(a, b)| (a / b - 1.0).abs() < 1e-3));
+        }
+        let before = product_error((&up, &down), (&up, &other), Some(&h))[0];
+        let followed = follow_down(&up, &down, &other, &h).unwrap();
+        let after = product_error((&up, &down), (&followed, &other), Some(&h))[0];
+        assert!(after < 0.95 * before, "{after} {before}");
+        let again = refit_up(&whole, &other, &h).unwrap();
+        let worst = (&again - &followed).iter().fold(0.0f32, |a, x| a.max(x.abs()));
+        assert!(worst < 1e-3, "{worst}");
+        let same = follow_down(&up, &down, &down, &h).unwrap();
+        assert!((&same - &up).iter().all(|x| x.abs() < 1e-4));
     }
 
     #[test]
