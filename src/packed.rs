@@ -128,6 +128,16 @@ impl Opened {
         self.factors.keys().map(String::as_str)
     }
 
+    /// The rank of a site's factors.
+    pub(crate) fn rank(&self, site: &str) -> Option<usize> {
+        self.factors.get(site).map(|[down, _]| down.out_features)
+    }
+
+    /// The adapter beside the checkpoint.
+    pub(crate) const fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
     /// Names of the sites that the adapter corrects.
     pub(crate) fn corrected(&self) -> Vec<String> {
         let mut sites: Vec<String> =

@@ -83,6 +83,11 @@ impl Adapter {
         &self.headers
     }
 
+    /// One tensor.
+    pub fn view(&self, name: &str) -> Option<TensorView<'_>> {
+        self.file.view(name)
+    }
+
     /// Names of the linears that it corrects, each once or twice.
     pub fn sites(&self) -> impl Iterator<Item = &str> {
         self.headers.iter().filter_map(|header| site_of(&header.name))
