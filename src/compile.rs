@@ -4,6 +4,7 @@ mod keys;
 mod output;
 mod prepare;
 mod reshape;
+mod settle;
 mod shim;
 mod walk;
 
@@ -37,13 +38,13 @@ use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::{BlockType, Scratch, TensorHeader, linalg};
 use serde_json::{Map, Value, json};
 
-pub(crate) use self::prepare::prepare;
 use self::{
     keys::Ground,
     output::Output,
     reshape::{Base, Made},
     walk::{Surroundings, Walk},
 };
+pub(crate) use self::{prepare::prepare, settle::settle};
 use crate::{
     Error, args::Promise, bundle, contract, importance::Importances, measure, packed::Opened,
     progress, provenance, trace::Trace, verify,

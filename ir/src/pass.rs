@@ -187,6 +187,35 @@ pub trait Pass: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Statistics of the original model that it chooses the ranks of all its sites from, together and before any block is
+    /// worked on; `None` where a site's rank follows from its shape. [`Pass::rank`] is then the largest that can come out.
+    fn chooses_ranks(&self) -> Option<Needs> {
+        None
+    }
+
+    /// What each rank of a site is worth, falling: squared singular values in the pass's metric. `stats` holds what
+    /// [`Pass::chooses_ranks`] asks for.
+    ///
+    /// # Errors
+    /// [`PassError::Numeric`] when numbers cannot be worked with.
+    fn spectrum(
+        &self,
+        _: &Block,
+        _: usize,
+        _: &Mat,
+        _: &BlockStats,
+    ) -> Result<Vec<f64>, PassError> {
+        Ok(Vec::new())
+    }
+
+    /// The same pass with the ranks that follow from the spectra of all its sites.
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn with_ranks(&self, _: &[(Site, Vec<f64>)]) -> Result<Box<dyn Pass>, String> {
+        Err("it chooses no ranks".to_owned())
+    }
+
     /// Whether it reads the original float weight beside what earlier steps made of it.
     fn reads_original(&self) -> bool {
         false

@@ -8,10 +8,12 @@ use attar_tensor::{
     Mat,
     linalg::{
         LinalgError,
-        lowrank::{Metric, Thin, best_rank},
+        lowrank::{Metric, Thin, best_rank, random_rank, spectrum},
         metric, squares,
     },
 };
+
+use crate::options::Solver;
 
 /// The statistic of a target's input; the plan provides what the contract asks for.
 pub(crate) fn hessian<'a>(stats: &'a BlockStats, block: &Block, site: usize) -> Option<&'a Mat> {
@@ -41,21 +43,25 @@ pub(crate) fn factor(
         let weight = weight.expect("the plan proved a float weight");
         check_finite(&site.name, "the weight", weight)?;
         let rank = rank(site).expect("the plan proved a rank");
-        let Thin { down, up, spectrum } = best(target.site, weight, rank)?;
+        let thin = best(target.site, weight, rank)?;
+        let bound = bound(&thin);
+        let Thin { down, up, spectrum, whole, .. } = thin;
         let factors = Factors::dense(down, up);
         let delta = &factors.product() - weight;
         let hessian = hessian(stats, context.block, target.site);
-        let whole: f64 = spectrum.iter().sum();
         let kept = spectrum.iter().take(rank).sum::<f64>() / whole.max(f64::MIN_POSITIVE);
         sites.push(SiteReport {
             site: site.name.clone(),
             pass: pass.into(),
             weight_error: relative(squares(&delta), squares(weight)),
             output_error: hessian.map(|h| relative(metric(&delta, h), metric(weight, h))),
-            events: vec![
+            events: [
                 Event::Chosen { name: "rank".into(), value: rank as f64 },
                 Event::Chosen { name: "energy kept".into(), value: kept },
-            ],
+            ]
+            .into_iter()
+            .chain(bound)
+            .collect(),
         });
         state.linears[target.site].weight = Weight::Factored(Box::new(factors));
         state.weight_changed[target.site] = true;
@@ -63,14 +69,35 @@ pub(crate) fn factor(
     Ok(sites)
 }
 
-/// [`best_rank`] with the site named where it fails.
+/// The best factors, with the site named where they are not found.
 pub(crate) fn best(
-    site: &str,
+    (context, solver): (&PassContext<'_>, Solver),
+    site: usize,
     weight: &Mat,
     metric: Metric<'_>,
     rank: usize,
 ) -> Result<Thin, PassError> {
-    best_rank(weight, metric, rank).map_err(|error| numeric(site, &error))
+    let found = match solver {
+        Solver::Exact => best_rank(weight, metric, rank),
+        Solver::Randomized => {
+            let place = ((context.block.index as u64) << 16) + site as u64 + 1;
+            random_rank(weight, metric, rank, context.seed ^ place.wrapping_mul(0x9e37_79b9))
+        }
+    };
+    found.map_err(|error| numeric(&context.block.sites[site].name, &error))
+}
+
+/// What a randomized search bounds, relative to the largest squared singular value.
+pub(crate) fn bound(thin: &Thin) -> Option<Event> {
+    let largest = thin.spectrum.first().copied().unwrap_or(0.0);
+    let value = thin.bound? / largest.max(f64::MIN_POSITIVE);
+    Some(Event::Chosen { name: "bound on what is left of a squared singular value".into(), value })
+}
+
+/// [`spectrum`] with the site named where it fails.
+pub(crate) fn values(site: &str, weight: &Mat, metric: Metric<'_>) -> Result<Vec<f64>, PassError> {
+    check_finite(site, "the weight", weight)?;
+    spectrum(weight, metric).map_err(|error| numeric(site, &error))
 }
 
 /// Two Gram products and one decomposition of the smaller side, in f64.

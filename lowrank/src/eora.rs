@@ -24,8 +24,8 @@ use attar_tensor::{
 use serde::Deserialize;
 
 use crate::{
-    common::{best, cost, hessian},
-    options::Size,
+    common::{best, bound, cost, hessian},
+    options::Solver,
 };
 
 /// Registration of `eora`.
@@ -43,7 +43,10 @@ rank = 8
 ",
     takes_scheme: false,
     symmetric_by_default: false,
-    build: |table| Ok(Box::new(Eora(size(table)?))),
+    build: |table| {
+        let (rank, solver) = size(table)?;
+        Ok(Box::new(Eora(rank, solver)))
+    },
     schema: || schemars::schema_for!(Options),
 };
 
@@ -52,19 +55,22 @@ rank = 8
 pub(crate) struct Options {
     /// Rank of every site's correction; 16 where nothing is said.
     rank: Option<usize>,
+    /// `exact`, or `randomized`: much faster where the rank is a small part of the width, within the error bound that the
+    /// report states.
+    solver: Solver,
 }
 
 /// Rank of a correction from a step's options.
-pub(crate) fn size(table: &toml::Table) -> Result<usize, RecipeError> {
-    let Options { rank } = options(table, &["rank"])?;
-    match Size::of(rank, None, 1, Size::Rank(16))? {
-        Size::Rank(rank) => Ok(rank),
-        Size::Ratio { .. } => unreachable!("no ratio was given"),
+pub(crate) fn size(table: &toml::Table) -> Result<(usize, Solver), RecipeError> {
+    let Options { rank, solver } = options(table, &["rank", "solver"])?;
+    match rank {
+        Some(0) => Err(RecipeError::invalid("rank", "expected a positive integer, got 0")),
+        rank => Ok((rank.unwrap_or(16), solver)),
     }
 }
 
 #[derive(Debug)]
-struct Eora(usize);
+struct Eora(usize, Solver);
 
 impl Pass for Eora {
     fn name(&self) -> &'static str {
@@ -100,7 +106,7 @@ impl Pass for Eora {
             let h = hessian(stats, context.block, site);
             let h = h.expect("the plan provides what the contract needs");
             check_finite(name, "the Hessian", h)?;
-            best(name, delta, Metric::Hessian(h), self.0)
+            best((context, self.1), site, delta, Metric::Hessian(h), self.0)
         })
     }
 }
@@ -132,12 +138,13 @@ pub(crate) fn correct(
         check_finite(&site.name, "the weight", original)?;
         let base = state.linears[target.site].weight.clone();
         let missing = original - &*base.values();
-        let Thin { down, up, .. } = best(target.site, &missing)?;
+        let thin = best(target.site, &missing)?;
+        let mut events: Vec<Event> = bound(&thin).into_iter().collect();
+        let Thin { down, up, .. } = thin;
         let correction = Factors::dense(down, up);
         let left = &missing - &correction.product();
         let h = hessian(stats, context.block, target.site);
         let of_metric = |delta: &Mat, h: &Mat| metric(delta, h);
-        let mut events = Vec::new();
         if let Some(h) = h {
             let value = relative(of_metric(&left, h), of_metric(&missing, h));
             events.push(Event::Chosen { name: "output error left".into(), value });

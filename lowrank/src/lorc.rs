@@ -12,6 +12,7 @@ use attar_tensor::linalg::lowrank::Metric;
 use crate::{
     common::{best, cost},
     eora::{Options, contract, correct, size},
+    options::Solver,
 };
 
 /// Registration of `lorc`.
@@ -29,12 +30,15 @@ rank = 8
 ",
     takes_scheme: false,
     symmetric_by_default: false,
-    build: |table| Ok(Box::new(Lorc(size(table)?))),
+    build: |table| {
+        let (rank, solver) = size(table)?;
+        Ok(Box::new(Lorc(rank, solver)))
+    },
     schema: || schemars::schema_for!(Options),
 };
 
 #[derive(Debug)]
-struct Lorc(usize);
+struct Lorc(usize, Solver);
 
 impl Pass for Lorc {
     fn name(&self) -> &'static str {
@@ -65,7 +69,7 @@ impl Pass for Lorc {
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
         correct("lorc", (context, targets), (state, stats), |site, delta| {
-            best(&context.block.sites[site].name, delta, Metric::Plain, self.0)
+            best((context, self.1), site, delta, Metric::Plain, self.0)
         })
     }
 }

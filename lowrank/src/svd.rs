@@ -8,12 +8,11 @@ use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
     PassContext, PassDef, PassError, PassReport, Site, Target, Touches, Upstream, recipe::options,
 };
-use attar_tensor::linalg::lowrank::Metric;
-use serde::Deserialize;
+use attar_tensor::{Mat, linalg::lowrank::Metric};
 
 use crate::{
-    common::{best, cost, factor},
-    options::Size,
+    common::{best, cost, factor, values},
+    options::{KEYS, Options, Size, Solver},
 };
 
 /// Registration of `svd`.
@@ -31,36 +30,14 @@ layout = \"dense\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let Options { rank, ratio, multiple_of } = options(table, KEYS)?;
-        Ok(Box::new(Svd(Size::of(rank, ratio, multiple_of, USUAL)?)))
+        let options: Options = options(table, KEYS)?;
+        Ok(Box::new(Svd(options.size()?, options.solver)))
     },
     schema: || schemars::schema_for!(Options),
 };
 
-/// Options of every pass that factors.
-pub(crate) const KEYS: &[&str] = &["rank", "ratio", "multiple_of"];
-/// What is done where neither a rank nor a ratio is given.
-pub(crate) const USUAL: Size = Size::Ratio { ratio: 0.2, multiple_of: 1 };
-
-#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-struct Options {
-    /// Rank of every site's factors, instead of a ratio.
-    rank: Option<usize>,
-    /// Fraction of each site's parameters that is taken away; 0.2 when there is no rank either.
-    ratio: Option<f64>,
-    /// With a ratio: ranks are rounded down to multiples of it.
-    multiple_of: usize,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { rank: None, ratio: None, multiple_of: 1 }
-    }
-}
-
 #[derive(Debug)]
-struct Svd(Size);
+struct Svd(Size, Solver);
 
 impl Pass for Svd {
     fn name(&self) -> &'static str {
@@ -82,6 +59,24 @@ impl Pass for Svd {
         self.0.rank(site).map(Some)
     }
 
+    fn chooses_ranks(&self) -> Option<Needs> {
+        self.0.chooses().then_some(Needs::empty())
+    }
+
+    fn spectrum(
+        &self,
+        block: &Block,
+        site: usize,
+        weight: &Mat,
+        _: &BlockStats,
+    ) -> Result<Vec<f64>, PassError> {
+        values(&block.sites[site].name, weight, Metric::Plain)
+    }
+
+    fn with_ranks(&self, sites: &[(Site, Vec<f64>)]) -> Result<Box<dyn Pass>, String> {
+        Ok(Box::new(Self(self.0.choose(sites)?, self.1)))
+    }
+
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
         cost(block, targets, false)
     }
@@ -94,7 +89,7 @@ impl Pass for Svd {
         stats: &mut BlockStats,
     ) -> Result<PassReport, PassError> {
         let thin = |site: usize, weight: &_, rank| {
-            best(&context.block.sites[site].name, weight, Metric::Plain, rank)
+            best((context, self.1), site, weight, Metric::Plain, rank)
         };
         let rank = |site: &Site| self.0.rank(site);
         let sites = factor("svd", (context, targets), (state, stats), rank, thin)?;

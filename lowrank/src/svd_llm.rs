@@ -4,23 +4,20 @@
 //! costs, so `W' = U_r Σ_r V_rᵀ L⁻¹`. `weight [out, in]`, `hessian [in, in]`. Cost O(out·in² + min³).
 //!
 //! Deliberate differences from the authors' code: L is never inverted, since `U_r Σ_r V_rᵀ L⁻¹ = U_r U_rᵀ W`, so no dampening
-//! enters where the smaller side is the output; statistics come stage by stage behind what was factored before, in one
-//! forward, so that the closed-form update of U on the compressed stream (section 3.2 of the paper's first version) is
-//! already the optimum found here. Where V is to come from the original model's activations (`upstream = "original"`), a
-//! step `svd_update` behind this one makes that update.
+//! enters where the smaller side is the output. As there, H is that of the original model. The closed-form update of U on
+//! the compressed stream (section 3.2 of the paper's first version) is the step `svd_update` behind this one; with
+//! `upstream = "compressed"` statistics come stage by stage behind what was factored before, and U is that optimum already.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
     PassContext, PassDef, PassError, PassReport, Site, Target, Touches, Upstream, check_finite,
     recipe::options,
 };
-use attar_tensor::linalg::lowrank::Metric;
-use serde::Deserialize;
+use attar_tensor::{Mat, linalg::lowrank::Metric};
 
 use crate::{
-    common::{best, cost, factor, hessian},
-    options::Size,
-    svd::{KEYS, USUAL},
+    common::{best, cost, factor, hessian, values},
+    options::{KEYS, Options, Size, Solver},
 };
 
 /// Registration of `svd_llm`.
@@ -32,6 +29,7 @@ pub(crate) const DEF: PassDef = PassDef {
 [[step]]
 pass = \"svd_llm\"
 ratio = 0.2
+share = \"model\"
 multiple_of = 16
 [[step]]
 pass = \"gptq\"
@@ -40,31 +38,14 @@ scheme = { bits = 4, group_size = 16 }
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let Options { rank, ratio, multiple_of } = options(table, KEYS)?;
-        Ok(Box::new(SvdLlm(Size::of(rank, ratio, multiple_of, USUAL)?)))
+        let options: Options = options(table, KEYS)?;
+        Ok(Box::new(SvdLlm(options.size()?, options.solver)))
     },
     schema: || schemars::schema_for!(Options),
 };
 
-#[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-struct Options {
-    /// Rank of every site's factors, instead of a ratio.
-    rank: Option<usize>,
-    /// Fraction of each site's parameters that is taken away; 0.2 when there is no rank either.
-    ratio: Option<f64>,
-    /// With a ratio: ranks are rounded down to multiples of it, e.g. the group size of a quantizer that follows.
-    multiple_of: usize,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { rank: None, ratio: None, multiple_of: 1 }
-    }
-}
-
 #[derive(Debug)]
-struct SvdLlm(Size);
+struct SvdLlm(Size, Solver);
 
 impl Pass for SvdLlm {
     fn name(&self) -> &'static str {
@@ -76,7 +57,7 @@ impl Pass for SvdLlm {
             accepts: FormSet::DENSE_FLOAT,
             produces: FormChange::FACTOR,
             needs: Needs::HESSIAN,
-            upstream: Upstream::Compressed,
+            upstream: Upstream::Original,
             touches: Touches::Sites,
             looks_ahead: false,
         }
@@ -84,6 +65,27 @@ impl Pass for SvdLlm {
 
     fn rank(&self, site: &Site) -> Result<Option<usize>, String> {
         self.0.rank(site).map(Some)
+    }
+
+    fn chooses_ranks(&self) -> Option<Needs> {
+        self.0.chooses().then_some(Needs::HESSIAN)
+    }
+
+    fn spectrum(
+        &self,
+        block: &Block,
+        site: usize,
+        weight: &Mat,
+        stats: &BlockStats,
+    ) -> Result<Vec<f64>, PassError> {
+        let name = &block.sites[site].name;
+        let h = hessian(stats, block, site).expect("the plan provides what is asked for");
+        check_finite(name, "the Hessian", h)?;
+        values(name, weight, Metric::Hessian(h))
+    }
+
+    fn with_ranks(&self, sites: &[(Site, Vec<f64>)]) -> Result<Box<dyn Pass>, String> {
+        Ok(Box::new(Self(self.0.choose(sites)?, self.1)))
     }
 
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {
@@ -103,7 +105,7 @@ impl Pass for SvdLlm {
             let h = hessian(stats, context.block, site);
             let h = h.expect("the plan provides what the contract needs");
             check_finite(name, "the Hessian", h)?;
-            best(name, weight, Metric::Hessian(h), rank)
+            best((context, self.1), site, weight, Metric::Hessian(h), rank)
         };
         let rank = |site: &Site| self.0.rank(site);
         let sites = factor("svd_llm", (context, targets), (state, stats), rank, thin)?;

@@ -3,7 +3,7 @@
 //!
 //! `up = W H downᵀ (down H downᵀ)⁻¹` minimises `tr((W − up·down) H (W − up·down)ᵀ)`. `W [out, in]` is the original weight,
 //! `hessian [in, in]` that of the compressed stream. Cost O(r·in² + out·in·r). It pays where `down` was chosen on other
-//! activations: behind svd, asvd, or svd_llm with `upstream = "original"`.
+//! activations: behind svd, asvd, or svd_llm, whose statistics are those of the original model.
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, Factors, FormChange, FormSet, Limits, Needs,
@@ -23,7 +23,6 @@ pub(crate) const DEF: PassDef = PassDef {
     example: "\
 [[step]]
 pass = \"svd_llm\"
-upstream = \"original\"
 ratio = 0.2
 [[step]]
 pass = \"svd_update\"

@@ -259,7 +259,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             errors.push(PlanError::Rank { step: step(), reason, sites });
         }
         let calibrates = !contract.needs.is_empty() && contract.upstream != Upstream::Given;
-        let surveys = passes[index].surveys();
+        let chosen = passes[index].chooses_ranks().filter(|needs| !needs.is_empty());
+        let surveys = passes[index].surveys().or(chosen);
         if (calibrates || surveys.is_some()) && calibration_tokens == 0 {
             let needs = needs_text(contract.needs | surveys.unwrap_or_default());
             errors.push(PlanError::CalibrationMissing { step: step(), needs });
@@ -311,6 +312,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .collect();
     let needs_data = contracts.iter().any(|c| !c.needs.is_empty() && c.upstream != Upstream::Given)
         || passes.iter().any(|pass| pass.surveys().is_some())
+        || passes.iter().any(|pass| pass.chooses_ranks().is_some_and(|needs| !needs.is_empty()))
         || model.iter().any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
@@ -318,6 +320,13 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let mut notes = notes(&table, &graph, &emits);
     notes.extend(fallbacks(&graph, &table, recipe, &contracts));
     notes.extend(rank::notes(&table, &emits));
+    if passes.iter().any(|pass| pass.chooses_ranks().is_some()) {
+        notes.push(
+            "ranks are chosen from the weights of all sites before any is worked on: those shown are the largest that can \
+             come out, and so are the sizes"
+                .to_owned(),
+        );
+    }
     if given.is_some_and(|given| !given.head)
         && steps.iter().any(|step| {
             step.given.is_some() && step.targets.last().is_some_and(|head| !head.is_empty())

@@ -11,9 +11,9 @@ use rayon::prelude::*;
 use super::{
     cholesky::{LinalgError, cholesky_lower},
     double::{gemm, inverse_spd},
-    eigen::eigen_symmetric,
+    eigen::{eigen_symmetric, eigenvalues},
 };
-use crate::Mat;
+use crate::{Mat, rng::Rng};
 
 /// Columns of the metric that are in f64 at once.
 const STRIP: usize = 256;
@@ -40,8 +40,12 @@ pub struct Thin {
     pub down: Mat,
     /// `[out, r]`, columns orthonormal (zero beyond the numerical rank).
     pub up: Mat,
-    /// Squared singular values in the metric, falling, all of them.
+    /// Squared singular values in the metric, falling: all of them, or as many as a randomized search has seen.
     pub spectrum: Vec<f64>,
+    /// Sum of all of them.
+    pub whole: f64,
+    /// Bound on the largest that is left, where it was measured ([`random_rank`]).
+    pub bound: Option<f64>,
 }
 
 fn wide(values: &[f32]) -> Vec<f64> {
@@ -124,49 +128,181 @@ pub fn best_rank(weight: &Mat, metric: Metric<'_>, rank: usize) -> Result<Thin, 
     let (out, n) = weight.dim();
     assert!(rank <= out.min(n), "a rank of the matrix");
     let w = wide(weight.as_slice().expect("standard layout"));
+    let (gram, other) = small_gram(&w, (out, n), metric)?;
+    let eigen = eigen_symmetric(&gram, out.min(n))?;
     // Rows are the first left singular vectors.
-    let (left, spectrum) = if out <= n {
-        let gram = match metric {
-            Metric::Plain => product_nt((out, out, n), &w, &w),
-            Metric::Scales(d) => {
-                let scaled = scale_columns(&w, d);
-                product_nt((out, out, n), &scaled, &scaled)
-            }
-            Metric::Hessian(h) => sandwich((out, out, n), &w, h, &w),
-        };
-        let eigen = eigen_symmetric(&gram, out)?;
-        let mut left = eigen.vectors;
-        left.truncate(rank * out);
-        (left, eigen.values)
-    } else {
-        let wl = match metric {
-            Metric::Plain => w.clone(),
-            Metric::Scales(d) => scale_columns(&w, d),
-            Metric::Hessian(h) => {
-                let mut wl = vec![0.0; out * n];
-                gemm((out, n, n), 1.0, &w, &factor(h)?, false, &mut wl);
-                wl
-            }
-        };
-        let wl = transposed(&wl, out, n);
-        let gram = product_nt((n, n, out), &wl, &wl);
-        let eigen = eigen_symmetric(&gram, n)?;
+    let (left, spectrum) = if let Some(wl) = other {
         // U = W L V Σ⁻¹, row by row.
         let mut left = vec![0.0; rank * out];
         gemm((rank, out, n), 1.0, &eigen.vectors[..rank * n], &wl, false, &mut left);
         orthonormalize(&mut left, out);
         (left, eigen.values)
+    } else {
+        let mut left = eigen.vectors;
+        left.truncate(rank * out);
+        (left, eigen.values)
     };
     let mut down = vec![0.0; rank * n];
     gemm((rank, n, out), 1.0, &left, &w, false, &mut down);
-    let spectrum = spectrum.into_iter().map(|value| value.max(0.0)).collect();
-    let narrow = |values: &[f64]| values.iter().map(|&x| x as f32).collect::<Vec<_>>();
-    let fits = "as many values as the shape has";
+    let spectrum: Vec<f64> = spectrum.into_iter().map(|value| value.max(0.0)).collect();
+    let whole = spectrum.iter().sum();
+    let up = narrow((out, rank), &transposed(&left, rank, out));
+    Ok(Thin { down: narrow((rank, n), &down), up, spectrum, whole, bound: None })
+}
+
+fn narrow(shape: (usize, usize), values: &[f64]) -> Mat {
+    let values = values.iter().map(|&x| x as f32).collect();
+    Mat::from_shape_vec(shape, values).expect("as many values as the shape has")
+}
+
+/// Directions beyond the rank that a randomized search follows.
+const OVERSAMPLE: usize = 8;
+/// Multiplications with the Gram matrix.
+const POWERS: usize = 3;
+/// Fresh directions that measure what is left.
+const PROBES: usize = 6;
+
+/// As [`best_rank`], by a randomized search for the range (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms
+/// 4.4 and 5.3): `rank + 8` random directions are multiplied three times with `W H Wᵀ` and made orthonormal in between.
+/// Cost O(rank · in · (out + in)) instead of O(out·in² + min³). [`Thin::bound`] is lemma 4.1 of that paper on six fresh
+/// directions: the largest squared singular value that is left is above it with a probability of at most 1e-6.
+///
+/// # Errors
+/// As [`best_rank`].
+///
+/// # Panics
+/// As [`best_rank`].
+pub fn random_rank(
+    weight: &Mat,
+    metric: Metric<'_>,
+    rank: usize,
+    seed: u64,
+) -> Result<Thin, LinalgError> {
+    let (out, n) = weight.dim();
+    assert!(rank <= out.min(n), "a rank of the matrix");
+    let w = wide(weight.as_slice().expect("standard layout"));
+    let wt = transposed(&w, out, n);
+    let k = (rank + OVERSAMPLE).min(out.min(n));
+    let mut rng = Rng::new(seed);
+    let mut random =
+        |rows: usize| -> Vec<f64> { (0..rows * out).map(|_| f64::from(rng.normal())).collect() };
+    let mut rows = random(k);
+    // x W H Wᵀ for rows x, with x W.
+    let through = |x: &[f64]| {
+        let count = x.len() / out.max(1);
+        let mut y = vec![0.0; count * n];
+        gemm((count, n, out), 1.0, x, &w, false, &mut y);
+        let z = weighed(&y, (count, n), metric);
+        let mut back = vec![0.0; count * out];
+        gemm((count, out, n), 1.0, &z, &wt, false, &mut back);
+        (y, back)
+    };
+    for _ in 0..POWERS {
+        orthonormalize(&mut rows, out);
+        rows = through(&rows).1;
+    }
+    orthonormalize(&mut rows, out);
+    let (_, back) = through(&rows);
+    let small = product_nt((k, k, out), &back, &rows);
+    let eigen = eigen_symmetric(&small, k)?;
+    let mut left = vec![0.0; rank * out];
+    gemm((rank, out, k), 1.0, &eigen.vectors[..rank * k], &rows, false, &mut left);
+    let mut down = vec![0.0; rank * n];
+    gemm((rank, n, out), 1.0, &left, &w, false, &mut down);
+    // (1 − U Uᵀ) W H Wᵀ (1 − U Uᵀ) on fresh directions.
+    let mut probes = random(PROBES);
+    project_out(&mut probes, &left, out);
+    let (_, mut seen) = through(&probes);
+    project_out(&mut seen, &left, out);
+    let norm = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let most = seen.chunks(out.max(1)).map(norm).fold(0.0, f64::max);
+    let whole = match metric {
+        Metric::Plain => w.iter().map(|x| x * x).sum(),
+        Metric::Scales(d) => scale_columns(&w, d).iter().map(|x| x * x).sum(),
+        Metric::Hessian(h) => super::metric(weight, h),
+    };
     Ok(Thin {
-        down: Mat::from_shape_vec((rank, n), narrow(&down)).expect(fits),
-        up: Mat::from_shape_vec((out, rank), narrow(&transposed(&left, rank, out))).expect(fits),
-        spectrum,
+        down: narrow((rank, n), &down),
+        up: narrow((out, rank), &transposed(&left, rank, out)),
+        spectrum: eigen.values.into_iter().map(|value| value.max(0.0)).collect(),
+        whole,
+        bound: Some(10.0 * (2.0 / std::f64::consts::PI).sqrt() * most),
     })
+}
+
+/// Rows times the metric.
+fn weighed(rows: &[f64], (count, n): (usize, usize), metric: Metric<'_>) -> Vec<f64> {
+    match metric {
+        Metric::Plain => rows.to_vec(),
+        Metric::Scales(d) => scale_columns(&scale_columns(rows, d), d),
+        Metric::Hessian(h) => {
+            let h = h.as_slice().expect("standard layout");
+            let mut out = vec![0.0; count * n];
+            for first in (0..n).step_by(STRIP) {
+                let width = STRIP.min(n - first);
+                let strip =
+                    product_nt((count, width, n), rows, &wide(&h[first * n..][..width * n]));
+                for (out, strip) in out.chunks_mut(n).zip(strip.chunks(width)) {
+                    out[first..first + width].copy_from_slice(strip);
+                }
+            }
+            out
+        }
+    }
+}
+
+/// Takes from every row what lies in the span of orthonormal rows.
+fn project_out(rows: &mut [f64], basis: &[f64], n: usize) {
+    for row in rows.chunks_mut(n.max(1)) {
+        for other in basis.chunks(n.max(1)) {
+            let dot: f64 = row.iter().zip(other).map(|(a, b)| a * b).sum();
+            row.iter_mut().zip(other).for_each(|(a, b)| *a -= dot * b);
+        }
+    }
+}
+
+/// The smaller Gram matrix of `W L`: `W H Wᵀ`, or `Lᵀ Wᵀ W L` with `(W L)ᵀ` beside it.
+fn small_gram(
+    w: &[f64],
+    (out, n): (usize, usize),
+    metric: Metric<'_>,
+) -> Result<(Vec<f64>, Option<Vec<f64>>), LinalgError> {
+    if out <= n {
+        let gram = match metric {
+            Metric::Plain => product_nt((out, out, n), w, w),
+            Metric::Scales(d) => {
+                let scaled = scale_columns(w, d);
+                product_nt((out, out, n), &scaled, &scaled)
+            }
+            Metric::Hessian(h) => sandwich((out, out, n), w, h, w),
+        };
+        return Ok((gram, None));
+    }
+    let wl = match metric {
+        Metric::Plain => w.to_vec(),
+        Metric::Scales(d) => scale_columns(w, d),
+        Metric::Hessian(h) => {
+            let mut wl = vec![0.0; out * n];
+            gemm((out, n, n), 1.0, w, &factor(h)?, false, &mut wl);
+            wl
+        }
+    };
+    let wl = transposed(&wl, out, n);
+    Ok((product_nt((n, n, out), &wl, &wl), Some(wl)))
+}
+
+/// Squared singular values of `weight · L` for a metric `L Lᵀ`, falling: entry k is what rank k + 1 is worth.
+///
+/// # Errors
+/// As [`best_rank`].
+///
+/// # Panics
+/// When shapes do not fit or a matrix is not in standard layout.
+pub fn spectrum(weight: &Mat, metric: Metric<'_>) -> Result<Vec<f64>, LinalgError> {
+    let w = wide(weight.as_slice().expect("standard layout"));
+    let (gram, _) = small_gram(&w, weight.dim(), metric)?;
+    let values = eigenvalues(&gram, weight.nrows().min(weight.ncols()))?;
+    Ok(values.into_iter().map(|value| value.max(0.0)).collect())
 }
 
 fn scale_columns(w: &[f64], d: &[f64]) -> Vec<f64> {
@@ -211,8 +347,7 @@ pub fn refit_up(weight: &Mat, down: &Mat, h: &Mat) -> Result<Mat, LinalgError> {
     let cross = sandwich((out, r, n), &w, h, &d);
     let mut up = vec![0.0; out * r];
     gemm((out, r, r), 1.0, &cross, &inverse, false, &mut up);
-    let up = up.iter().map(|&x| x as f32).collect();
-    Ok(Mat::from_shape_vec((out, r), up).expect("as many values as the shape has"))
+    Ok(narrow((out, r), &up))
 }
 
 /// The `up` for another `down` (a quantized one) that comes nearest to `up · down` in a metric:
@@ -235,8 +370,7 @@ pub fn follow_down(up: &Mat, down: &Mat, other: &Mat, h: &Mat) -> Result<Mat, Li
     gemm((r, r, r), 1.0, &cross, &inverse, false, &mut between);
     let mut followed = vec![0.0; out * r];
     gemm((out, r, r), 1.0, &wide(up), &between, false, &mut followed);
-    let followed = followed.iter().map(|&x| x as f32).collect();
-    Ok(Mat::from_shape_vec((out, r), followed).expect("as many values as the shape has"))
+    Ok(narrow((out, r), &followed))
 }
 
 /// Makes a semidefinite `a [r, r]` definite, by as little as it takes.
@@ -310,7 +444,7 @@ pub fn multiply(up: &Mat, down: &Mat) -> Mat {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{linalg, rng::Rng};
+    use crate::linalg;
 
     fn random(rows: usize, columns: usize, seed: u64) -> Mat {
         Mat::from_shape_vec((rows, columns), Rng::new(seed).normals(rows * columns)).unwrap()
@@ -355,6 +489,9 @@ mod tests {
             let promised: f64 = best.spectrum[11..].iter().sum();
             let found = error(&w, &best, &h);
             assert!((found / promised - 1.0).abs() < 1e-3, "{found} {promised}");
+            let alone = spectrum(&w, Metric::Hessian(&h)).unwrap();
+            let near = |(a, b): (&f64, &f64)| (a - b).abs() < 1e-9 * best.spectrum[0];
+            assert!(alone.len() == 40 && alone.iter().zip(&best.spectrum).all(near));
             let plain = best_rank(&w, Metric::Plain, 11).unwrap();
             assert!(found < error(&w, &plain, &h));
             // Refitting the best changes nothing, refitting another helps.
@@ -365,6 +502,36 @@ mod tests {
             let refitted = error(&w, &Thin { up, ..plain.clone() }, &h);
             assert!(refitted < error(&w, &plain, &h) && refitted >= found * 0.999);
         }
+    }
+
+    #[test]
+    fn a_randomized_search_comes_near_the_best_and_bounds_what_is_left() {
+        for (out, n) in [(90, 140), (140, 90)] {
+            // Singular values that fall, as those of weights do.
+            let mut w = random(out, n, 3);
+            for (k, mut column) in w.columns_mut().into_iter().enumerate() {
+                column *= 1.0 / (1.0 + k as f32 / 8.0);
+            }
+            let h = hessian(n, 2 * n, 5);
+            let d: Vec<f64> = (0..n).map(|i| 1.0 + (i % 3) as f64).collect();
+            for metric in [Metric::Plain, Metric::Scales(&d), Metric::Hessian(&h)] {
+                let best = best_rank(&w, metric, 12).unwrap();
+                let found = random_rank(&w, metric, 12, 7).unwrap();
+                let kept = |thin: &Thin| thin.spectrum[..12].iter().sum::<f64>();
+                assert!(kept(&found) > 0.99 * kept(&best) && kept(&found) <= 1.0001 * kept(&best));
+                assert!((found.whole / best.whole - 1.0).abs() < 1e-3);
+                let bound = found.bound.unwrap();
+                assert!(bound >= best.spectrum[12], "{bound} {}", best.spectrum[12]);
+                assert!(bound < 100.0 * best.spectrum[12], "{bound} {}", best.spectrum[12]);
+                assert_eq!(found, random_rank(&w, metric, 12, 7).unwrap());
+                assert_ne!(found.up, random_rank(&w, metric, 12, 8).unwrap().up);
+            }
+        }
+        let thin = random(40, 5, 1).dot(&random(5, 60, 2));
+        let found = random_rank(&thin, Metric::Plain, 5, 1).unwrap();
+        let worst =
+            (&multiply(&found.up, &found.down) - &thin).iter().fold(0.0f32, |a, x| a.max(x.abs()));
+        assert!(worst < 1e-4 && found.bound.unwrap() < 1e-6 * found.whole, "{worst}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub mod syrk;
 mod thin;
 
 pub use cholesky::{LinalgError, cholesky_lower, solve_spd};
-pub use eigen::{Eigen, eigen_symmetric};
+pub use eigen::{Eigen, eigen_symmetric, eigenvalues};
 pub use factor::{InverseFactor, UpperPanels};
 pub use gemm::{
     PackedRows, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt, matmul_nt_into,
