@@ -98,10 +98,62 @@ fn factors_are_written_as_two_linears_and_multiply_back() {
     assert!(code == 0 && stdout.contains("verified"), "{stdout}");
     let (code, stdout, error) = attar(&["run", &two, "--prompt", "Once upon", "--tokens", "8"]);
     assert!(code == 0 && stdout.starts_with("Once upon"), "{stdout}{error}");
+    let gguf = format!("{two}-gguf");
+    let (code, _, error) = attar(&["convert", &two, "--layout", "f16", "--out", &gguf]);
+    assert!(code == 2 && error.contains("merge = true"), "{error}");
     // It is no source of another compression, and says so.
     let (code, _, error) =
         attar(&["compress", &two, "--preset", "rtn-w4", "--out", &format!("{two}-again")]);
     assert!(code == 2 && error.contains("factored already"), "{error}");
+}
+
+#[test]
+fn ranks_are_chosen_under_one_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let uniform = dir.path().join("uniform");
+    let (code, _, error) =
+        compress(&(step("svd_llm", "ratio = 0.3") + &emit("dense", "")), &uniform, &[]);
+    assert_eq!(code, 0, "{error}");
+    let parameters = |out: &Path| -> f64 {
+        let ranks = json(&out.join("config.json"));
+        let bytes = fs::read(out.join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let thin = |name: &String| name.contains(".down.") || name.contains(".up.");
+        assert_eq!(ranks["low_rank"].as_object().unwrap().len(), 14);
+        let names: Vec<String> = file.names().into_iter().map(str::to_owned).collect();
+        let size = |name: &String| file.tensor(name).unwrap().shape().iter().product::<usize>();
+        names.iter().filter(|name| thin(name)).map(|name| size(name) as f64).sum()
+    };
+    for (tag, options) in [
+        ("shared", "ratio = 0.3\nshare = \"model\""),
+        ("randomized", "ratio = 0.3\nshare = \"model\"\nsolver = \"randomized\""),
+    ] {
+        let out = dir.path().join(tag);
+        let (code, _, error) =
+            compress(&(step("svd_llm", options) + &emit("dense", "")), &out, &[]);
+        assert_eq!(code, 0, "{error}");
+        let (ours, all) = (parameters(&out), 393_216.0);
+        assert!(ours <= 0.7 * all && ours > 0.69 * all, "{ours}");
+        let (found, other) = (judged(&out), judged(&uniform));
+        assert!(found.0 < 0.9 * other.0, "{found:?} {other:?}");
+        let (code, stdout, error) = attar(&["reproduce", out.to_str().unwrap()]);
+        assert_eq!(code, 0, "{stdout}{error}");
+    }
+    // Each site keeps what was asked for, and what follows sees the chosen ranks.
+    let out = dir.path().join("energy");
+    let recipe = step("svd", "energy = 0.6\nmultiple_of = 8")
+        + &step("rtn", "scheme = { bits = 8, group_size = 8 }");
+    let (code, _, error) = compress(&recipe, &out, &[]);
+    assert_eq!(code, 0, "{error}");
+    let ranks = json(&out.join("config.json"))["low_rank"].clone();
+    let ranks: Vec<u64> = ranks.as_object().unwrap().values().filter_map(Value::as_u64).collect();
+    assert!(ranks.iter().all(|rank| rank % 8 == 0) && ranks.iter().any(|rank| *rank != ranks[0]));
+    let report = json(&out.join("report.json"));
+    for entry in report["sites"].as_array().unwrap().iter().filter(|e| e["pass"] == "svd") {
+        let events = entry["events"].as_array().unwrap();
+        let kept = events.iter().find(|event| event["name"] == "energy kept").unwrap();
+        assert!(kept["value"].as_f64().unwrap() >= 0.6, "{entry}");
+    }
 }
 
 #[test]
@@ -179,6 +231,15 @@ fn a_correction_lies_beside_the_codes_and_is_run_with_them() {
         packed.data().to_vec()
     };
     assert_eq!(codes("w3"), codes("eora"));
+    let eora = dir.path().join("eora").display().to_string();
+    let gptq = format!("{eora}-gptq");
+    let (code, _, error) = attar(&["convert", &eora, "--layout", "gptq", "--out", &gptq]);
+    assert!(code == 2 && error.contains("correction in adapter/"), "{error}");
+    let lorc = dir.path().join("lorc").display().to_string();
+    let (code, stdout, _) = attar(&["diff", &eora, &lorc]);
+    assert!(code == 1 && stdout.contains("lora_A"), "{stdout}");
+    let (code, stdout, _) = attar(&["explain", &eora, "layers.0.mlp.down_proj"]);
+    assert!(code == 0 && stdout.contains("lora_B.weight"), "{stdout}");
     // A flipped bit in the adapter is found, and an adapter that does not fit is not run.
     let weights = adapter.join("adapter_model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();

@@ -18,6 +18,7 @@ pub mod recipe;
 pub mod state;
 pub mod stats;
 pub mod target;
+pub mod weight;
 
 pub use coupling::{Dim, DimName, Member, Side, Sizes};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
@@ -34,5 +35,6 @@ pub use pass::{
     Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
-pub use state::{BlockState, Corrected, Factors, LinearState, Weight};
+pub use state::{BlockState, LinearState};
 pub use stats::{BlockStats, Given, InputStats, Needs};
+pub use weight::{Corrected, Factors, Weight};

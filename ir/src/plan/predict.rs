@@ -233,7 +233,9 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
             }
         }
     }
-    if passes.iter().any(|pass| pass.surveys().is_some()) {
+    let chosen = passes.iter().filter_map(|pass| pass.chooses_ranks());
+    let surveyed = chosen.chain(passes.iter().filter_map(|pass| pass.surveys()));
+    if surveyed.into_iter().any(|needs| !needs.is_empty()) {
         let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
         work.forward += each.sum::<f64>();
     }
@@ -482,6 +484,7 @@ impl<'a> Walk<'a> {
                 ..Moment::default()
             });
         }
+        self.choose();
         for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
             let feeds = |later: &Vec<Round>| later.iter().any(Round::observes);
             let streams = last_observed.is_some();
@@ -496,6 +499,30 @@ impl<'a> Walk<'a> {
         (self.stream, self.behind) = (0, 0);
         self.after();
         (self.memory, scratch)
+    }
+
+    /// Ranks that are chosen before any block is worked on: a forward of the original model, and singular values.
+    fn choose(&mut self) {
+        let Facts { graph, steps, passes, .. } = *self.facts;
+        for (step, pass) in steps.iter().zip(passes) {
+            let Some(needs) = pass.chooses_ranks() else { continue };
+            for block in &graph.blocks {
+                if !needs.is_empty() {
+                    self.observe_original(block, &vec![needs; block.inputs.len()]);
+                }
+                let dense = vec![false; block.sites.len()];
+                let held = block.inputs.iter().map(|input| hessian_bytes(input.width, needs)).max();
+                let cost = pass.cost(block, &step.targets[block.index], &self.limits);
+                self.add(Moment {
+                    what: "choose ranks".into(),
+                    block_index: Some(block.index),
+                    block: self.weights(block, &dense),
+                    statistics: held.unwrap_or(0),
+                    solver: cost.peak_bytes,
+                    ..Moment::default()
+                });
+            }
+        }
     }
 
     fn block(&mut self, block: &Block, rounds: &[Round], advance: bool, streams: bool) {
