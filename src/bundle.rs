@@ -195,8 +195,7 @@ fn tensors(
     artifact: &Path,
     device: &mut cuda::Needed,
 ) -> Result<Vec<(String, Value)>, Error> {
-    let sites: Vec<_> =
-        opened.decoder.graph.all_blocks().flat_map(|block| &block.sites).cloned().collect();
+    let sites: Vec<_> = opened.linears().cloned().collect();
     let bar = progress::bar(sites.len(), "kernels");
     let mut tensors = Vec::new();
     for site in sites {
@@ -322,7 +321,7 @@ pub(crate) fn check(artifact: &Path, opened: &Opened) -> Result<Vec<String>, Err
     }
     let tensors = table["tensors"].as_object().ok_or("kernels.json has no `tensors`")?;
     let mut seen = BTreeSet::new();
-    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+    for site in opened.linears() {
         let Some(packed) = opened.packed(site)? else { continue };
         seen.insert(site.name.as_str());
         let Some(entry) = tensors.get(&site.name) else {

@@ -4,6 +4,8 @@ mod keys;
 mod output;
 mod prepare;
 mod reshape;
+mod settle;
+mod shim;
 mod train;
 mod walk;
 
@@ -20,6 +22,7 @@ use attar_eval::{
 };
 use attar_formats::{
     Checkpoint, CorpusSource, Windows,
+    adapter::AdapterWriter,
     artifact::{self, ArtifactRoot, ArtifactWriter},
     corpus,
     gguf::Gguf,
@@ -36,13 +39,13 @@ use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::{BlockType, Scratch, TensorHeader, linalg};
 use serde_json::{Map, Value, json};
 
-pub(crate) use self::prepare::prepare;
 use self::{
     keys::Ground,
     output::Output,
     reshape::{Base, Made},
     walk::{Surroundings, Walk},
 };
+pub(crate) use self::{prepare::prepare, settle::settle};
 use crate::{
     Error, args::Promise, bundle, contract, importance::Importances, measure, packed::Opened,
     progress, provenance, trace::Trace, verify,
@@ -384,7 +387,7 @@ fn produce(
                 layout: emit.layout.0.into(),
                 isa: linalg::isa().name().into(),
                 inputs: provenance::inputs(job),
-                file_bytes: opened.checkpoint.file_bytes()?,
+                file_bytes: opened.file_bytes()?,
                 source_bytes: job.checkpoint.file_bytes()?,
                 bits_per_weight: opened.bits_per_weight(),
                 model: start.made.as_ref().map(|made| made.entries.clone()).unwrap_or_default(),
@@ -504,7 +507,10 @@ fn walk_variant<'a>(
         } else {
             ArtifactWriter::create(&folder, headers)?
         };
-        outputs.push(Output { emit, writer, written: BTreeSet::new() });
+        let headers: Vec<_> = emit.adapter.iter().map(plan::OutputTensor::header).collect();
+        let adapter = (!headers.is_empty()).then(|| AdapterWriter::create(&folder, headers));
+        let adapter = adapter.transpose()?;
+        outputs.push(Output { emit, writer, adapter, written: BTreeSet::new() });
     }
     let bar = progress::bar(decoder.spec.layers + 1, "compressing");
     let around = Surroundings {
@@ -572,7 +578,6 @@ fn walk_variant<'a>(
     let mut folders = Vec::new();
     for mut output in outputs {
         output.put_rest(checkpoint)?;
-        let layout = output.emit.layout.0;
         if output.emit.container != plan::GGUF {
             for file in checkpoint.auxiliary_files()? {
                 output.writer.copy_file(&file)?;
@@ -580,7 +585,14 @@ fn walk_variant<'a>(
             for (name, json) in checkpoint.gguf().map(Gguf::generated_files).unwrap_or_default() {
                 output.writer.put_json(name, &json)?;
             }
-            output.writer.put_json("config.json", &config_json(checkpoint, plan, layout)?)?;
+            output.writer.put_json("config.json", &config_json(checkpoint, plan, output.emit)?)?;
+            if !plan.factored(output.emit).is_empty() {
+                output.writer.put_text(shim::FILE, &shim::text(checkpoint.config())?)?;
+            }
+        }
+        if let Some(adapter) = output.adapter {
+            let rank = |site: &plan::SitePlan| Some((site.name.clone(), site.correction?));
+            adapter.finish(&plan.sites.iter().filter_map(rank).collect::<Vec<_>>())?;
         }
         let folder = output.writer.finish()?;
         artifact::write_manifest(
@@ -615,14 +627,23 @@ fn accuracy(
     Ok(found.0)
 }
 
-fn config_json(checkpoint: &Checkpoint, plan: &Plan, layout: &str) -> Result<Value, Error> {
+fn config_json(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    emit: &plan::PlannedEmit,
+) -> Result<Value, Error> {
     let mut config = checkpoint.config().clone();
     let (mut quantized, mut dense) = (Vec::new(), Vec::new());
-    for site in &plan.sites {
-        match site.scheme {
-            Some(scheme) => quantized.push((site.name.clone(), scheme)),
-            None => dense.push(site.name.clone()),
+    for (name, scheme) in plan.linears(emit) {
+        match scheme {
+            Some(scheme) => quantized.push((name, scheme)),
+            None => dense.push(name),
         }
+    }
+    let layout = emit.layout.0;
+    let factored = plan.factored(emit);
+    if !factored.is_empty() {
+        shim::declare(&mut config, &factored);
     }
     if layout != plan::DENSE.0 {
         config["quantization_config"] = quant_config::write(layout, &quantized, &dense)?;

@@ -38,7 +38,7 @@ pub(crate) fn judge(
                 let mut subject = Subject::of_plan(plan, emit);
                 subject.files = Some(files.clone());
                 if let Some(layout) = subject.layout.clone() {
-                    declare(&mut subject, &layout, plan)?;
+                    declare(&mut subject, &layout, (plan, &plan.emits[emit]))?;
                 }
                 let found = target::check(&subject, &profile, target);
                 let (refuses, warns): (Vec<_>, Vec<_>) =
@@ -64,12 +64,16 @@ pub(crate) fn targets(promise: &Promise, emit: &PlannedEmit) -> Result<Vec<Targe
 }
 
 /// Puts the `quantization_config` that will be written into a subject.
-fn declare(subject: &mut Subject, layout: &str, plan: &Plan) -> Result<(), Error> {
+fn declare(
+    subject: &mut Subject,
+    layout: &str,
+    (plan, emit): (&Plan, &PlannedEmit),
+) -> Result<(), Error> {
     let (mut quantized, mut dense) = (Vec::new(), Vec::new());
-    for site in &plan.sites {
-        match site.scheme {
-            Some(scheme) => quantized.push((site.name.clone(), scheme)),
-            None => dense.push(site.name.clone()),
+    for (name, scheme) in plan.linears(emit) {
+        match scheme {
+            Some(scheme) => quantized.push((name, scheme)),
+            None => dense.push(name),
         }
     }
     if attar_tensor::BlockType::from_name(layout).is_some() {
@@ -141,7 +145,7 @@ pub(crate) fn kept(
     artifact: &Opened,
     targets: &[TargetSpec],
 ) -> Result<Kept, Error> {
-    let mut broken = ledger::check(lines, artifact.checkpoint.headers());
+    let mut broken = ledger::check(lines, &artifact.headers());
     for line in lines.iter().filter(|line| matches!(line.fate, Fate::Copied | Fate::Tied)) {
         let Some(copy) = line.becomes.first() else { continue };
         if artifact.checkpoint.header(&copy.name) != Some(copy) {
@@ -212,7 +216,7 @@ fn subject_of(artifact: &Opened) -> Result<Subject, Error> {
     let folder = artifact.checkpoint.folder();
     let mut linears = Vec::new();
     for block in artifact.decoder.graph.all_blocks() {
-        for site in &block.sites {
+        for site in block.sites.iter().flat_map(|site| artifact.leaves(site)) {
             let part =
                 |suffix: &str| artifact.checkpoint.header(&format!("{}.{suffix}", site.name));
             let scheme = artifact.scheme_of(site);
@@ -248,6 +252,8 @@ fn subject_of(artifact: &Opened) -> Result<Subject, Error> {
         family: artifact.decoder.spec.family.clone(),
         attention: artifact.decoder.graph.blocks.first().and_then(|block| block.attention),
         linears,
+        factored: artifact.factored().map(str::to_owned).collect(),
+        corrected: artifact.corrected(),
         embedding_quantized: stem != "lm_head"
             && (["weight_packed", "qweight", "blocks"].iter().any(|part| packed(part))),
         files: Some(names(folder)?),

@@ -6,10 +6,13 @@
 use std::path::Path;
 
 use attar_eval::{Report, report::Inputs};
-use attar_formats::{Checkpoint, CorpusSource, artifact, quant_config};
-use attar_ir::{plan::PlannedEmit, recipe::Recipe};
+use attar_formats::{Adapter, Checkpoint, CorpusSource, artifact, quant_config};
+use attar_ir::{
+    plan::{Leaf, PlannedEmit},
+    recipe::Recipe,
+};
 use attar_kernels::layout::{SUFFIXES, suffixes_of};
-use attar_tensor::{TensorHeader, TensorSource, linalg};
+use attar_tensor::{TensorHeader, TensorSource, TensorView, linalg};
 use serde_json::{Map, Value, json};
 
 use crate::{Error, compile::Job, packed::Opened};
@@ -146,6 +149,32 @@ impl Weights {
                 quant_config::parse(checkpoint.config()).ok().flatten().map(|quant| quant.layout)
             }
         }
+    }
+
+    /// Every tensor of the checkpoint, then of the adapter.
+    pub(crate) fn headers(&self) -> impl Iterator<Item = &TensorHeader> {
+        let adapter = self.model().and_then(Opened::adapter);
+        self.checkpoint().headers().iter().chain(adapter.into_iter().flat_map(Adapter::headers))
+    }
+
+    /// One tensor of either.
+    pub(crate) fn read(&self, name: &str) -> Result<TensorView<'_>, Error> {
+        let adapter = self.model().and_then(Opened::adapter);
+        match adapter.and_then(|adapter| adapter.view(name)) {
+            Some(view) => Ok(view),
+            None => Ok(self.checkpoint().read(name)?),
+        }
+    }
+
+    /// Tensors that a factored site is written as, and those of its correction; empty when it has none.
+    pub(crate) fn thin(&self, site: &str) -> Vec<&TensorHeader> {
+        let of = |name: &str| {
+            let rest = name.strip_prefix(site);
+            rest.is_some_and(|rest| rest.starts_with(".down.") || rest.starts_with(".up."))
+        };
+        let corrects = [Leaf::CorrectionDown, Leaf::CorrectionUp].map(|l| l.name(site, "weight"));
+        let factored = self.model().is_some_and(|model| model.rank(site).is_some());
+        self.headers().filter(|h| factored && of(&h.name) || corrects.contains(&h.name)).collect()
     }
 
     /// Tensors of the packed linear of this name; empty when there is none.

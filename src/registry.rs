@@ -30,6 +30,7 @@ pub(crate) fn known() -> Passes {
         block: attar_quant::PASSES
             .iter()
             .chain(attar_prune::PASSES)
+            .chain(attar_lowrank::PASSES)
             .chain(attar_distill::PASSES)
             .collect(),
     }

@@ -1,6 +1,9 @@
 //! Re-opens an artifact as a stranger would: hashes, values, completeness, kernels against the reference.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use attar_formats::{Checkpoint, artifact};
 use attar_tensor::{TensorSource, TensorView, linalg::first_non_finite};
@@ -11,11 +14,19 @@ use crate::{Error, packed::Opened};
 /// Elements scanned for NaN and infinity at once.
 const PIECE: usize = 1 << 20;
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn none(count: &usize) -> bool {
+    *count == 0
+}
+
 /// What was checked and what was wrong.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Verification {
     pub(crate) quantized: usize,
     pub(crate) dense: usize,
+    /// Linears that the adapter corrects.
+    #[serde(skip_serializing_if = "none")]
+    pub(crate) corrected: usize,
     /// Zeros of sites that were pruned.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) sparsity: Vec<attar_eval::report::Zeros>,
@@ -68,7 +79,7 @@ pub(crate) fn verify(
     result.sparsity = sparsity;
     result.problems.extend(broken);
     let mut smallest: BTreeMap<String, (usize, String)> = BTreeMap::new();
-    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+    for site in opened.linears() {
         if let Some(scheme) = opened.scheme_of(site) {
             let found = (site.weights(), site.name.clone());
             let least = smallest.entry(scheme.label()).or_insert_with(|| found.clone());
@@ -77,52 +88,45 @@ pub(crate) fn verify(
             }
         }
     }
-    for block in opened.decoder.graph.all_blocks() {
-        for site in &block.sites {
-            let Some(packed) = opened.packed(site)? else {
-                result.dense += 1;
-                continue;
-            };
-            result.quantized += 1;
-            for defect in attar_kernels::check_packed(&packed) {
-                result.problems.push(format!("{}: {defect:?}", site.name));
+    for site in opened.linears() {
+        let Some(packed) = opened.packed(site)? else {
+            result.dense += 1;
+            continue;
+        };
+        result.quantized += 1;
+        for defect in attar_kernels::check_packed(&packed) {
+            result.problems.push(format!("{}: {defect:?}", site.name));
+        }
+        if !every && smallest.values().all(|(_, name)| *name != site.name) {
+            continue;
+        }
+        let layout = attar_kernels::layout_of(&packed)?;
+        let seed = 1 + result.quantized as u64;
+        for report in attar_kernels::verify(layout, &packed, seed)? {
+            if !report.ok {
+                result.problems.push(format!(
+                    "{}: kernel {} is off by nmse {:e}, allowed {:e}; worst element {:.3} of its \
+                     bound",
+                    site.name, report.kernel, report.nmse, report.tolerance.max_nmse, report.worst
+                ));
             }
-            if !every && smallest.values().all(|(_, name)| *name != site.name) {
-                continue;
-            }
-            let layout = attar_kernels::layout_of(&packed)?;
-            let seed = 1 + result.quantized as u64;
-            for report in attar_kernels::verify(layout, &packed, seed)? {
-                if !report.ok {
-                    result.problems.push(format!(
-                        "{}: kernel {} is off by nmse {:e}, allowed {:e}; worst element {:.3} of its \
-                         bound",
-                        site.name,
-                        report.kernel,
-                        report.nmse,
-                        report.tolerance.max_nmse,
-                        report.worst
-                    ));
+            let id = layout.id().0;
+            let same = |line: &&mut KernelLine| line.kernel == report.kernel && line.layout == id;
+            match result.kernels.iter_mut().find(same) {
+                Some(line) => {
+                    line.linears += 1;
+                    line.worst_nmse = line.worst_nmse.max(report.nmse);
+                    line.worst = line.worst.max(report.worst);
                 }
-                let id = layout.id().0;
-                let same =
-                    |line: &&mut KernelLine| line.kernel == report.kernel && line.layout == id;
-                match result.kernels.iter_mut().find(same) {
-                    Some(line) => {
-                        line.linears += 1;
-                        line.worst_nmse = line.worst_nmse.max(report.nmse);
-                        line.worst = line.worst.max(report.worst);
-                    }
-                    None => result.kernels.push(KernelLine {
-                        kernel: report.kernel,
-                        layout: id,
-                        linears: 1,
-                        worst_nmse: report.nmse,
-                        max_nmse: report.tolerance.max_nmse,
-                        worst: report.worst,
-                        activations: report.activations,
-                    }),
-                }
+                None => result.kernels.push(KernelLine {
+                    kernel: report.kernel,
+                    layout: id,
+                    linears: 1,
+                    worst_nmse: report.nmse,
+                    max_nmse: report.tolerance.max_nmse,
+                    worst: report.worst,
+                    activations: report.activations,
+                }),
             }
         }
     }
@@ -133,14 +137,26 @@ pub(crate) fn verify(
         }
         opened.checkpoint.release(&header.name);
     }
+    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+        let Some(correction) = opened.correction(site)? else { continue };
+        for (factor, view) in [("lora_A", &correction.down), ("lora_B", &correction.up)] {
+            if let Some((at, value)) = non_finite(view)? {
+                let place = format!("{} of {}", factor, site.name);
+                result.problems.push(format!("adapter, {place}: {value} at flat index {at}"));
+            }
+        }
+        result.corrected += 1;
+    }
     if let Some(source) = source {
+        let factored: BTreeSet<&str> = opened.factored().collect();
         let gone = removed_blocks(opened.checkpoint.folder(), opened.decoder.spec.layers);
         for header in source.headers() {
             let here = |name: &str| opened.checkpoint.header(name).is_some();
             let site = header.name.strip_suffix(".weight").unwrap_or(&header.name);
             let packed = ["weight_packed", "qweight", "blocks"]
                 .iter()
-                .any(|part| here(&format!("{site}.{part}")));
+                .any(|part| here(&format!("{site}.{part}")))
+                || factored.contains(site);
             let computed = opened.checkpoint.gguf().is_some() && header.name.ends_with(".inv_freq");
             let renamed = header.name == opened.decoder.graph.embedding
                 || (opened.decoder.graph.tied && header.name == "lm_head.weight");

@@ -128,7 +128,7 @@ fn awq_prepares_for_block_types_without_harm() {
             let sites = &block.inputs[input].sites;
             let targets: Vec<Target> =
                 sites.iter().map(|&site| Target { site, scheme: Some(ty.scheme()) }).collect();
-            let context = PassContext { block, seed: 0, survey: &[], scratch: None };
+            let context = PassContext { block, seed: 0, survey: &[], original: &[], scratch: None };
             let (mut state, mut stats) = (before.clone(), stats.clone());
             let plain = loss(ty, &state, &stats, sites);
             awq.apply(&context, &targets, &mut state, &mut stats).unwrap();

@@ -7,6 +7,7 @@ mod distill_model;
 mod gguf;
 mod headers;
 mod imatrix;
+mod lowrank;
 mod memory;
 mod model_passes;
 mod provenance;
@@ -197,7 +198,9 @@ fn speeds_name_kernels_and_their_tolerance() {
 fn unsafe_code_stays_in_its_rooms() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut folders: Vec<PathBuf> =
-        ["src", "tensor", "ir", "formats", "model", "quant", "eval"].map(|f| root.join(f)).into();
+        ["src", "tensor", "ir", "formats", "model", "quant", "prune", "lowrank", "eval"]
+            .map(|f| root.join(f))
+            .into();
     let mut seen = 0;
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap() {

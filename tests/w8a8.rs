@@ -49,7 +49,7 @@ fn smoothing_keeps_the_function_of_a_trained_block() {
         )
         .unwrap();
         let mut after = before.clone();
-        let context = PassContext { block, seed: 0, survey: &[], scratch: None };
+        let context = PassContext { block, seed: 0, survey: &[], original: &[], scratch: None };
         pass.apply(&context, &targets, &mut after, &mut stats).unwrap();
         assert!(after.norm_changed.iter().all(|changed| *changed));
         let moved = |site: usize| match (&before.linears[site].weight, &after.linears[site].weight)

@@ -158,7 +158,7 @@ pub(crate) fn learn(
 ) -> PassReport {
     let pass = (def.build)(&options.parse().unwrap()).unwrap();
     let block = block();
-    let context = PassContext { block: &block, seed: 3, survey: &[], scratch: None };
+    let context = PassContext { block: &block, seed: 3, survey: &[], scratch: None, original: &[] };
     let mut stats = linear.stats(state);
     let teacher = Teacher { function: linear, progress: &|_| {} };
     let targets = [Target { site: 0, scheme }];

@@ -10,7 +10,7 @@ use attar_tensor::{SourceError, TensorHeader, TensorView};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    FormatError,
+    FormatError, adapter,
     gguf::artifact::{GgufArtifact, GgufPlan},
     hash_file,
     safetensors::SafetensorsWriter,
@@ -210,6 +210,15 @@ impl ArtifactWriter {
         Ok(())
     }
 
+    /// Writes a text beside the weights.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_text(&self, name: &str, text: &str) -> Result<(), FormatError> {
+        let path = self.folder.join(name);
+        fs::write(&path, text).map_err(FormatError::io(&path))
+    }
+
     /// Writes JSON beside the weights.
     ///
     /// # Errors
@@ -261,6 +270,12 @@ fn file_table(folder: &Path) -> Result<Map<String, Value>, FormatError> {
         if entry.path().is_file()
             && ![MANIFEST, REPORT, REPORT_PAGE, MARKER].contains(&name.as_str())
         {
+            names.push(name);
+        }
+    }
+    for name in [adapter::CONFIG, adapter::WEIGHTS] {
+        let name = format!("{}/{name}", adapter::FOLDER);
+        if folder.join(&name).is_file() {
             names.push(name);
         }
     }

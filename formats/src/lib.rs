@@ -1,5 +1,6 @@
 //! Files: containers and their metadata. Knows bytes on disk, not algorithms.
 
+pub mod adapter;
 pub mod artifact;
 pub mod corpus;
 pub mod gguf;
@@ -13,6 +14,7 @@ pub mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
+pub use adapter::Adapter;
 pub use artifact::ArtifactWriter;
 pub use corpus::{CorpusSource, Windows};
 pub use hf::Checkpoint;

@@ -124,6 +124,12 @@ bitflags::bitflags! {
         const DENSE_FLOAT = 1 | 1 << 2 | 1 << 5;
         /// Float, full, with or without promised zeros.
         const FLOAT_ANY_ZEROS = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5;
+        /// Float, factored or full, with or without promised zeros.
+        const FLOAT_ANY_RANK = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6;
+        /// Float and factored.
+        const FACTORED_FLOAT = 1 | 1 << 2 | 1 << 6;
+        /// Quantized, of full rank, with or without promised zeros.
+        const QUANTIZED_FULL = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5;
     }
 }
 
@@ -165,6 +171,11 @@ impl FormChange {
     /// The pass quantizes.
     pub const QUANTIZE: Self =
         Self { rank: None, sparsity: None, numeric: Some(Numeric::Quantized) };
+    /// The pass makes thin factors.
+    pub const FACTOR: Self = Self { rank: Some(Rank::Factored), sparsity: None, numeric: None };
+    /// The pass puts a correction of low rank beside the weight.
+    pub const CORRECT: Self =
+        Self { rank: Some(Rank::FullPlusLowRank), sparsity: None, numeric: None };
 
     /// The form after the pass; the scheme it quantizes to adds the activations.
     pub const fn apply(self, form: Form) -> Form {

@@ -46,6 +46,19 @@ impl Site {
     pub const fn weights(&self) -> usize {
         self.out_features * self.in_features
     }
+
+    /// The two linears that stand for it at this rank: `<name>.down [rank, in_features]` and
+    /// `<name>.up [out_features, rank]`.
+    pub fn factors(&self, rank: usize) -> [Self; 2] {
+        let thin = |part: &str, out_features, in_features| Self {
+            name: format!("{}.{part}", self.name),
+            out_features,
+            in_features,
+            bias: false,
+            ..self.clone()
+        };
+        [thin("down", rank, self.in_features), thin("up", self.out_features, rank)]
+    }
 }
 
 /// Activations that one or several sites read. Its position in [`Block::inputs`] is the *stage* at which

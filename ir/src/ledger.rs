@@ -78,7 +78,7 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
     let emit = &plan.emits[emit];
     let mut copies: BTreeMap<&str, Vec<TensorHeader>> = BTreeMap::new();
     let mut parts: BTreeMap<&str, Vec<TensorHeader>> = BTreeMap::new();
-    for tensor in &emit.tensors {
+    for tensor in emit.tensors.iter().chain(&emit.adapter) {
         match &tensor.origin {
             Origin::Source(name) => copies.entry(name).or_default().push(tensor.header()),
             Origin::Coded { tensor: name, .. } => {
@@ -108,6 +108,20 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
                     site.steps.iter().map(|&step| plan.steps[step].label.as_str()).collect();
                 let mut detail = format!("{scheme}, {} ({})", emit.layout, steps.join(", "));
                 let mut becomes = packed.clone();
+                if let Some(rank) = site.correction {
+                    detail.push_str(&format!(", correction of rank {rank}"));
+                }
+                if let Some(rank) = site.rank {
+                    let detail = match site.scheme {
+                        Some(_) => format!("rank {rank}, factors {detail}"),
+                        None => {
+                            let steps = steps.join(", ");
+                            format!("rank {rank}, factors in {} ({steps})", header.dtype)
+                        }
+                    };
+                    let tensor = header.name.clone();
+                    return Line { tensor, fate: Fate::Factored, detail, becomes };
+                }
                 if !written.is_empty() {
                     // The only copy of a tied embedding: its other role stays dense.
                     let names: Vec<_> = written.iter().map(|to| to.name.as_str()).collect();
@@ -122,7 +136,8 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
                 (Fate::Dropped, why, Vec::new())
             } else if let Some(form) = site.map(|site| site.after).filter(|f| f.rank != Rank::Full)
             {
-                (Fate::Factored, format!("{form}"), written)
+                let rank = site.and_then(|site| site.rank).unwrap_or_default();
+                (Fate::Factored, format!("{form}, rank {rank}, multiplied"), written)
             } else if let Some(form) =
                 site.map(|site| site.after).filter(|f| f.sparsity != Sparsity::Dense)
             {

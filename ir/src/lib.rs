@@ -20,6 +20,7 @@ pub mod stats;
 pub mod target;
 pub mod train;
 pub mod training;
+pub mod weight;
 
 pub use coupling::{Dim, DimName, Member, Side, Sizes};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
@@ -36,7 +37,8 @@ pub use pass::{
     Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
-pub use state::{BlockState, LinearState, Weight};
+pub use state::{BlockState, LinearState};
 pub use stats::{BlockStats, Given, InputStats, Needs};
 pub use train::{Saved, Train, TrainProgress, TrainRecord, TrainSession};
 pub use training::{BlockFunction, BlockValues, Progress, Teacher, Training, Wanted};
+pub use weight::{Corrected, Factors, Weight};

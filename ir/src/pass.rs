@@ -6,7 +6,7 @@ use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Teacher, Training,
+    Block, BlockState, BlockStats, FormChange, FormSet, Limits, Needs, Site, Teacher, Training,
     recipe::RecipeError,
 };
 
@@ -85,6 +85,9 @@ pub struct PassContext<'a> {
     pub seed: u64,
     /// What [`Pass::survey`] found in each decoder block, in order; empty for passes that survey nothing.
     pub survey: &'a [f64],
+    /// The original float weights of the targets by site, with the scales that earlier steps folded around them, for
+    /// passes that read them ([`Pass::reads_original`]); empty for others.
+    pub original: &'a [Option<Mat>],
     /// Where the large parts of a factorization lie; `None` is memory. Bits do not depend on it.
     pub scratch: Option<&'a Scratch>,
 }
@@ -187,6 +190,48 @@ pub trait Pass: Debug + Send + Sync {
     /// Fraction of a site's weights that it leaves, for passes that prune.
     fn density(&self) -> Option<f64> {
         None
+    }
+
+    /// Rank of the factors (or of the correction) that it gives a site, for passes that write the rank axis.
+    ///
+    /// # Errors
+    /// Why the site can have none such, with the largest rank that it can have.
+    fn rank(&self, _: &Site) -> Result<Option<usize>, String> {
+        Ok(None)
+    }
+
+    /// Statistics of the original model that it chooses the ranks of all its sites from, together and before any block is
+    /// worked on; `None` where a site's rank follows from its shape. [`Pass::rank`] is then the largest that can come out.
+    fn chooses_ranks(&self) -> Option<Needs> {
+        None
+    }
+
+    /// What each rank of a site is worth, falling: squared singular values in the pass's metric. `stats` holds what
+    /// [`Pass::chooses_ranks`] asks for.
+    ///
+    /// # Errors
+    /// [`PassError::Numeric`] when numbers cannot be worked with.
+    fn spectrum(
+        &self,
+        _: &Block,
+        _: usize,
+        _: &Mat,
+        _: &BlockStats,
+    ) -> Result<Vec<f64>, PassError> {
+        Ok(Vec::new())
+    }
+
+    /// The same pass with the ranks that follow from the spectra of all its sites.
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn with_ranks(&self, _: &[(Site, Vec<f64>)]) -> Result<Box<dyn Pass>, String> {
+        Err("it chooses no ranks".to_owned())
+    }
+
+    /// Whether it reads the original float weight beside what earlier steps made of it.
+    fn reads_original(&self) -> bool {
+        false
     }
 
     /// Whether weights that were pruned before come out exactly zero.

@@ -9,6 +9,7 @@ mod dense;
 mod error;
 mod graph;
 mod predict;
+mod rank;
 mod render;
 mod stored;
 mod variant;
@@ -21,6 +22,7 @@ pub use dense::{DENSE, Dense};
 pub use error::{PlanError, PlanErrors};
 pub use graph::{dot, text, to_json};
 pub use predict::{Memory, Moment, PIECE_ELEMENTS, Work};
+pub use rank::Leaf;
 pub use stored::Stored;
 pub use variant::{Variant, variants};
 
@@ -253,6 +255,12 @@ pub struct SitePlan {
     /// Fraction of the weights that are not zero, where a step prunes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub density: Option<f64>,
+    /// Rank of its factors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
+    /// Rank of its correction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub correction: Option<usize>,
     /// Bytes of the weight in the checkpoint.
     pub dense_bytes: usize,
     /// Bytes in each emit, in the order of [`Plan::emits`].
@@ -321,6 +329,12 @@ pub struct PlannedEmit {
     pub embedding: Option<BlockType>,
     /// Every tensor, sorted by name.
     pub tensors: Vec<OutputTensor>,
+    /// Tensors of the adapter beside it, sorted by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapter: Vec<OutputTensor>,
+    /// True when factors are multiplied.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub merge: bool,
     /// Bytes of all tensors, headers of files excluded.
     pub tensor_bytes: usize,
     /// Bytes of the weights of linears, with scales, zero points and indices.
@@ -383,6 +397,27 @@ impl Plan {
     /// What becomes of a site.
     pub fn site(&self, name: &str) -> Option<&SitePlan> {
         self.sites.iter().find(|site| site.name == name)
+    }
+
+    /// The linears of an emit with their schemes, as its files name them: the two factors where a site is factored.
+    pub fn linears(&self, emit: &PlannedEmit) -> Vec<(String, Option<QuantScheme>)> {
+        let mut linears = Vec::new();
+        for site in &self.sites {
+            match site.rank.filter(|_| !emit.merge) {
+                Some(_) => {
+                    linears.push((format!("{}.down", site.name), site.scheme));
+                    linears.push((format!("{}.up", site.name), site.scheme));
+                }
+                None => linears.push((site.name.clone(), site.scheme)),
+            }
+        }
+        linears
+    }
+
+    /// Sites that an emit writes as two linears, with their ranks.
+    pub fn factored(&self, emit: &PlannedEmit) -> Vec<(&str, usize)> {
+        let rank = |site: &SitePlan| site.rank.filter(|_| !emit.merge);
+        self.sites.iter().filter_map(|site| Some((site.name.as_str(), rank(site)?))).collect()
     }
 
     /// The block type in which emit `emit` stores a quantized site; `None` for other layouts.

@@ -197,6 +197,9 @@ pub struct Emit {
     pub of: Option<String>,
     /// Runtimes that must accept it, each as `--target` takes it: `vllm`, `vllm,tp=2`.
     pub target: Vec<String>,
+    /// Whether float factors are multiplied, so that linears are written whole.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub merge: bool,
 }
 
 impl Emit {
@@ -212,6 +215,7 @@ impl Emit {
             dir: None,
             of: None,
             target: Vec::new(),
+            merge: false,
         }
     }
 }

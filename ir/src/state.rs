@@ -1,64 +1,11 @@
 //! One block's weights in flight.
 
-use std::borrow::Cow;
+use attar_tensor::{DType, Mat, QuantScheme, Tensor};
 
-use attar_tensor::{BlockQuantized, BlockType, DType, Mat, QuantScheme, QuantizedLinear, Tensor};
-
-/// The weight of one linear, in one of the forms of [`crate::Form`].
-#[derive(Debug, Clone, PartialEq)]
-pub enum Weight {
-    /// `[out_features, in_features]`, f32.
-    Dense(Mat),
-    /// Codes, scales and zero points.
-    Quantized(QuantizedLinear),
-    /// Codes in blocks with two-level scales.
-    Blocks(BlockQuantized),
-}
-
-impl Weight {
-    /// The float weight, when it is one.
-    pub const fn as_dense(&self) -> Option<&Mat> {
-        match self {
-            Self::Dense(weight) => Some(weight),
-            Self::Quantized(_) | Self::Blocks(_) => None,
-        }
-    }
-
-    /// The scheme of a quantized weight; that of its type for blocks.
-    pub const fn scheme(&self) -> Option<QuantScheme> {
-        match self {
-            Self::Dense(_) => None,
-            Self::Quantized(weight) => Some(weight.scheme),
-            Self::Blocks(weight) => Some(weight.block.scheme()),
-        }
-    }
-
-    /// Rows and columns.
-    pub fn shape(&self) -> (usize, usize) {
-        match self {
-            Self::Dense(weight) => weight.dim(),
-            Self::Quantized(weight) => (weight.out_features, weight.in_features),
-            Self::Blocks(weight) => (weight.out_features, weight.in_features),
-        }
-    }
-
-    /// The float weight that this stands for.
-    pub fn values(&self) -> Cow<'_, Mat> {
-        match self {
-            Self::Dense(weight) => Cow::Borrowed(weight),
-            Self::Quantized(weight) => Cow::Owned(weight.dequantize()),
-            Self::Blocks(weight) => Cow::Owned(weight.dequantize()),
-        }
-    }
-
-    /// The affine quantized weight, when it is one.
-    pub const fn as_quantized(&self) -> Option<&QuantizedLinear> {
-        match self {
-            Self::Dense(_) | Self::Blocks(_) => None,
-            Self::Quantized(weight) => Some(weight),
-        }
-    }
-}
+use crate::{
+    Block, Producer, Weight,
+    weight::{FITS, export_weight, floats, import_weight},
+};
 
 /// One linear in flight.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,13 +76,33 @@ impl BlockState {
         }
     }
 
+    /// Does to the checkpoint's weight of a linear what folds did to it: its columns were multiplied by what its input
+    /// was divided by, and its rows divided where they make the input of others.
+    pub fn follow_folds(&self, block: &Block, site: usize, weight: &mut Mat) {
+        let scale = |input: usize| self.input_scale.get(input).and_then(Option::as_deref);
+        if let Some(scale) = scale(block.input_of(site)) {
+            for mut row in weight.outer_iter_mut() {
+                row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s);
+            }
+        }
+        for fold in block.folds.iter().filter(|fold| fold.producer == Producer::Rows(site)) {
+            let Some(scale) = scale(fold.input) else { continue };
+            let mut divided = vec![false; weight.nrows()];
+            for (consumer, s) in scale.iter().enumerate() {
+                let producer = fold.map.producer_of(consumer);
+                if !std::mem::replace(&mut divided[producer], true) {
+                    weight.row_mut(producer).map_inplace(|w| *w /= s);
+                }
+            }
+        }
+    }
+
     /// The linears at `sites`, and with `neighbours` every norm, bias and input scale that a fold
     /// changed, as named tensors: what [`BlockState::import`] takes back to the same bits.
     ///
     /// # Panics
     /// When a weight is not in standard layout.
     pub fn export(&self, sites: &[usize], neighbours: bool) -> Vec<(String, Tensor)> {
-        const FITS: &str = "the shape is the values' own";
         let mut parts = Vec::new();
         let mut put = |name: String, tensor| parts.push((name, tensor));
         let floats =
@@ -152,46 +119,7 @@ impl BlockState {
                 let flag = Tensor::new(DType::U8, vec![1], vec![1]).expect(FITS);
                 put(format!("linear.{at}.masked"), flag);
             }
-            match &linear.weight {
-                Weight::Dense(weight) => {
-                    let values = weight.as_slice().expect("weights are in standard layout");
-                    let shape = weight.shape().to_vec();
-                    put(
-                        format!("linear.{at}.weight"),
-                        Tensor::from_f32(DType::F32, shape, values).expect(FITS),
-                    );
-                }
-                Weight::Quantized(q) => {
-                    let codes = pack_bits(&q.codes, q.scheme.bits);
-                    let shape = vec![codes.len()];
-                    put(
-                        format!("linear.{at}.codes"),
-                        Tensor::new(DType::U8, shape, codes).expect(FITS),
-                    );
-                    put(format!("linear.{at}.scales"), floats(&q.scales));
-                    let zeros: Vec<i32> = q.zeros.iter().map(|&zero| i32::from(zero)).collect();
-                    put(
-                        format!("linear.{at}.zeros"),
-                        Tensor::from_i32(vec![zeros.len()], &zeros).expect(FITS),
-                    );
-                    if let Some(g_idx) = &q.g_idx {
-                        let g_idx: Vec<i32> = g_idx.iter().map(|&g| g as i32).collect();
-                        put(
-                            format!("linear.{at}.g_idx"),
-                            Tensor::from_i32(vec![g_idx.len()], &g_idx).expect(FITS),
-                        );
-                    }
-                }
-                Weight::Blocks(q) => {
-                    for (what, bytes) in block_parts(q) {
-                        let shape = vec![bytes.len()];
-                        put(
-                            format!("linear.{at}.{what}"),
-                            Tensor::new(DType::U8, shape, bytes).expect(FITS),
-                        );
-                    }
-                }
-            }
+            export_weight(&format!("linear.{at}"), &linear.weight, &mut put);
         }
         if neighbours {
             for (at, norm) in self.norms.iter().enumerate().filter(|(at, _)| self.norm_changed[*at])
@@ -217,25 +145,6 @@ impl BlockState {
         schemes: &[Option<QuantScheme>],
     ) -> Result<(), String> {
         let part = |name: &str| parts.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor);
-        let floats = |name: &str, tensor: &Tensor, count: usize| -> Result<Vec<f32>, String> {
-            let values = tensor.view().to_f32().map_err(|error| format!("{name}: {error}"))?;
-            if values.len() == count {
-                Ok(values)
-            } else {
-                Err(format!("{name}: {} values, expected {count}", values.len()))
-            }
-        };
-        let integers = |name: &str| -> Result<Vec<i32>, String> {
-            let tensor = part(name).ok_or_else(|| format!("{name}: missing"))?;
-            if tensor.dtype() != DType::I32 {
-                return Err(format!("{name}: is {}, expected I32", tensor.dtype()));
-            }
-            Ok(tensor
-                .bytes()
-                .chunks_exact(4)
-                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect())
-        };
         for (at, linear) in self.linears.iter_mut().enumerate() {
             let name = |what: &str| format!("linear.{at}.{what}");
             if let (Some(tensor), Some(bias)) = (part(&name("bias")), &mut linear.bias) {
@@ -244,57 +153,12 @@ impl BlockState {
             }
             let (out, inner) = linear.weight.shape();
             self.masked[at] |= part(&name("masked")).is_some();
-            if let Some(tensor) = part(&name("weight")) {
-                let values = floats(&name("weight"), tensor, out * inner)?;
-                let weight = Mat::from_shape_vec((out, inner), values)
-                    .map_err(|error| format!("{}: {error}", name("weight")))?;
-                linear.weight = Weight::Dense(weight);
-                self.weight_changed[at] = true;
-            } else if let Some(codes) = part(&name("codes")) {
-                let scheme = schemes
-                    .get(at)
-                    .copied()
-                    .flatten()
-                    .ok_or_else(|| format!("{}: no scheme", name("codes")))?;
-                if let Some(block) = scheme.block() {
-                    let bytes = |what: &str| {
-                        let tensor = part(&name(what));
-                        tensor.map_or(&[][..], Tensor::bytes)
-                    };
-                    linear.weight = Weight::Blocks(
-                        blocks_of(block, (out, inner), &bytes)
-                            .ok_or_else(|| format!("{}: blocks do not fit", name("codes")))?,
-                    );
-                    continue;
-                }
-                let groups = scheme
-                    .groups(inner)
-                    .ok_or_else(|| format!("{}: groups do not divide", name("codes")))?;
-                let codes = unpack_bits(codes.bytes(), scheme.bits, out * inner)
-                    .ok_or_else(|| format!("{}: wrong length", name("codes")))?;
-                let scales =
-                    part(&name("scales")).ok_or_else(|| format!("{}: missing", name("scales")))?;
-                let scales = floats(&name("scales"), scales, out * groups)?;
-                let zeros: Vec<u16> =
-                    integers(&name("zeros"))?.into_iter().map(|zero| zero as u16).collect();
-                if zeros.len() != out * groups {
-                    return Err(format!("{}: wrong length", name("zeros")));
-                }
-                let g_idx = match part(&name("g_idx")) {
-                    Some(_) => {
-                        Some(integers(&name("g_idx"))?.into_iter().map(|g| g as u32).collect())
-                    }
-                    None => None,
-                };
-                linear.weight = Weight::Quantized(QuantizedLinear {
-                    scheme,
-                    out_features: out,
-                    in_features: inner,
-                    codes,
-                    scales,
-                    zeros,
-                    g_idx,
-                });
+            let scheme = schemes.get(at).copied().flatten();
+            let stem = format!("linear.{at}");
+            if let Some(weight) = import_weight(&stem, (out, inner), scheme, &part)? {
+                // Codes are written from what they are; floats only where they are said to have changed.
+                self.weight_changed[at] |= matches!(weight, Weight::Dense(_) | Weight::Factored(_));
+                linear.weight = weight;
             }
         }
         for (at, norm) in self.norms.iter_mut().enumerate() {
@@ -318,86 +182,11 @@ impl BlockState {
     }
 }
 
-/// The lists of a weight in blocks, as bytes.
-fn block_parts(q: &BlockQuantized) -> Vec<(&'static str, Vec<u8>)> {
-    let halves = |list: &[half::f16]| list.iter().flat_map(|h| h.to_le_bytes()).collect();
-    let all = [
-        ("codes", pack_bits(&q.codes, q.block.bits())),
-        ("d", halves(&q.d)),
-        ("dmin", halves(&q.dmin)),
-        ("sub_scales", q.sub_scales.iter().map(|&s| s as u8).collect()),
-        ("sub_mins", q.sub_mins.clone()),
-    ];
-    all.into_iter().filter(|(_, bytes): &(_, Vec<u8>)| !bytes.is_empty()).collect()
-}
-
-/// The inverse of [`block_parts`]; `None` when lengths or ranges are not those of the type.
-fn blocks_of<'a>(
-    block: BlockType,
-    (out_features, in_features): (usize, usize),
-    bytes: &dyn Fn(&str) -> &'a [u8],
-) -> Option<BlockQuantized> {
-    let halves = |bytes: &[u8]| {
-        bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]])).collect()
-    };
-    let weight = BlockQuantized {
-        block,
-        out_features,
-        in_features,
-        codes: unpack_bits(bytes("codes"), block.bits(), out_features * in_features)?,
-        d: halves(bytes("d")),
-        dmin: halves(bytes("dmin")),
-        sub_scales: bytes("sub_scales").iter().map(|&s| s as i8).collect(),
-        sub_mins: bytes("sub_mins").to_vec(),
-    };
-    weight.check().ok()?;
-    Some(weight)
-}
-
-/// Codes of `bits` bits each, densely, least significant bit first.
-fn pack_bits(codes: &[u8], bits: u8) -> Vec<u8> {
-    let mut out = Vec::with_capacity((codes.len() * usize::from(bits)).div_ceil(8));
-    let (mut word, mut filled) = (0u32, 0u8);
-    for &code in codes {
-        word |= u32::from(code) << filled;
-        filled += bits;
-        while filled >= 8 {
-            out.push(word as u8);
-            word >>= 8;
-            filled -= 8;
-        }
-    }
-    if filled > 0 {
-        out.push(word as u8);
-    }
-    out
-}
-
-/// The inverse of [`pack_bits`]; `None` when the length is not that of `count` codes.
-fn unpack_bits(bytes: &[u8], bits: u8, count: usize) -> Option<Vec<u8>> {
-    if bytes.len() != (count * usize::from(bits)).div_ceil(8) {
-        return None;
-    }
-    let (mut word, mut filled) = (0u32, 0u8);
-    let mask = (1u32 << bits) - 1;
-    let mut bytes = bytes.iter();
-    let mut out = Vec::with_capacity(count);
-    for _ in 0..count {
-        while filled < bits {
-            word |= u32::from(*bytes.next()?) << filled;
-            filled += 8;
-        }
-        out.push((word & mask) as u8);
-        word >>= bits;
-        filled -= bits;
-    }
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use attar_tensor::{Granularity, ScaleGrid};
+    use crate::{Corrected, Factors};
+    use attar_tensor::{BlockType, Granularity, QuantizedLinear, ScaleGrid};
 
     #[test]
     fn an_exported_block_comes_back_to_the_bit() {
@@ -451,6 +240,90 @@ mod tests {
             parts.retain(|(name, _)| !name.ends_with("scales"));
             let error = fresh().import(&parts, &[None, Some(scheme), None]).unwrap_err();
             assert!(error.contains("linear.1.scales"), "{error}");
+        }
+    }
+
+    #[test]
+    fn originals_follow_what_was_folded() {
+        use crate::{ChannelMap, Fold, InputGroup, Role, Site};
+        let site = |name: &str, role| Site {
+            name: name.into(),
+            role,
+            out_features: 2,
+            in_features: 2,
+            bias: false,
+            dtype: DType::F32,
+        };
+        let input = |name, sites: &[usize]| InputGroup { name, width: 2, sites: sites.into() };
+        let (producer, map) = (Producer::Rows(0), ChannelMap::Identity);
+        let block = Block {
+            index: 0,
+            prefix: String::new(),
+            sites: vec![site("up", Role::Up), site("down", Role::Down)],
+            norms: Vec::new(),
+            inputs: vec![input("in", &[0]), input("between", &[1])],
+            folds: vec![Fold { producer, input: 1, map }],
+            attention: None,
+        };
+        let weight = |values: [f32; 4]| Mat::from_shape_vec((2, 2), values.to_vec()).unwrap();
+        let linear = || LinearState { weight: Weight::Dense(weight([1.0; 4])), bias: None };
+        let mut state = BlockState::new(0, vec![linear(), linear()], Vec::new());
+        state.scale_input(0, &[2.0, 4.0]);
+        state.scale_input(1, &[8.0, 0.5]);
+        let (mut up, mut down) = (weight([1.0; 4]), weight([1.0; 4]));
+        state.follow_folds(&block, 0, &mut up);
+        state.follow_folds(&block, 1, &mut down);
+        assert_eq!(up, weight([0.25, 0.5, 4.0, 8.0]));
+        assert_eq!(down, weight([8.0, 0.5, 8.0, 0.5]));
+    }
+
+    #[test]
+    fn factors_and_corrections_come_back_to_the_bit() {
+        let mat = |rows: usize, columns: usize| {
+            Mat::from_shape_fn((rows, columns), |(i, j)| ((3 + i * columns + j) as f32).sin())
+        };
+        let scheme = QuantScheme {
+            bits: 4,
+            granularity: Granularity::Channel,
+            symmetric: true,
+            scale_grid: ScaleGrid::F32,
+            zero_min: 0,
+            activations: attar_tensor::ActivationScheme::Float,
+        };
+        let codes = |out: usize, inner: usize| {
+            Weight::Quantized(QuantizedLinear {
+                scheme,
+                out_features: out,
+                in_features: inner,
+                codes: (0..out * inner).map(|i| (i % 16) as u8).collect(),
+                scales: (0..out).map(|i| 0.1 + i as f32).collect(),
+                zeros: vec![8; out],
+                g_idx: None,
+            })
+        };
+        let fresh = || {
+            let linear = LinearState { weight: Weight::Dense(mat(3, 8)), bias: None };
+            BlockState::new(0, vec![linear], Vec::new())
+        };
+        let corrected =
+            Corrected { base: codes(3, 8), correction: Factors::dense(mat(2, 8), mat(3, 2)) };
+        for (weight, changed) in [
+            (Weight::Factored(Box::new(Factors::dense(mat(2, 8), mat(3, 2)))), true),
+            (Weight::Factored(Box::new(Factors { down: codes(2, 8), up: codes(3, 2) })), true),
+            (Weight::Corrected(Box::new(corrected)), false),
+        ] {
+            let mut state = fresh();
+            assert_eq!(weight.shape(), (3, 8));
+            state.linears[0].weight = weight;
+            state.weight_changed[0] = changed;
+            let scheme = state.linears[0].weight.scheme();
+            let mut again = fresh();
+            again.import(&state.export(&[0], false), &[scheme]).unwrap();
+            assert_eq!(again, state);
+            let mut parts = state.export(&[0], false);
+            parts.retain(|(name, _)| !name.contains(".up."));
+            let error = fresh().import(&parts, &[scheme]).unwrap_err();
+            assert!(error.contains("linear.0.up"), "{error}");
         }
     }
 

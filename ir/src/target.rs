@@ -218,6 +218,10 @@ pub enum Check {
     TensorParallel(TensorParallel),
     /// Model families.
     Families(Families),
+    /// Linears written as two thin ones.
+    Factors(Nothing),
+    /// Corrections of low rank in an adapter.
+    Corrections(Nothing),
 }
 
 /// Nothing to set.
@@ -467,6 +471,10 @@ pub struct Subject {
     pub linears: Vec<Linear>,
     /// True when the embedding is packed.
     pub embedding_quantized: bool,
+    /// Linears of the model that are written as two.
+    pub factored: Vec<String>,
+    /// Linears that an adapter corrects.
+    pub corrected: Vec<String>,
     /// Names of the files beside the weights; `None` when they are not known.
     pub files: Option<Vec<String>>,
     /// `quantization_config`; `None` when there is none yet, or none at all.
@@ -491,21 +499,30 @@ impl Subject {
                 })
                 .map(|tensor| tensor.dtype)
         };
-        let linears: Vec<_> = plan
-            .sites
-            .iter()
-            .map(|site| Linear {
-                name: site.name.clone(),
+        let mut linears = Vec::new();
+        for site in &plan.sites {
+            let linear = |name: String, out_features, in_features| Linear {
+                name,
                 block: site.block,
                 role: site.role,
-                out_features: site.out_features,
-                in_features: site.in_features,
+                out_features,
+                in_features,
                 scheme: site.scheme,
                 scales: site.scheme.and_then(|_| scales(&site.name)),
                 column_order: None,
                 declared: None,
-            })
-            .collect();
+            };
+            let (name, out, inner) = (&site.name, site.out_features, site.in_features);
+            match site.rank.filter(|_| !planned.merge) {
+                Some(rank) => {
+                    linears.push(linear(format!("{name}.down"), rank, inner));
+                    linears.push(linear(format!("{name}.up"), out, rank));
+                }
+                None => linears.push(linear(name.clone(), out, inner)),
+            }
+        }
+        let factored = plan.factored(planned).into_iter().map(|(name, _)| name.to_owned());
+        let corrected = plan.sites.iter().filter(|site| site.correction.is_some());
         let quantized = linears.iter().any(|linear| linear.scheme.is_some());
         Self {
             name: match &planned.dir {
@@ -518,6 +535,8 @@ impl Subject {
             attention: plan.graph.blocks.first().and_then(|block| block.attention),
             linears,
             embedding_quantized: false,
+            factored: factored.collect(),
+            corrected: corrected.map(|site| site.name.clone()).collect(),
             files: None,
             config: None,
         }

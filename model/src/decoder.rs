@@ -211,15 +211,22 @@ impl Decoder {
         let block = self.block(index);
         let mut linears = Vec::with_capacity(block.sites.len());
         for site in &block.sites {
-            let weight = read_finite(source, &self.weight_tensor(site))?;
-            let weight = Mat::from_shape_vec((site.out_features, site.in_features), weight)
-                .expect("shapes were checked when the graph was read");
             linears.push(LinearState {
-                weight: Weight::Dense(weight),
+                weight: Weight::Dense(self.load_weight(site, source)?),
                 bias: self.load_bias(site, source)?,
             });
         }
         Ok(BlockState::new(index, linears, self.load_norms(index, source)?))
+    }
+
+    /// Loads the weight of one linear as f32.
+    ///
+    /// # Errors
+    /// As [`Decoder::load_block`].
+    pub fn load_weight(&self, site: &Site, source: &dyn TensorSource) -> Result<Mat, ModelError> {
+        let weight = read_finite(source, &self.weight_tensor(site))?;
+        Ok(Mat::from_shape_vec((site.out_features, site.in_features), weight)
+            .expect("shapes were checked when the graph was read"))
     }
 
     pub(crate) fn load_bias(

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use attar_ir::{BlockState, Site, Weight};
+use attar_ir::{BlockState, Factors, Site, Weight};
 use attar_tensor::{
     Mat, TensorSource,
     linalg::{PackedRows, first_non_finite, gemm_nt, rms_norm_row, silu_mul},
@@ -51,6 +51,61 @@ impl LinearOp for PackedWeight {
 impl LinearOp for &Mat {
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
         (**self).matmul(x, m, out);
+    }
+}
+
+/// A linear of low rank, alone or beside a full one: `out = base x + scale · up (down x)`.
+pub struct LowRankOp<'a> {
+    /// The full weight, where there is one.
+    pub base: Option<Box<dyn LinearOp + 'a>>,
+    /// `[rank, in_features]`.
+    pub down: Box<dyn LinearOp + 'a>,
+    /// `[out_features, rank]`.
+    pub up: Box<dyn LinearOp + 'a>,
+    /// Rows of `down`.
+    pub rank: usize,
+    /// What the product is multiplied with.
+    pub scale: f32,
+}
+
+impl std::fmt::Debug for LowRankOp<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LowRankOp").field("rank", &self.rank).finish_non_exhaustive()
+    }
+}
+
+impl LinearOp for LowRankOp<'_> {
+    fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let mut inner = vec![0.0; m * self.rank];
+        self.down.matmul(x, m, &mut inner);
+        // One is exact, and by far the usual.
+        if self.scale.to_bits() != 1.0f32.to_bits() {
+            inner.iter_mut().for_each(|value| *value *= self.scale);
+        }
+        let Some(base) = &self.base else { return self.up.matmul(&inner, m, out) };
+        let mut correction = vec![0.0; out.len()];
+        self.up.matmul(&inner, m, &mut correction);
+        base.matmul(x, m, out);
+        out.iter_mut().zip(correction).for_each(|(out, more)| *out += more);
+    }
+}
+
+/// A weight in flight, ready for many windows.
+fn packed(weight: &Weight) -> Box<dyn LinearOp> {
+    let low_rank = |base, factors: &Factors| LowRankOp {
+        base,
+        down: packed(&factors.down),
+        up: packed(&factors.up),
+        rank: factors.rank(),
+        scale: 1.0,
+    };
+    match weight {
+        Weight::Dense(weight) => Box::new(PackedWeight::new(weight)),
+        Weight::Quantized(_) | Weight::Blocks(_) => Box::new(PackedWeight::new(&weight.values())),
+        Weight::Factored(factors) => Box::new(low_rank(None, factors)),
+        Weight::Corrected(weight) => {
+            Box::new(low_rank(Some(packed(&weight.base)), &weight.correction))
+        }
     }
 }
 
@@ -133,13 +188,7 @@ impl<'a> BlockOps<'a> {
             .iter()
             .enumerate()
             .map(|(site, linear)| {
-                wanted.contains(&site).then(|| {
-                    let packed = match &linear.weight {
-                        Weight::Dense(weight) => PackedWeight::new(weight),
-                        other => PackedWeight::new(&other.values()),
-                    };
-                    Box::new(packed) as Box<dyn LinearOp + 'a>
-                })
+                wanted.contains(&site).then(|| packed(&linear.weight) as Box<dyn LinearOp + 'a>)
             })
             .collect();
         Self {

@@ -20,7 +20,9 @@ pub use attention::QkNorm;
 pub use backward::{BlockGradient, BlockWeights, Differentiable, Space, Tape, embed_backward};
 pub use block::{BlockRun, Timing, observe_block};
 pub use decoder::Decoder;
-pub use evaluate::{BlockOps, LinearOp, Linears, WeightSource, embed, final_logits, run_block};
+pub use evaluate::{
+    BlockOps, LinearOp, Linears, LowRankOp, WeightSource, embed, final_logits, run_block,
+};
 pub use generate::{Generator, Sampling};
 pub use lesson::{LANES, Lesson};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};

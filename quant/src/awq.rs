@@ -346,7 +346,8 @@ mod tests {
     fn apply(clip: bool, state: &mut BlockState, stats: &mut BlockStats) -> PassReport {
         let block = block();
         let targets = [0, 1].map(|site| Target { site, scheme: Some(scheme()) });
-        let context = PassContext { block: &block, seed: 0, survey: &[], scratch: None };
+        let context =
+            PassContext { block: &block, seed: 0, survey: &[], original: &[], scratch: None };
         Awq(Options { grid: 20, clip }).apply(&context, &targets, state, stats).unwrap()
     }
 

@@ -13,8 +13,9 @@
 use std::{io, sync::Mutex};
 
 use attar_ir::{
-    Block, BlockState, BlockStats, Contract, Cost, Event, FormChange, FormSet, Limits, Needs, Pass,
-    PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream, Weight,
+    Block, BlockState, BlockStats, Contract, Cost, Event, Factors, FormChange, FormSet, Limits,
+    Needs, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches,
+    Upstream, Weight,
 };
 use attar_tensor::{
     BlockQuantized, BlockType, Mat, QuantScheme, QuantizedLinear, Scratch,
@@ -24,7 +25,10 @@ use attar_tensor::{
         rounding::{Mask, RoundingOptions, Space, Tile},
     },
     grid::GroupGrid,
-    linalg::InverseFactor,
+    linalg::{
+        InverseFactor, LinalgError,
+        lowrank::{follow_down, inner_metric, product_error},
+    },
 };
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -183,6 +187,54 @@ fn quantize_blocks(
     Ok((whole, total))
 }
 
+/// Quantizes the factors of a weight: `down` against H, then `up`, fitted to the quantized `d̂` in closed form, against
+/// what is left of H behind it, `d̂ H d̂ᵀ`.
+fn factored(
+    factors: &Factors,
+    hessian: &mut Mat,
+    scheme: QuantScheme,
+    options: &Options,
+    (site, scratch): (&str, Option<&Scratch>),
+) -> Result<(Factors, SiteReport), PassError> {
+    let dense = |weight: &Weight| weight.values().into_owned();
+    let (down, up) = (dense(&factors.down), dense(&factors.up));
+    check_finite(site, "the factor down", &down)?;
+    check_finite(site, "the factor up", &up)?;
+    check_finite(site, "the Hessian", hessian)?;
+    let mut told = Vec::new();
+    let mut one = |weight: &Mat, hessian: &mut Mat| {
+        let factor = factorize(hessian, options, false, site, scratch)?;
+        factor.fill(hessian, true);
+        let result = quantize(weight, hessian, &factor, scheme, Mask::None, options);
+        factor.fill(hessian, false);
+        told.extend(events(&factor));
+        result
+            .map(|(quantized, _)| quantized)
+            .map_err(|source| PassError::Scratch { site: site.to_owned(), source })
+    };
+    let numeric = |error: LinalgError| PassError::Numeric {
+        site: site.to_owned(),
+        reason: format!("{error}; check the checkpoint and the calibration text"),
+    };
+    let new_down = one(&down, hessian)?;
+    let rounded = new_down.dequantize();
+    let followed = follow_down(&up, &down, &rounded, hessian).map_err(numeric)?;
+    let mut inner = inner_metric(&rounded, hessian);
+    let new_up = one(&followed, &mut inner)?;
+    let made = (&new_up.dequantize(), &rounded);
+    let [error, whole] = product_error((&up, &down), made, None);
+    let [output, all] = product_error((&up, &down), made, Some(hessian));
+    let report = SiteReport {
+        site: site.to_owned(),
+        pass: "gptq".into(),
+        weight_error: relative(error, whole),
+        output_error: Some(relative(output, all)),
+        events: told,
+    };
+    let quantized = Weight::Quantized;
+    Ok((Factors { down: quantized(new_down), up: quantized(new_up) }, report))
+}
+
 impl Pass for Gptq {
     fn name(&self) -> &'static str {
         "gptq"
@@ -190,7 +242,7 @@ impl Pass for Gptq {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::FLOAT_ANY_ZEROS,
+            accepts: FormSet::FLOAT_ANY_RANK,
             produces: FormChange::QUANTIZE,
             needs: Needs::HESSIAN,
             upstream: Upstream::Compressed,
@@ -269,6 +321,13 @@ impl Pass for Gptq {
                 .expect("the plan provides what the contract needs");
             let mask = if state.masked[target.site] { Mask::Fixed } else { Mask::None };
             let linear = &mut state.linears[target.site];
+            if let Some(factors) = linear.weight.as_factored() {
+                let (name, scratch) = (site.name.as_str(), context.scratch);
+                let (made, report) = factored(factors, hessian, scheme, &self.0, (name, scratch))?;
+                sites.push(report);
+                linear.weight = Weight::Factored(Box::new(made));
+                continue;
+            }
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
             let factor = match shared.take() {

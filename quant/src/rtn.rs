@@ -4,14 +4,14 @@
 //! clipping range. The range search minimises the group's squared error.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, InputStats, Limits, Needs,
-    Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches, Upstream,
-    Weight,
+    Block, BlockState, BlockStats, Contract, Cost, Factors, FormChange, FormSet, InputStats,
+    Limits, Needs, Pass, PassContext, PassDef, PassError, PassReport, SiteReport, Target, Touches,
+    Upstream, Weight,
 };
 use attar_tensor::{
     BlockType, Mat, QuantScheme, QuantizedLinear, block_search,
     grid::{Clip, GroupGrid, choose_grid},
-    linalg::vectorize,
+    linalg::{lowrank::product_error, vectorize},
 };
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -149,6 +149,34 @@ fn importance(input: Option<&InputStats>) -> Option<Vec<f32>> {
     Some(sum.iter().map(|&v| (v / tokens) as f32).collect())
 }
 
+/// Rounds both factors of a weight.
+fn factored(
+    factors: &Factors,
+    hessian: Option<&Mat>,
+    (scheme, clip): (QuantScheme, Clip),
+    site: &str,
+) -> Result<(Factors, SiteReport), PassError> {
+    let (down, up) = (factors.down.values(), factors.up.values());
+    check_finite(site, "the factor down", &down)?;
+    check_finite(site, "the factor up", &up)?;
+    let round = |weight: &Mat| round_to_nearest(weight, scheme, clip).0;
+    let (new_down, new_up) = (round(&down), round(&up));
+    let made = (&new_up.dequantize(), &new_down.dequantize());
+    let error = |h: Option<&Mat>| {
+        let [error, whole] = product_error((&up, &down), made, h);
+        relative(error, whole)
+    };
+    let report = SiteReport {
+        site: site.to_owned(),
+        pass: "rtn".into(),
+        weight_error: error(None),
+        output_error: hessian.map(|h| error(Some(h))),
+        events: Vec::new(),
+    };
+    let quantized = Weight::Quantized;
+    Ok((Factors { down: quantized(new_down), up: quantized(new_up) }, report))
+}
+
 impl Pass for Rtn {
     fn name(&self) -> &'static str {
         "rtn"
@@ -156,7 +184,7 @@ impl Pass for Rtn {
 
     fn contract(&self) -> Contract {
         Contract {
-            accepts: FormSet::FLOAT_ANY_ZEROS,
+            accepts: FormSet::FLOAT_ANY_RANK,
             produces: FormChange::QUANTIZE,
             needs: if self.0.importance { Needs::SQUARE_SUM } else { Needs::empty() },
             upstream: Upstream::Compressed,
@@ -197,6 +225,15 @@ impl Pass for Rtn {
             let site = &context.block.sites[target.site];
             let scheme = target.scheme.expect("the plan gives quantizing steps a scheme");
             let linear = &mut state.linears[target.site];
+            if let Some(factors) = linear.weight.as_factored() {
+                let hessian = stats
+                    .input(context.block.input_of(target.site))
+                    .and_then(|input| input.hessian.as_ref());
+                let (made, report) = factored(factors, hessian, (scheme, clip), &site.name)?;
+                sites.push(report);
+                linear.weight = Weight::Factored(Box::new(made));
+                continue;
+            }
             let weight = linear.weight.as_dense().expect("the plan proved a float weight");
             check_finite(&site.name, "the weight", weight)?;
             let hessian = stats

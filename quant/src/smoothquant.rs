@@ -244,7 +244,8 @@ mod tests {
         let block = block();
         let targets: Vec<Target> =
             targets.iter().map(|&site| Target { site, scheme: Some(scheme()) }).collect();
-        let context = PassContext { block: &block, seed: 0, survey: &[], scratch: None };
+        let context =
+            PassContext { block: &block, seed: 0, survey: &[], original: &[], scratch: None };
         pass(options).apply(&context, &targets, state, stats)
     }
 

@@ -147,7 +147,7 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
     }
     let model = Opened::open(&args.path)?;
     let mut shapes = BTreeMap::new();
-    for site in model.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+    for site in model.linears() {
         if let Some(scheme) = model.scheme_of(site) {
             let key = (site.out_features, site.in_features, scheme.label());
             shapes.entry(key).or_insert(site);

@@ -72,6 +72,19 @@ struct Tally {
 pub(crate) fn convert(args: &Convert) -> Result<bool, Error> {
     let goal = Goal::parse(&args.layout)?;
     let source = Opened::open(&args.source)?;
+    let thin = match (source.factored().next(), source.corrected().first()) {
+        (Some(site), _) => Some(format!(
+            "{site} is factored, which no other layout holds; compress again with `merge = true` in its [[emit]]"
+        )),
+        (None, Some(site)) => Some(format!(
+            "{site} has a correction in adapter/, which the converted file would be without; convert a copy without the \
+             adapter, or keep this artifact"
+        )),
+        (None, None) => None,
+    };
+    if let Some(reason) = thin {
+        return Err(format!("{}: {reason}", args.source.display()).into());
+    }
     let graph = &source.decoder.graph;
     let sites: BTreeMap<&str, &Site> = graph
         .all_blocks()

@@ -21,7 +21,7 @@ pub(crate) fn verify(path: &Path, as_json: bool) -> Result<bool, Error> {
     let mut table = Table::default();
     table.run_cases(&gpu)?;
     let (mut seen, mut linears) = (BTreeSet::new(), 0);
-    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+    for site in opened.linears() {
         let Some(scheme) = opened.scheme_of(site) else { continue };
         if !seen.insert((scheme.label(), site.out_features, site.in_features)) {
             continue;
@@ -67,7 +67,7 @@ pub(crate) fn bench(args: &args::Bench) -> Result<bool, Error> {
     let gpu = Gpu::open().map_err(|error| format!("--backend cuda: {error}"))?;
     let copy = copy_bandwidth(&gpu)?;
     let (mut seen, mut timings) = (BTreeSet::new(), Vec::new());
-    for site in opened.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+    for site in opened.linears() {
         let Some(scheme) = opened.scheme_of(site) else { continue };
         if !seen.insert((scheme.label(), site.out_features, site.in_features)) {
             continue;

@@ -107,7 +107,7 @@ impl Side {
         let mut units = BTreeMap::new();
         let mut of_linears = Vec::new();
         if let Some(model) = self.weights.model() {
-            for site in model.decoder.graph.all_blocks().flat_map(|block| &block.sites) {
+            for site in model.linears() {
                 if model.scheme_of(site).is_some() {
                     let parts = self.weights.parts(&site.name);
                     of_linears.extend(parts.into_iter().map(|header| header.name.as_str()));
@@ -116,7 +116,7 @@ impl Side {
             }
         }
         of_linears.sort_unstable();
-        for header in self.weights.checkpoint().headers() {
+        for header in self.weights.headers() {
             if of_linears.binary_search(&header.name.as_str()).is_err() {
                 // A tied checkpoint may store its one matrix as the head's.
                 let embedding = self.weights.model().is_some_and(|model| {
@@ -136,8 +136,11 @@ impl Side {
         Ok(json!({
             "path": folder,
             "layout": self.weights.layout(),
-            "file_bytes": checkpoint.file_bytes()?,
-            "tensors": checkpoint.headers().len(),
+            "file_bytes": match self.weights.model() {
+                Some(model) => model.file_bytes()?,
+                None => checkpoint.file_bytes()?,
+            },
+            "tensors": self.weights.headers().count(),
             "bits_per_weight": self.weights.model().map(Opened::bits_per_weight),
             "eval": report.and_then(|report| report.eval.as_ref()),
             "seconds": report.map(|report| report.timings.total),
@@ -145,7 +148,7 @@ impl Side {
     }
 
     fn plain(&self, name: &str) -> Result<TensorView<'_>, Error> {
-        Ok(self.weights.checkpoint().read(name)?)
+        self.weights.read(name)
     }
 
     fn release(&self, name: &str) {

@@ -80,7 +80,7 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
     if args.json {
         let mut out = serde_json::to_value(&eval)?;
         out["bits_per_weight"] = json!(model.bits_per_weight());
-        out["file_bytes"] = json!(model.checkpoint.file_bytes()?);
+        out["file_bytes"] = json!(model.file_bytes()?);
         if let Some(reference) = &reference {
             out["source_bytes"] = json!(reference.checkpoint.file_bytes()?);
         }
@@ -95,7 +95,7 @@ pub(crate) fn evaluate(args: &Eval) -> Result<bool, Error> {
         say!(
             "{:.3} bits per weight, {:.2} MB",
             model.bits_per_weight(),
-            model.checkpoint.file_bytes()? as f64 / 1e6
+            model.file_bytes()? as f64 / 1e6
         );
     }
     Ok(true)

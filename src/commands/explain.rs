@@ -126,7 +126,7 @@ fn names(
         let subject = Subject::Site(site.to_owned());
         names.insert(site.to_owned(), subject.clone());
         names.insert(format!("{site}.weight"), subject.clone());
-        for part in weights.parts(site) {
+        for part in weights.parts(site).into_iter().chain(weights.thin(site)) {
             names.insert(part.name.clone(), subject.clone());
         }
     };
@@ -135,15 +135,16 @@ fn names(
             site(&mut names, &found.name);
         }
     }
-    let headers = weights.checkpoint().headers();
-    for header in headers {
+    let headers: Vec<_> = weights.headers().collect();
+    for header in &headers {
         if let Some(found) = site_of_part(&header.name)
             && !names.contains_key(&header.name)
         {
             site(&mut names, found);
         }
     }
-    for header in headers.iter().chain(source.map(Checkpoint::headers).unwrap_or_default()) {
+    let source = source.map(Checkpoint::headers).unwrap_or_default();
+    for header in headers.into_iter().chain(source) {
         let tensor = || Subject::Tensor(header.name.clone());
         names.entry(header.name.clone()).or_insert_with(tensor);
     }
@@ -479,7 +480,9 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
         Subject::Tensor(name) => (name.clone(), None),
     };
     let found = site.and_then(|site| place(&weights, site));
-    let parts = site.map(|site| weights.parts(site)).unwrap_or_default();
+    let mut parts = site.map(|site| weights.parts(site)).unwrap_or_default();
+    let rank = site.and_then(|site| weights.model()?.rank(site));
+    parts.extend(site.map(|site| weights.thin(site)).unwrap_or_default());
     let steps = site.map(|site| steps(&record, &contracts, site)).unwrap_or_default();
     let folded = folded_by(&weights, &record, &contracts, site.unwrap_or(&name));
     let mut written: Vec<Stored> = parts.iter().map(|header| Stored::new(header)).collect();
@@ -492,7 +495,8 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
     let bits_per_weight = found
         .filter(|_| quantized)
         .map(|(block, at)| 8.0 * bytes as f64 / block.sites[at].weights().max(1) as f64);
-    let layout = quantized.then(|| weights.layout().unwrap_or("unknown").to_owned());
+    let layout = weights.layout().filter(|_| quantized).map(str::to_owned);
+    let layout = layout.or_else(|| (quantized && rank.is_none()).then(|| "unknown".to_owned()));
 
     let (whole, lines) = whole_model(&record);
     notes.extend(lines);
@@ -502,7 +506,11 @@ fn find(args: &Explain) -> Result<Explanation, Error> {
     let changed = |by: &[String]| format!("changed by {}, kept in its dtype", by.join(", "));
     let by: Vec<String> =
         steps.iter().map(|step| step.step.clone()).chain(folded.clone()).collect();
-    let fate = if quantized {
+    let fate = if let Some(rank) = rank {
+        let by = if by.is_empty() { String::new() } else { format!(" by {}", by.join(", ")) };
+        let scheme = scheme.as_ref().map(|scheme| format!(", factors quantized as {scheme}"));
+        format!("factored to rank {rank}{}{by}", scheme.unwrap_or_default())
+    } else if quantized {
         let scheme = scheme.as_deref().unwrap_or("an unknown scheme");
         let by = if steps.is_empty() { "" } else { " by " };
         let last = steps.last().map_or("", |step| step.step.as_str());

@@ -1,6 +1,5 @@
 //! `attar inspect`.
 
-use attar_tensor::TensorSource;
 use serde_json::json;
 
 use crate::{Error, args::Inspect, packed::Opened};
@@ -8,14 +7,12 @@ use crate::{Error, args::Inspect, packed::Opened};
 pub(crate) fn inspect(args: &Inspect) -> Result<bool, Error> {
     let model = Opened::open(&args.path)?;
     let spec = &model.decoder.spec;
-    let headers = model.checkpoint.headers();
+    let headers = &model.headers();
     let bytes: usize = headers.iter().map(attar_tensor::TensorHeader::bytes).sum();
     let mut schemes = Vec::new();
-    for block in model.decoder.graph.all_blocks() {
-        for site in &block.sites {
-            let label = model.packed(site)?.map(|packed| packed.scheme.label());
-            schemes.push((site.name.clone(), label));
-        }
+    for site in model.linears() {
+        let label = model.packed(site)?.map(|packed| packed.scheme.label());
+        schemes.push((site.name.clone(), label));
     }
     if args.json {
         let tensors: Vec<_> = headers

@@ -74,6 +74,7 @@ fn compress(args: &Compress, threads: Option<usize>) -> Result<bool, Error> {
     let job = compile::prepare(&args.what, measure::threads(threads), measure.as_ref())?;
     // A tight budget lets fewer threads work.
     rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build_global()?;
+    let job = compile::settle(job, &args.what, measure::threads(threads), measure.as_ref())?;
     let every = std::time::Duration::try_from_secs_f64(args.checkpoint_every)
         .map_err(|_| "--checkpoint-every: give a number of seconds, 0 or more")?;
     let options = Options {

@@ -315,6 +315,7 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
     let job = compile::prepare(&what, measure::threads(None), None)?;
     recorded.check_calibration(&job)?;
     recorded.check_imatrix(&job)?;
+    let job = compile::settle(job, &what, measure::threads(None), None)?;
     let root = args.out.clone().unwrap_or_else(|| scratch.path().join("artifact"));
     let made_in = made_in(&job, &recorded, &root)?;
     compile::compile(&job, &compile::Options::new(&root))?;

@@ -317,7 +317,9 @@ fn round_keys(
                 &targets.iter().map(|t| (t.site, t.scheme)).collect::<Vec<_>>(),
             )
             .expect("plain numbers serialize");
+            let ranks = ranks(plan, step, block, &targets);
             let mut parts = vec![described.pass.as_str(), &options, &schemes, &number, &seed];
+            parts.extend(ranks.as_deref());
             let read: Vec<&Statistic> = match input {
                 Some(input) => statistics[input].iter().collect(),
                 None => statistics.iter().flatten().collect(),
@@ -364,6 +366,13 @@ fn round_keys(
         }
     }
     keyed
+}
+
+/// Ranks that a step gives its targets, where it chose them: its options do not say them.
+fn ranks(plan: &Plan, step: usize, block: &Block, targets: &[Target]) -> Option<String> {
+    plan.steps[step].contract.produces.rank?;
+    let rank = |target: &Target| plan.passes[step].rank(&block.sites[target.site]).ok().flatten();
+    Some(format!("{:?}", targets.iter().map(rank).collect::<Vec<_>>()))
 }
 
 /// Options with their keys sorted (a TOML table of ours keeps them so).

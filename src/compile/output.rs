@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use attar_formats::{Checkpoint, artifact::ArtifactWriter};
+use attar_formats::{Checkpoint, adapter::AdapterWriter, artifact::ArtifactWriter};
 use attar_ir::{
-    Block, BlockState, Weight,
-    plan::{Origin, PlannedEmit},
+    Block, BlockState, Factors, Site, Weight,
+    plan::{Leaf, Origin, PlannedEmit},
 };
-use attar_tensor::{DType, Tensor, TensorSource, block_search};
+use attar_tensor::{DType, Mat, Tensor, TensorSource, block_search};
 
 use crate::Error;
 
@@ -17,7 +17,16 @@ const PIECE: usize = 1 << 20;
 pub(super) struct Output<'a> {
     pub(super) emit: &'a PlannedEmit,
     pub(super) writer: ArtifactWriter,
+    /// Corrections go there.
+    pub(super) adapter: Option<AdapterWriter>,
     pub(super) written: BTreeSet<String>,
+}
+
+/// A matrix in the dtype of the checkpoint.
+fn narrow(values: &Mat, dtype: DType) -> Result<Tensor, Error> {
+    let shape = values.shape().to_vec();
+    let values = values.as_slice().ok_or("weights are in standard layout")?;
+    Ok(Tensor::from_f32(dtype, shape, values)?)
 }
 
 impl Output<'_> {
@@ -43,21 +52,30 @@ impl Output<'_> {
         };
         for (at, (site, linear)) in block.sites.iter().zip(&state.linears).enumerate() {
             let weight = format!("{}.weight", site.name);
-            match &linear.weight {
-                Weight::Quantized(quantized) => {
-                    let packed = layout(self.emit.layout.0)?
-                        .pack(quantized, site.dtype)
-                        .map_err(|error| format!("{}: {error}", site.name))?;
-                    for (suffix, tensor) in &packed.parts {
-                        self.put(&format!("{}.{suffix}", site.name), tensor)?;
-                    }
-                }
+            let (base, correction) = match &linear.weight {
+                Weight::Corrected(weight) => (&weight.base, Some(&weight.correction)),
+                other => (other, None),
+            };
+            match base {
+                Weight::Quantized(_) => self.put_linear(site, base)?,
                 Weight::Dense(values) if state.weight_changed[at] => {
                     let shape = vec![site.out_features, site.in_features];
                     let values = values.as_slice().ok_or("weights are in standard layout")?;
                     self.put(&weight, &Tensor::from_f32(stored(&weight), shape, values)?)?;
                 }
                 Weight::Dense(_) => {}
+                Weight::Corrected(_) => return Err("a correction is not corrected again".into()),
+                Weight::Factored(factors) if self.emit.merge => {
+                    let shape = vec![site.out_features, site.in_features];
+                    let values = factors.product();
+                    let values = values.as_slice().ok_or("weights are in standard layout")?;
+                    self.put(&weight, &Tensor::from_f32(stored(&weight), shape, values)?)?;
+                }
+                Weight::Factored(factors) => {
+                    let [down, up] = site.factors(factors.rank());
+                    self.put_linear(&down, &factors.down)?;
+                    self.put_linear(&up, &factors.up)?;
+                }
                 Weight::Blocks(blocks) => {
                     let packed = layout(blocks.block.name())?
                         .pack_blocks(blocks)
@@ -74,6 +92,9 @@ impl Output<'_> {
                     }
                 }
             }
+            if let Some(correction) = correction {
+                self.put_correction(site, correction)?;
+            }
             if let (true, Some(bias)) = (state.bias_changed[at], &linear.bias) {
                 let name = format!("{}.bias", site.name);
                 self.put(&name, &Tensor::from_f32(stored(&name), vec![bias.len()], bias)?)?;
@@ -84,6 +105,35 @@ impl Output<'_> {
                 let dtype = stored(&norm.tensor);
                 self.put(&norm.tensor, &Tensor::from_f32(dtype, vec![values.len()], values)?)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Writes a linear under its own name, packed or in its dtype.
+    fn put_linear(&mut self, linear: &Site, weight: &Weight) -> Result<(), Error> {
+        if let Some(quantized) = weight.as_quantized() {
+            let layout = attar_kernels::layout(self.emit.layout.0);
+            let packed = layout
+                .ok_or("the plan checked layouts")?
+                .pack(quantized, linear.dtype)
+                .map_err(|error| format!("{}: {error}", linear.name))?;
+            for (suffix, tensor) in &packed.parts {
+                self.put(&format!("{}.{suffix}", linear.name), tensor)?;
+            }
+            return Ok(());
+        }
+        let values = weight.as_dense().ok_or("factors are dense or affine")?;
+        self.put(&format!("{}.weight", linear.name), &narrow(values, linear.dtype)?)
+    }
+
+    /// Writes a correction to the adapter.
+    fn put_correction(&mut self, site: &Site, correction: &Factors) -> Result<(), Error> {
+        let adapter = self.adapter.as_mut().ok_or("the plan lists the adapter's tensors")?;
+        for (leaf, values) in
+            [(Leaf::CorrectionDown, &correction.down), (Leaf::CorrectionUp, &correction.up)]
+        {
+            let tensor = narrow(&values.values(), site.dtype)?;
+            adapter.put(&leaf.name(&site.name, "weight"), &tensor.view())?;
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use attar_ir::{
 use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::BlockType;
 
-use super::{Job, Measure, reshape::Base};
+use super::{Job, Measure, reshape::Base, settle::Decided, shim};
 use crate::{Error, args::What, contract, importance::Importances, measure, registry};
 
 fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
@@ -48,12 +48,29 @@ pub(crate) fn prepare(
     threads: usize,
     measure: Option<&Measure>,
 ) -> Result<Job, Error> {
+    prepare_with(what, threads, measure, &Decided::new())
+}
+
+/// As [`prepare`], with the ranks that passes have chosen.
+pub(super) fn prepare_with(
+    what: &What,
+    threads: usize,
+    measure: Option<&Measure>,
+    decided: &Decided,
+) -> Result<Job, Error> {
     let checkpoint = Checkpoint::open_dense(&what.checkpoint, crate::gguf::dequantize)?;
     if let Some(parsed) = quant_config::parse(checkpoint.config())? {
         return Err(format!(
             "{} is quantized already ({}); give the original checkpoint",
             what.checkpoint.display(),
             parsed.layout
+        )
+        .into());
+    }
+    if checkpoint.config().get("low_rank").is_some() {
+        return Err(format!(
+            "{} is factored already (low_rank in config.json); give the original checkpoint, or one written with              `merge = true`",
+            what.checkpoint.display()
         )
         .into());
     }
@@ -96,13 +113,33 @@ pub(crate) fn prepare(
     for mut variant in plan::variants(&recipe)? {
         let passes = variant.recipe.resolve(registry::known().as_known())?;
         let steps = (&variant.recipe, variant.steps.as_slice());
-        let (base, model, passes) = match Base::of(&checkpoint, &decoder, steps, passes, &folder)? {
-            Ok(found) => found,
-            Err(found) => {
-                refuse(found);
-                continue;
+        let (base, model, mut passes) =
+            match Base::of(&checkpoint, &decoder, steps, passes, &folder)? {
+                Ok(found) => found,
+                Err(found) => {
+                    refuse(found);
+                    continue;
+                }
+            };
+        let mut unsettled = Vec::new();
+        for (pass, &number) in passes.iter_mut().zip(&variant.steps[model.len()..]) {
+            if pass.chooses_ranks().is_some()
+                && let Some(step) = model.first()
+            {
+                unsettled.push(PlanError::Reshape {
+                    step: step.label.clone(),
+                    reason: "ranks are chosen from the checkpoint's own weights, before this pass changes them; give \
+                             the step behind it a `rank` or a `ratio` for each site"
+                        .to_owned(),
+                });
+            } else if let Some(spectra) = decided.get(&number) {
+                *pass = pass.with_ranks(spectra)?;
             }
-        };
+        }
+        if !unsettled.is_empty() {
+            refuse(unsettled);
+            continue;
+        }
         if let (Some(_), Some(step)) = (given, model.first()) {
             let reason = "an importance matrix is of the model as it was, not of what this pass leaves; give \
                           calibration data instead"
@@ -147,6 +184,9 @@ pub(crate) fn prepare(
     }
     for ((_, plan), (base, _)) in variants.iter_mut().zip(&bases) {
         imatrix.as_ref().map_or(Ok(()), |imatrix| imatrix.check(plan))?;
+        if plan.emits.iter().any(|emit| !plan.factored(emit).is_empty()) {
+            shim::text(checkpoint.config())?;
+        }
         check_gguf(&checkpoint, &base.decoder, plan)?;
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;

@@ -601,8 +601,13 @@ impl<'a> Walk<'a> {
             None
         };
         let scratch = scratch_of(self.stage);
+        let original = match self.plan.passes[unit.step].reads_original() {
+            true => self.originals(block, unit, state)?,
+            false => Vec::new(),
+        };
         let context = PassContext {
             block,
+            original: &original,
             seed: self.seed,
             survey: self.surveys.get(&unit.step).map_or(&[], Vec::as_slice),
             scratch: self.plan.limits.factor_on_scratch.then_some(&scratch),
@@ -659,6 +664,25 @@ impl<'a> Walk<'a> {
         }
         self.sites.extend(entries);
         Ok(())
+    }
+
+    /// The float weights that a unit's targets had in the checkpoint, with the scales that were folded around them.
+    fn originals(
+        &mut self,
+        block: &Block,
+        unit: &Unit,
+        state: &BlockState,
+    ) -> Result<Vec<Option<Mat>>, Error> {
+        let begun = self.trace.begin(Phase::Read, name_of(block));
+        let mut found = vec![None; block.sites.len()];
+        for target in &unit.targets {
+            let mut weight =
+                self.decoder.load_weight(&block.sites[target.site], self.checkpoint)?;
+            state.follow_folds(block, target.site, &mut weight);
+            found[target.site] = Some(weight);
+        }
+        self.time.read += self.trace.end(Phase::Read, name_of(block), begun);
+        Ok(found)
     }
 
     /// Takes a stored result back, and its lines of the report.

@@ -129,6 +129,11 @@ pub trait LayoutSpec: std::fmt::Debug + Send + Sync {
     fn fuses_siblings(&self) -> bool {
         true
     }
+
+    /// True when linears may be written as two thin ones, `<name>.down` and `<name>.up`.
+    fn takes_factors(&self) -> bool {
+        false
+    }
 }
 
 /// Why a layout cannot carry a linear, or why bytes are not what the layout says. The caller, who

@@ -14,7 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 def load(directory, dtype="float32", native=False):
     """The artifact as a torch model: through the runtime that transformers picks, or dense through dequantize.py."""
     if not native:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), device_map="cpu").eval()
+        adapter, more = Path(directory) / "adapter", {}
+        if adapter.is_dir():  # PEFT looks for `weight`, which compressed-tensors has only when it decompresses
+            from transformers import CompressedTensorsConfig
+            more = dict(quantization_config=CompressedTensorsConfig(run_compressed=False))
+        # The code that a factored artifact brings is ours (modeling_attar.py); other artifacts bring none.
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), device_map="cpu", trust_remote_code=True, **more)
+        if adapter.is_dir():
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, str(adapter))
+        return model.eval()
     from dequantize import dense_state, round_inputs
     config, state, _ = dense_state(directory)
     with tempfile.TemporaryDirectory() as d:

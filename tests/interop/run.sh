@@ -43,6 +43,14 @@ for a in gptq-w4/compressed-tensors gptq-w4/gptq gptq-w4/awq awq-w4/compressed-t
     *) check check_logits "$dump" ""; check check_ppl "$report" "" ;;
   esac
 done
+# Factored linears load through the modeling_attar.py beside them, corrections through PEFT.
+for a in svd-llm-gptq svd-llm-merged gptq-w3-eora; do
+  d=$out/$a; rm -rf "$d"
+  "$ATTAR" compress "$model" --recipe "$root/examples/$a.toml" --text "$calib" --context 256 --out "$d"
+  "$ATTAR" eval "$d" --text "$val" --context 256 --dump-logits "$out/$a.safetensors" --json > "$out/$a.json"
+  check check_logits "$out/$a.safetensors" ""
+  check check_ppl "$out/$a.json" ""
+done
 py "$here/check_all.py" < "$list" > "$out/check_all.log" || failed=1
 grep '^{"check"' "$out/check_all.log" > "$out/results.jsonl" || failed=1  # the rest is GPTQModel talking
 cat "$out/results.jsonl"

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use attar_tensor::{BlockType, LayoutSpec, LinearSpec, QuantScheme, ScaleGrid};
+use attar_tensor::{BlockType, LayoutSpec, QuantScheme, ScaleGrid};
 
 use super::{
     CONTAINERS, DENSE, GGUF, ModelStep, PassGraph, Plan, PlanError, PlanErrors, PlanStep, predict,
+    rank::{self, Piece, check_rank},
     written::{fallbacks, notes, planned_emit, site_table, stored_as},
 };
 use crate::recipe::{self, DEFAULT_KEEP, Recipe, Step, nearest};
 use crate::{
-    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Site, Sparsity, Target, Touches,
-    Upstream,
+    Block, Contract, Form, ModelGraph, Needs, Numeric, Producer, Rank, Site, Sparsity, Target,
+    Touches, Upstream,
 };
 
 /// Position of a site: block and index in it.
@@ -128,7 +129,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         let mut no_ahead = Vec::new();
         let mut unable: BTreeMap<(String, &'static str), Vec<String>> = BTreeMap::new();
         let (mut uneven, mut broken) = (Vec::new(), Vec::new());
-        let mut folded: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+        let mut folded: BTreeMap<(usize, bool), Vec<String>> = BTreeMap::new();
+        let mut unranked: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut targets = vec![Vec::new(); graph.blocks.len() + 1];
         for &place in &selected[index] {
             let block = block_at(&graph, place.0);
@@ -137,6 +139,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                 let scheme = scheme_of(index, place, site);
                 if scheme.is_some_and(|s| s.groups(site.in_features).is_none()) {
                     uneven.push((site.name.clone(), site.in_features));
+                }
+                if let (Some(scheme), Some(rank)) = (scheme, sites[&place].rank)
+                    && scheme.groups(rank).is_none()
+                {
+                    uneven.push((format!("{}.up", site.name), rank));
                 }
                 scheme
             } else if contract.looks_ahead {
@@ -166,7 +173,10 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             }
             if contract.touches == Touches::Folds {
                 for other in fold_neighbours(block, place.1) {
-                    if let Some(by) = sites[&(place.0, other)].quantized_by
+                    let state = &sites[&(place.0, other)];
+                    let factored = state.made_by.filter(|_| state.rank.is_some());
+                    let by = state.quantized_by.map(|by| (by, false));
+                    if let Some(by) = by.or(factored.map(|by| (by, true)))
                         && other != place.1
                     {
                         let names = folded.entry(by).or_default();
@@ -189,6 +199,20 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             }
             if let Some(kept) = passes[index].density() {
                 state.density = Some(kept);
+            }
+            if let Some(made) = contract.produces.rank {
+                let factors = made == Rank::Factored;
+                let asked = passes[index].rank(site).and_then(|rank| {
+                    let rank = rank.unwrap_or(0);
+                    check_rank(site, rank, factors).map(|()| rank)
+                });
+                match asked {
+                    Ok(rank) if factors => state.rank = Some(rank),
+                    Ok(rank) => state.correction = Some(rank),
+                    Err(reason) => {
+                        unranked.entry(reason).or_default().push(site.name.clone());
+                    }
+                }
             }
             let mut after = contract.produces.apply(state.form);
             if let Some(scheme) = scheme.filter(|_| quantizes[index]) {
@@ -224,11 +248,19 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         if !no_ahead.is_empty() {
             errors.push(PlanError::NothingAhead { step: step(), sites: no_ahead });
         }
-        for (by, sites) in folded {
-            errors.push(PlanError::FoldQuantized { step: step(), by: labels[by].clone(), sites });
+        for ((by, factored), sites) in folded {
+            let by = labels[by].clone();
+            errors.push(match factored {
+                true => PlanError::FoldFactored { step: step(), by, sites },
+                false => PlanError::FoldQuantized { step: step(), by, sites },
+            });
+        }
+        for (reason, sites) in unranked {
+            errors.push(PlanError::Rank { step: step(), reason, sites });
         }
         let calibrates = !contract.needs.is_empty() && contract.upstream != Upstream::Given;
-        let surveys = passes[index].surveys();
+        let chosen = passes[index].chooses_ranks().filter(|needs| !needs.is_empty());
+        let surveys = passes[index].surveys().or(chosen);
         if (calibrates || surveys.is_some()) && calibration_tokens == 0 {
             let needs = needs_text(contract.needs | surveys.unwrap_or_default());
             errors.push(PlanError::CalibrationMissing { step: step(), needs });
@@ -253,6 +285,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             errors.push(PlanError::NothingQuantized { emit: emit.index, layout: emit.spec.id() });
         }
     }
+    for emit in emits.iter().filter(|emit| emit.merge) {
+        if sites.values().all(|state| state.rank.is_none()) {
+            errors.push(PlanError::MergeUnused { emit: emit.index });
+        }
+    }
     let parts = ask_layouts(&graph, &sites, &emits, layouts, &mut errors);
     if !errors.is_empty() {
         return Err(PlanErrors(errors));
@@ -275,12 +312,21 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         .collect();
     let needs_data = contracts.iter().any(|c| !c.needs.is_empty() && c.upstream != Upstream::Given)
         || passes.iter().any(|pass| pass.surveys().is_some())
+        || passes.iter().any(|pass| pass.chooses_ranks().is_some_and(|needs| !needs.is_empty()))
         || model.iter().any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
     let mut notes = notes(&table, &graph, &emits);
     notes.extend(fallbacks(&graph, &table, recipe, &contracts));
+    notes.extend(rank::notes(&table, &emits));
+    if passes.iter().any(|pass| pass.chooses_ranks().is_some()) {
+        notes.push(
+            "ranks are chosen from the weights of all sites before any is worked on: those shown are the largest that can \
+             come out, and so are the sizes"
+                .to_owned(),
+        );
+    }
     if given.is_some_and(|given| !given.head)
         && steps.iter().any(|step| {
             step.given.is_some() && step.targets.last().is_some_and(|head| !head.is_empty())
@@ -332,6 +378,10 @@ pub(super) struct SiteState {
     pub(super) scheme: Option<QuantScheme>,
     /// Fraction of the weights that stay, where any were pruned.
     pub(super) density: Option<f64>,
+    /// Of the factors.
+    pub(super) rank: Option<usize>,
+    /// Of the correction.
+    pub(super) correction: Option<usize>,
 }
 
 impl Default for SiteState {
@@ -344,6 +394,8 @@ impl Default for SiteState {
             steps: Vec::new(),
             scheme: None,
             density: None,
+            rank: None,
+            correction: None,
         }
     }
 }
@@ -356,6 +408,8 @@ pub(super) struct ResolvedEmit<'a> {
     pub(super) container: String,
     pub(super) dir: Option<String>,
     pub(super) target: Vec<String>,
+    /// Factors are multiplied.
+    pub(super) merge: bool,
 }
 
 pub(super) fn block_at(graph: &ModelGraph, index: usize) -> &Block {
@@ -405,6 +459,7 @@ fn resolve_emits<'a>(
             container: emit.container.clone(),
             dir,
             target: emit.target.clone(),
+            merge: emit.merge,
         });
     }
     resolved
@@ -512,8 +567,8 @@ fn check_siblings(
     }
 }
 
-/// Parts of every quantized site in every emit.
-pub(super) type Parts = BTreeMap<Place, Vec<Vec<attar_tensor::PartHeader>>>;
+/// What each emit stores of every site; `None` is the checkpoint's tensor.
+pub(super) type Parts = BTreeMap<Place, Vec<Option<Vec<Piece>>>>;
 
 fn ask_layouts(
     graph: &ModelGraph,
@@ -527,30 +582,15 @@ fn ask_layouts(
         let mut refused: Vec<(attar_tensor::LayoutError, Vec<String>)> = Vec::new();
         for (&place, state) in sites {
             let site = &block_at(graph, place.0).sites[place.1];
-            let Some(scheme) = state.scheme else { continue };
-            if scheme.groups(site.in_features).is_none() {
+            let uneven = |scheme: QuantScheme| {
+                scheme.groups(site.in_features).is_none()
+                    || state.rank.is_some_and(|rank| scheme.groups(rank).is_none())
+            };
+            if state.scheme.is_some_and(uneven) {
                 continue;
             }
-            let linear = LinearSpec {
-                name: site.name.clone(),
-                out_features: site.out_features,
-                in_features: site.in_features,
-                scheme,
-                source_dtype: site.dtype,
-            };
-            // A file of blocks holds several types; each linear is stored in that of its scheme.
-            let of = |block| layouts.iter().find(|layout| layout.block_type() == Some(block));
-            let found = match (scheme.block(), emit.spec.block_type()) {
-                (Some(block), Some(_)) => of(block).unwrap_or(&emit.spec).parts(&linear),
-                (Some(block), None) => Err(attar_tensor::LayoutError::Scheme {
-                    layout: emit.spec.id(),
-                    scheme: block.name().to_owned(),
-                    reason: "block types go into container gguf only",
-                }),
-                (None, _) => emit.spec.parts(&linear),
-            };
-            match found {
-                Ok(headers) => parts.entry(place).or_default().push(headers),
+            match rank::pieces(site, state, emit, layouts) {
+                Ok(pieces) => parts.entry(place).or_default().push(pieces),
                 Err(error) => match refused.iter_mut().find(|(known, _)| *known == error) {
                     Some((_, names)) => names.push(site.name.clone()),
                     None => refused.push((error, vec![site.name.clone()])),

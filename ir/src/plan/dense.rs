@@ -39,4 +39,8 @@ impl LayoutSpec for Dense {
     fn fuses_siblings(&self) -> bool {
         false
     }
+
+    fn takes_factors(&self) -> bool {
+        true
+    }
 }

@@ -283,6 +283,32 @@ pub enum PlanError {
         /// The sites.
         sites: Vec<String>,
     },
+    /// A rank that a site cannot have.
+    #[error("{step}: {reason} ({})", shorten(.sites))]
+    Rank {
+        /// The step.
+        step: String,
+        /// Why, with the numbers and the remedy.
+        reason: String,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// Scales cannot be folded into factors.
+    #[error("{step}: would fold scales into {}, factored by {by}; put it before that step", shorten(.sites))]
+    FoldFactored {
+        /// The step.
+        step: String,
+        /// The step that factors.
+        by: String,
+        /// The sites.
+        sites: Vec<String>,
+    },
+    /// Factors that nobody makes.
+    #[error("emit[{emit}]: `merge` multiplies factors, but no step makes any; take it away")]
+    MergeUnused {
+        /// Index of the emit.
+        emit: usize,
+    },
     /// Siblings that runtimes fuse differ.
     #[error(
         "runtimes of {layouts} fuse the sites that read the {input}, so they need one scheme, but {}",

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
-    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Target, Touches,
+    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Rank, Target, Touches,
     Training, Upstream,
 };
 
@@ -240,7 +240,9 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
             }
         }
     }
-    if passes.iter().any(|pass| pass.surveys().is_some()) {
+    let chosen = passes.iter().filter_map(|pass| pass.chooses_ranks());
+    let surveyed = chosen.chain(passes.iter().filter_map(|pass| pass.surveys()));
+    if surveyed.into_iter().any(|needs| !needs.is_empty()) {
         let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
         work.forward += each.sum::<f64>();
     }
@@ -352,7 +354,23 @@ impl<'a> Walk<'a> {
                 if quantized { site.weights() + site.weights() / 5 } else { 4 * site.weights() };
             weight + 4 * site.out_features
         };
-        norms + block.sites.iter().zip(quantized).map(site).sum::<usize>()
+        norms + block.sites.iter().zip(quantized).map(site).sum::<usize>() + self.corrections(block)
+    }
+
+    /// Corrections beside the weights of a block, f32. Factors are smaller than the weight that they stand for.
+    fn corrections(&self, block: &Block) -> usize {
+        let Facts { steps, passes, .. } = *self.facts;
+        let corrects = |at: &usize| {
+            steps[*at].contract.produces.rank == Some(Rank::FullPlusLowRank)
+                && steps[*at].targets.len() > block.index
+        };
+        let bytes = |(at, target): (usize, &Target)| {
+            let site = &block.sites[target.site];
+            let rank = passes[at].rank(site).ok().flatten().unwrap_or(0);
+            4 * rank * (site.out_features + site.in_features)
+        };
+        let of = |at: usize| steps[at].targets[block.index].iter().map(move |target| (at, target));
+        (0..steps.len()).filter(corrects).flat_map(of).map(bytes).sum()
     }
 
     /// Packed copies of the sites that a forward runs, and the largest of them that is dequantized on the way,
@@ -494,6 +512,7 @@ impl<'a> Walk<'a> {
                 ..Moment::default()
             });
         }
+        self.choose();
         for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
             let feeds = |later: &Vec<Round>| later.iter().any(Round::feeds);
             let streams = last_observed.is_some();
@@ -508,6 +527,30 @@ impl<'a> Walk<'a> {
         (self.stream, self.behind) = (0, 0);
         self.after();
         (self.memory, scratch)
+    }
+
+    /// Ranks that are chosen before any block is worked on: a forward of the original model, and singular values.
+    fn choose(&mut self) {
+        let Facts { graph, steps, passes, .. } = *self.facts;
+        for (step, pass) in steps.iter().zip(passes) {
+            let Some(needs) = pass.chooses_ranks() else { continue };
+            for block in &graph.blocks {
+                if !needs.is_empty() {
+                    self.observe_original(block, &vec![needs; block.inputs.len()]);
+                }
+                let dense = vec![false; block.sites.len()];
+                let held = block.inputs.iter().map(|input| hessian_bytes(input.width, needs)).max();
+                let cost = pass.cost(block, &step.targets[block.index], &self.limits);
+                self.add(Moment {
+                    what: "choose ranks".into(),
+                    block_index: Some(block.index),
+                    block: self.weights(block, &dense),
+                    statistics: held.unwrap_or(0),
+                    solver: cost.peak_bytes,
+                    ..Moment::default()
+                });
+            }
+        }
     }
 
     fn block(&mut self, block: &Block, rounds: &[Round], advance: bool, streams: bool) {

@@ -165,6 +165,12 @@ fn write_sites(out: &mut String, plan: &Plan) -> std::fmt::Result {
                 if let Some(density) = site.density {
                     form.push_str(&format!(", {:.1} % kept", 100.0 * density));
                 }
+                if let Some(rank) = site.rank {
+                    form.push_str(&format!(", rank {rank}"));
+                }
+                if let Some(rank) = site.correction {
+                    form.push_str(&format!(", correction of rank {rank}"));
+                }
                 let mut row = vec![
                     format!("  {}", relative(site)),
                     format!("{} x {}", site.out_features, site.in_features),

@@ -1,12 +1,13 @@
 //! What a proven plan writes: the table of sites, the tensors of each artifact, and what is worth a note.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use attar_tensor::{BlockType, DType, QuantScheme, ScaleGrid};
 
 use super::{
     GGUF, Origin, OutputTensor, PlannedEmit, SitePlan,
     check::{Parts, Place, ResolvedEmit, SiteState, block_at},
+    rank::Piece,
 };
 use crate::recipe::Recipe;
 use crate::{Contract, Form, ModelGraph, Role, Site};
@@ -23,9 +24,16 @@ pub(super) fn site_table(
         .iter()
         .map(|(place, state)| {
             let site = &block_at(graph, place.0).sites[place.1];
-            let bytes = |headers: &Vec<attar_tensor::PartHeader>| {
-                headers.iter().map(attar_tensor::PartHeader::bytes).sum()
+            let dense_bytes = site.weights() * site.dtype.size();
+            let bytes = |pieces: &Option<Vec<Piece>>| match pieces {
+                Some(pieces) if pieces.iter().all(|piece| piece.leaf.corrects()) => {
+                    dense_bytes + pieces.iter().map(|piece| piece.part.bytes()).sum::<usize>()
+                }
+                Some(pieces) => pieces.iter().map(|piece| piece.part.bytes()).sum(),
+                None => dense_bytes,
             };
+            let emits = parts.get(place).map_or(&[][..], Vec::as_slice);
+            let stored = emits.iter().any(Option::is_some);
             SitePlan {
                 name: site.name.clone(),
                 block: place.0,
@@ -37,8 +45,10 @@ pub(super) fn site_table(
                 steps: state.steps.clone(),
                 scheme: state.scheme,
                 density: state.density,
-                dense_bytes: site.weights() * site.dtype.size(),
-                emitted_bytes: parts.get(place).into_iter().flatten().map(bytes).collect(),
+                rank: state.rank,
+                correction: state.correction,
+                dense_bytes,
+                emitted_bytes: emits.iter().filter(|_| stored).map(bytes).collect(),
             }
         })
         .collect()
@@ -59,11 +69,14 @@ pub(super) fn planned_emit(
     // In a file of blocks a tied head and the embedding are one tensor.
     let shared = gguf && graph.tied && head_quantized;
     let coded = embedding.filter(|_| gguf && !graph.tied);
-    let quantized: BTreeMap<String, &SitePlan> = table
-        .iter()
-        .filter(|site| site.scheme.is_some())
-        .map(|site| (format!("{}.weight", site.name), site))
+    let pieces_of = |place: &Place| parts.get(place)?.get(index)?.as_ref();
+    let replaced: BTreeSet<String> = places(graph)
+        .filter(|(place, _)| {
+            pieces_of(place).is_some_and(|pieces| pieces.iter().any(|piece| !piece.leaf.corrects()))
+        })
+        .map(|(_, site)| format!("{}.weight", site.name))
         .collect();
+    let mut adapter: BTreeMap<String, OutputTensor> = BTreeMap::new();
     let mut tensors: BTreeMap<String, OutputTensor> = BTreeMap::new();
     for header in source {
         let embedding = header.name == graph.embedding;
@@ -79,7 +92,7 @@ pub(super) fn planned_emit(
             tensors.insert(name.clone(), OutputTensor { name, dtype, shape, origin });
             continue;
         }
-        if !embedding && quantized.contains_key(&header.name) {
+        if !embedding && replaced.contains(&header.name) {
             continue;
         }
         let name = if embedding { EMBEDDING.to_owned() } else { header.name.clone() };
@@ -105,15 +118,15 @@ pub(super) fn planned_emit(
             weights += site.out_features * site.in_features;
             linear_bytes += site.emitted_bytes.get(index).copied().unwrap_or(site.dense_bytes);
         }
-        let Some(headers) = parts.get(&place).and_then(|emits| emits.get(index)) else { continue };
-        for part in headers {
+        for Piece { leaf, part } in pieces_of(&place).into_iter().flatten() {
             let stem = if shared && site.role == Role::Head {
                 EMBEDDING.trim_end_matches(".weight")
             } else {
                 &site.name
             };
-            let name = format!("{stem}.{}", part.suffix);
-            tensors.insert(
+            let name = leaf.name(stem, part.suffix);
+            let file = if leaf.corrects() { &mut adapter } else { &mut tensors };
+            file.insert(
                 name.clone(),
                 OutputTensor {
                     name,
@@ -125,14 +138,17 @@ pub(super) fn planned_emit(
         }
     }
     let tensors: Vec<_> = tensors.into_values().collect();
+    let adapter: Vec<_> = adapter.into_values().collect();
     PlannedEmit {
         layout: emit.spec.id(),
         container: emit.container.clone(),
         dir: emit.dir.clone(),
         target: emit.target.clone(),
         embedding: if shared { head.and_then(QuantScheme::block) } else { coded },
-        tensor_bytes: tensors.iter().map(OutputTensor::bytes).sum(),
+        tensor_bytes: tensors.iter().chain(&adapter).map(OutputTensor::bytes).sum(),
         tensors,
+        adapter,
+        merge: emit.merge,
         linear_bytes,
         bits_per_weight: 8.0 * linear_bytes as f64 / weights.max(1) as f64,
     }

@@ -15,7 +15,7 @@ type Result<T> = std::result::Result<T, RecipeError>;
 const TOP_KEYS: &[&str] = &["calibration", "step", "emit", "gate"];
 const CALIBRATION_KEYS: &[&str] = &["text", "ids", "samples", "context", "seed"];
 const SCHEME_KEYS: &[&str] = &["bits", "group_size", "symmetric", "activations"];
-const EMIT_KEYS: &[&str] = &["layout", "container", "dir", "of", "target"];
+const EMIT_KEYS: &[&str] = &["layout", "container", "dir", "of", "target", "merge"];
 const GATE_KEYS: &[&str] =
     &["max_perplexity_ratio", "max_kl_mean", "min_top1_agreement", "max_bytes_ratio"];
 
@@ -180,6 +180,7 @@ fn emit(mut table: Keys) -> Result<Emit> {
         dir: table.string("dir")?,
         of: table.string("of")?,
         target: table.strings("target")?.unwrap_or_default(),
+        merge: table.boolean("merge")?.unwrap_or(false),
     };
     for target in &emit.target {
         if let Err(error) = target.parse::<TargetSpec>() {
@@ -371,6 +372,9 @@ pub(super) fn write(recipe: &Recipe) -> String {
         put_some(&mut table, "of", emit.of.clone());
         if !emit.target.is_empty() {
             put(&mut table, "target", emit.target.clone());
+        }
+        if emit.merge {
+            put(&mut table, "merge", true);
         }
         Value::Table(table)
     });

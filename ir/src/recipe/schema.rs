@@ -48,6 +48,8 @@ pub fn json_schema(passes: Known<'_>) -> Value {
                         { "type": "array", "items": { "type": "string" } },
                     ], "description": "runtimes that must accept it: NAME or NAME,tp=N" },
                     "of": { "type": "string", "description": "id of the step whose result is written" },
+                    "merge": { "type": "boolean", "default": false,
+                        "description": "multiply float factors, so that linears are written whole" },
                 },
             } },
             "gate": {

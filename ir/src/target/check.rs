@@ -266,6 +266,14 @@ fn places(subject: &Subject, rule: &Rule, tp: usize) -> Vec<Place> {
             }
         }
         // The rule is about another layout.
+        Check::Factors(_) => {
+            let two = |name: &String| place(name, "is written as down and up");
+            found.extend(subject.factored.iter().map(two));
+        }
+        Check::Corrections(_) => {
+            let corrected = |name: &String| place(name, "has a correction in adapter/");
+            found.extend(subject.corrected.iter().map(corrected));
+        }
         Check::Scheme(_)
         | Check::ColumnOrder(_)
         | Check::Fused(_)

@@ -86,6 +86,8 @@ fn subject(layout: &str) -> Subject {
         attention: Some(AttentionShape { heads: 8, kv_heads: 4, head_dim: 128 }),
         linears,
         embedding_quantized: false,
+        factored: Vec::new(),
+        corrected: Vec::new(),
         files: Some(vec!["config.json".to_owned(), "tokenizer.json".to_owned()]),
         config: Some(config),
     };
@@ -404,4 +406,18 @@ fn ranks_at_most() {
     let found = judge(&subject("gptq"), "transformers,tp=2");
     assert!(found.len() == 1 && found[0].rule == "tensor-parallel" && !found[0].refuses());
     assert!(found[0].to_string().contains("not verified"), "{}", found[0]);
+}
+
+#[test]
+fn factors_need_code_and_corrections_an_adapter() {
+    let mut both = subject("compressed-tensors");
+    both.factored = vec!["model.layers.0.mlp.up_proj".to_owned()];
+    both.corrected = vec!["model.layers.0.mlp.down_proj".to_owned()];
+    for target in ["vllm", "sglang"] {
+        assert_eq!(refusals(&both, target), ["factored-linears"]);
+        assert!(told(&both, target, "factored-linears").contains("layers.0.mlp.up_proj"));
+        assert!(told(&both, target, "correction").contains("layers.0.mlp.down_proj"));
+    }
+    assert_eq!(refusals(&both, "transformers"), Vec::<String>::new());
+    assert!(told(&both, "transformers", "factored-linears").contains("trust_remote_code"));
 }

@@ -20,6 +20,11 @@ pub enum LinalgError {
         /// Pivot at which the factorization stopped.
         index: usize,
     },
+    /// An iteration that finds eigenvalues did not end, or an entry is not finite.
+    #[error(
+        "eigenvalues were not found: an entry is not finite, or the iteration did not converge"
+    )]
+    NoConvergence,
     /// The scratch file cannot be opened, read or written.
     #[error("scratch file: {0}; free space there or raise the memory limit")]
     Scratch(#[from] io::Error),

@@ -5,9 +5,11 @@
 
 pub mod cholesky;
 pub mod double;
+pub mod eigen;
 pub mod factor;
 pub mod gemm;
 mod isa;
+pub mod lowrank;
 mod metric;
 mod microkernel;
 pub mod orthogonal;
@@ -16,6 +18,7 @@ pub mod syrk;
 mod thin;
 
 pub use cholesky::{LinalgError, cholesky_lower, solve_spd};
+pub use eigen::{Eigen, eigen_symmetric, eigenvalues};
 pub use factor::{InverseFactor, UpperPanels};
 pub use gemm::{
     PackedRows, Packing, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt,

@@ -77,6 +77,10 @@ impl LayoutSpec for CtPacked {
         Ok(parts)
     }
 
+    fn takes_factors(&self) -> bool {
+        true
+    }
+
     fn scale_dtype(&self, source: DType) -> DType {
         match source {
             DType::F32 | DType::F16 => source,
