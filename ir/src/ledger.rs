@@ -112,12 +112,11 @@ pub fn ledger(plan: &Plan, source: &[TensorHeader], emit: usize) -> Vec<Line> {
                     detail.push_str(&format!(", correction of rank {rank}"));
                 }
                 if let Some(rank) = site.rank {
-                    let detail = match site.scheme {
-                        Some(_) => format!("rank {rank}, factors {detail}"),
-                        None => {
-                            let steps = steps.join(", ");
-                            format!("rank {rank}, factors in {} ({steps})", header.dtype)
-                        }
+                    let detail = if site.scheme.is_some() {
+                        format!("rank {rank}, factors {detail}")
+                    } else {
+                        let steps = steps.join(", ");
+                        format!("rank {rank}, factors in {} ({steps})", header.dtype)
                     };
                     let tensor = header.name.clone();
                     return Line { tensor, fate: Fate::Factored, detail, becomes };

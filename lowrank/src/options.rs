@@ -90,12 +90,12 @@ impl Options {
             let reason = format!("`{first}` and `{second}` exclude each other; give one of them");
             return Err(RecipeError::invalid(second, reason));
         }
-        let fraction = |key: &str, value: f64| match value > 0.0 && value < 1.0 {
-            true => Ok(value),
-            false => Err(RecipeError::invalid(
-                key,
-                format!("expected a fraction between 0 and 1, both excluded, got {value}"),
-            )),
+        let fraction = |key: &str, value: f64| {
+            if value > 0.0 && value < 1.0 {
+                return Ok(value);
+            }
+            let reason = format!("expected a fraction between 0 and 1, both excluded, got {value}");
+            Err(RecipeError::invalid(key, reason))
         };
         if share == Share::Model && (rank.is_some() || energy.is_some()) {
             let reason = "`model` shares a ratio out; give a `ratio`, or leave `share` away";

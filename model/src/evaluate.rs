@@ -80,7 +80,9 @@ impl LinearOp for LowRankOp<'_> {
         self.down.matmul(x, m, &mut inner);
         // One is exact, and by far the usual.
         if self.scale.to_bits() != 1.0f32.to_bits() {
-            inner.iter_mut().for_each(|value| *value *= self.scale);
+            for value in &mut inner {
+                *value *= self.scale;
+            }
         }
         let Some(base) = &self.base else { return self.up.matmul(&inner, m, out) };
         let mut correction = vec![0.0; out.len()];

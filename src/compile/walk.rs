@@ -601,9 +601,10 @@ impl<'a> Walk<'a> {
             None
         };
         let scratch = scratch_of(self.stage);
-        let original = match self.plan.passes[unit.step].reads_original() {
-            true => self.originals(block, unit, state)?,
-            false => Vec::new(),
+        let original = if self.plan.passes[unit.step].reads_original() {
+            self.originals(block, unit, state)?
+        } else {
+            Vec::new()
         };
         let context = PassContext {
             block,

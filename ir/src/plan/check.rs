@@ -249,10 +249,11 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             errors.push(PlanError::NothingAhead { step: step(), sites: no_ahead });
         }
         for ((by, factored), sites) in folded {
-            let by = labels[by].clone();
-            errors.push(match factored {
-                true => PlanError::FoldFactored { step: step(), by, sites },
-                false => PlanError::FoldQuantized { step: step(), by, sites },
+            let (step, by) = (step(), labels[by].clone());
+            errors.push(if factored {
+                PlanError::FoldFactored { step, by, sites }
+            } else {
+                PlanError::FoldQuantized { step, by, sites }
             });
         }
         for (reason, sites) in unranked {

@@ -100,21 +100,18 @@ pub(super) fn pieces(
     let mut pieces = Vec::new();
     for (leaf, linear) in &leaves {
         let put = |part: PartHeader| Piece { leaf: *leaf, part };
-        match state.scheme {
-            Some(scheme) => {
-                let linear = LinearSpec {
-                    name: linear.name.clone(),
-                    out_features: linear.out_features,
-                    in_features: linear.in_features,
-                    scheme,
-                    source_dtype: linear.dtype,
-                };
-                pieces.extend(stored(&linear, spec, layouts)?.into_iter().map(put));
-            }
-            None => {
-                let shape = vec![linear.out_features, linear.in_features];
-                pieces.push(put(PartHeader { suffix: WEIGHT, dtype: linear.dtype, shape }));
-            }
+        if let Some(scheme) = state.scheme {
+            let linear = LinearSpec {
+                name: linear.name.clone(),
+                out_features: linear.out_features,
+                in_features: linear.in_features,
+                scheme,
+                source_dtype: linear.dtype,
+            };
+            pieces.extend(stored(&linear, spec, layouts)?.into_iter().map(put));
+        } else {
+            let shape = vec![linear.out_features, linear.in_features];
+            pieces.push(put(PartHeader { suffix: WEIGHT, dtype: linear.dtype, shape }));
         }
     }
     if let Some(rank) = state.correction {

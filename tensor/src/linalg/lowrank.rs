@@ -325,7 +325,9 @@ fn orthonormalize(rows: &mut [f64], n: usize) {
         }
         let left = norm(row);
         let inverse = if left > 1e-9 * first && left > 1e-12 * largest { 1.0 / left } else { 0.0 };
-        row.iter_mut().for_each(|x| *x *= inverse);
+        for x in row {
+            *x *= inverse;
+        }
     }
 }
 
@@ -404,7 +406,9 @@ pub fn product_error(first: (&Mat, &Mat), second: (&Mat, &Mat), h: Option<&Mat>)
     let mut through = vec![0.0; out * t];
     gemm((out, t, t), 1.0, &left, &gram, false, &mut through);
     let error = left.iter().zip(&through).map(|(a, b)| a * b).sum();
-    left.chunks_mut(t).for_each(|row| row[r..].fill(0.0));
+    for row in left.chunks_mut(t) {
+        row[r..].fill(0.0);
+    }
     gemm((out, t, t), 1.0, &left, &gram, false, &mut through);
     [error, left.iter().zip(&through).map(|(a, b)| a * b).sum()]
 }
