@@ -8,7 +8,7 @@ nats) and top-1 agreement by one judge that belongs to none of them: weights in 
 dequantizer), on windows of --context tokens that do not overlap, every position but the last of a window predicting, no special token. Run it with
 the interpreter of the interop environment. Exit 1 when a claim of the table fails.
 """
-import argparse, datetime, json, math, subprocess, sys, time
+import argparse, datetime, json, math, resource, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent; sys.path.insert(0, str(HERE.parent / "tests" / "interop"))
@@ -37,15 +37,17 @@ def ours(what, recipe, found):
     found[name]["peak_mb"] = json.loads((work / name / "report.json").read_text())["measured_peak_bytes"] / 1e6; print(name, found[name], flush=True)
 
 def run(command, name):
-    log = work / f"{name}.log"; start = time.time()
+    log = work / f"{name}.log"; cpu = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]); start, before = time.time(), cpu()
     with open(log, "w") as f: rc = subprocess.run([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT).returncode
     if rc: sys.exit(f"exit {rc}: {' '.join(map(str, command))}; see {log}")
-    return dict(wall=time.time() - start, tail=log.read_text().strip().splitlines()[-1:])
+    return dict(wall=time.time() - start, cpu=cpu() - before, tail=log.read_text().strip().splitlines()[-1:])
 
 def make():
-    found = {}
+    found = json.loads(times.read_text()) if times.exists() else {}
     for tool, what, command in PEERS:
-        name = tag(tool, what); found[name] = run([work / name if c == "OUT" else c for c in command], name); print(name, found[name], flush=True)
+        name = tag(tool, what)
+        if name in found: continue
+        found[name] = run([work / name if c == "OUT" else c for c in command], name); print(name, found[name], flush=True); times.write_text(json.dumps(found, indent=1) + "\n")
     for what, recipe in OURS: ours(what, recipe, found)
     times.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -62,7 +64,7 @@ def judge():
             r = q if r is None else r
             kl.append((r.exp() * (r - q)).sum(-1).double()); nll.append(-q.gather(1, torch.tensor(w[1:])[:, None])[:, 0].double()); same.append((r.argmax(-1) == q.argmax(-1)).double())
         per = torch.stack([k.mean() for k in kl]); kl, nll, same = map(torch.cat, (kl, nll, same)); own = found.get(tag(tool, what), {})
-        rows.append(dict(tool=tool, what=what, perplexity=math.exp(nll.mean().item()), kl_mean=kl.mean().item(), kl_se=(per.std() / math.sqrt(n)).item(), top1_agreement=same.mean().item(), tokens=len(nll), seconds=own.get("wall"), peak_mb=own.get("peak_mb")))
+        rows.append(dict(tool=tool, what=what, perplexity=math.exp(nll.mean().item()), kl_mean=kl.mean().item(), kl_se=(per.std() / math.sqrt(n)).item(), top1_agreement=same.mean().item(), tokens=len(nll), seconds=own.get("wall"), cpu_seconds=own.get("cpu"), peak_mb=own.get("peak_mb")))
         print(json.dumps(rows[-1]), flush=True)
     add("original", "", a.model, False)
     for tool, what, _ in PEERS:
@@ -72,14 +74,14 @@ def judge():
     def claim(text, x, y): checks.append((text, x, y, x <= y))
     ours, peer, gptq = by["attar", "autoround"], by["auto-round", "200 iterations"], min(by["attar", "gptq"]["kl_mean"], by["llm-compressor", "gptq"]["kl_mean"])
     claim("autoround: KL at most 0.85 of the better GPTQ's", ours["kl_mean"], 0.85 * gptq); claim("autoround: perplexity at or below auto-round's", ours["perplexity"], peer["perplexity"]); claim("autoround: KL at or below auto-round's", ours["kl_mean"], peer["kl_mean"])
-    claim("autoround: seconds at most a quarter of auto-round's", ours["seconds"], peer["seconds"] / 4)
+    claim("autoround: seconds at most a quarter of auto-round's", ours["seconds"], peer["seconds"] / 4); claim("autoround: CPU seconds at most a quarter of auto-round's", ours["cpu_seconds"], peer["cpu_seconds"] / 4)
     for what in ("sparsegpt 2:4", "wanda 2:4"):
         if ("attar", f"{what}, then reconstruct") in by: claim(f"{what}: reconstruct lowers KL", by["attar", f"{what}, then reconstruct"]["kl_mean"], by["attar", what]["kl_mean"])
     if ("attar", "gptq, then reconstruct (scales, norms)") in by: claim("gptq: trained scales lower KL", by["attar", "gptq, then reconstruct (scales, norms)"]["kl_mean"], by["attar", "gptq"]["kl_mean"])
     name = Path(a.model).name; show = lambda v, f: "-" if v is None else format(v, f)
     md = [f"# Learned rounding and reconstruction on {name}, {datetime.date.today()}", "", f"{samples} calibration windows of {a.context} tokens, the same ids for all tools, {a.threads} threads; judged on {n} windows of {a.context} ({rows[0]['tokens']} predictions) of {Path(a.text).name} in transformers, f32. KL in nats, "
-          "standard error over windows. W2 g64 symmetric unless said; head and embedding untouched. Seconds: wall time of the whole command, imports, reading, writing and (Attar) verifying included.", "", "| what | tool | perplexity | KL (se) | top-1 agreement | seconds | peak MB |", "|---|---|---|---|---|---|---|"]
-    md += [f"| {r['what'] or 'original'} | {r['tool'] if r['what'] else '-'} | {r['perplexity']:.2f} | {r['kl_mean']:.4f} ({r['kl_se']:.4f}) | {r['top1_agreement']:.3f} | {show(r['seconds'], '.1f')} | {show(r['peak_mb'], '.0f')} |" for r in rows]
+          "standard error over windows. W2 g64 symmetric unless said; head and embedding untouched. Seconds: wall time of the whole command, imports, reading, writing and (Attar) verifying included.", "", "| what | tool | perplexity | KL (se) | top-1 agreement | seconds | CPU seconds | peak MB |", "|---|---|---|---|---|---|---|---|"]
+    md += [f"| {r['what'] or 'original'} | {r['tool'] if r['what'] else '-'} | {r['perplexity']:.2f} | {r['kl_mean']:.4f} ({r['kl_se']:.4f}) | {r['top1_agreement']:.3f} | {show(r['seconds'], '.1f')} | {show(r['cpu_seconds'], '.1f')} | {show(r['peak_mb'], '.0f')} |" for r in rows]
     md += ["", "| claim | Attar | against | |", "|---|---|---|---|"] + [f"| {c[0]} | {c[1]:.4f} | {c[2]:.4f} | {'holds' if c[3] else 'FAILS'} |" for c in checks]
     folder = Path(a.results or HERE / "results"); folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(md) + "\n"); (folder / f"{name}.json").write_text(json.dumps(dict(rows=rows, checks=checks), indent=1) + "\n")

@@ -253,7 +253,9 @@ impl FakeLinear {
             for (g, levels) in levels.chunks_mut(size).enumerate() {
                 let low = -f32::from(zeros[row * groups + g]);
                 let (low, high) = (low - 0.5 + MARGIN, low + top + 0.5 - MARGIN);
-                levels.iter_mut().for_each(|level| *level = level.clamp(low, high));
+                for level in levels.iter_mut() {
+                    *level = level.clamp(low, high);
+                }
             }
             if let Some((origin, reach)) = origin {
                 let origin = &origin[row * n..(row + 1) * n];

@@ -125,9 +125,10 @@ impl Reconstruct {
         match &state.linears[target.site].weight {
             _ if self.0.learn == Learn::Vectors => Learner::Fixed,
             Weight::Dense(weight) => Learner::Dense(DenseLinear::new(weight, masked)),
-            Weight::Quantized(quantized) if quantized.g_idx.is_none() => Learner::Fake(
-                FakeLinear::new(&quantized.dequantize(), quantized, masked, None, false),
-            ),
+            Weight::Quantized(quantized) if quantized.g_idx.is_none() => {
+                let values = quantized.dequantize();
+                Learner::Fake(Box::new(FakeLinear::new(&values, quantized, masked, None, false)))
+            }
             _ => Learner::Fixed,
         }
     }

@@ -140,7 +140,7 @@ impl Default for Options {
 
 impl Options {
     fn check(&self) -> Result<(), RecipeError> {
-        if self.reach.is_some_and(|reach| !(reach > 0.0)) {
+        if self.reach.is_some_and(|reach| reach.is_nan() || reach <= 0.0) {
             return Err(RecipeError::invalid("reach", "expected a positive number"));
         }
         self.course().check()
@@ -280,7 +280,7 @@ impl Pass for AutoRound {
         let reach = self.0.reach.map(|reach| reach as f32);
         let learner = |(target, (start, _)): (&Target, &(QuantizedLinear, Vec<Event>))| {
             let (weight, masked) = (&values.linears[target.site], state.masked[target.site]);
-            Learner::Fake(FakeLinear::new(weight, start, masked, reach, self.0.adam()))
+            Learner::Fake(Box::new(FakeLinear::new(weight, start, masked, reach, self.0.adam())))
         };
         let learners = targets.iter().zip(&found).map(learner).collect();
         let seed = context.seed ^ context.block.index as u64;

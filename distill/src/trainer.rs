@@ -71,7 +71,7 @@ impl Course {
 #[derive(Debug)]
 pub(crate) enum Learner {
     /// Codes and scales.
-    Fake(FakeLinear),
+    Fake(Box<FakeLinear>),
     /// Weights.
     Dense(DenseLinear),
     /// Nothing.

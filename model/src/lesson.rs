@@ -200,7 +200,9 @@ fn differ(made: &mut [f32], wanted: &[f32], width: usize) -> f64 {
             *made -= wanted;
         }
         sum += f64::from(sum_sq(made) * inverse);
-        made.iter_mut().for_each(|d| *d *= 2.0 * inverse);
+        for d in made.iter_mut() {
+            *d *= 2.0 * inverse;
+        }
     }
     sum
 }
@@ -219,11 +221,15 @@ fn divergence(q: &mut [f32], p: &mut [f32], room: &mut Vec<f32>) -> f64 {
 /// Makes probabilities of logits; returns the logarithm of the sum of their exponentials.
 fn probabilities(row: &mut [f32]) -> f64 {
     let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    row.iter_mut().for_each(|v| *v -= top);
+    for v in row.iter_mut() {
+        *v -= top;
+    }
     exp_in_place(row);
     let sum: f64 = row.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
     let inverse = (1.0 / sum) as f32;
-    row.iter_mut().for_each(|v| *v *= inverse);
+    for v in row.iter_mut() {
+        *v *= inverse;
+    }
     f64::from(top) + sum.ln()
 }
 
