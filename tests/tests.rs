@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
 mod bundle;
-mod distill;
+mod distill_model;
 mod gguf;
 mod headers;
 mod imatrix;

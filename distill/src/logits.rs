@@ -12,8 +12,8 @@ mod options;
 mod teacher;
 
 use attar_ir::{
-    Block, Cost, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, Progress, Sizes,
-    Train, TrainSession, Training, Work,
+    Block, Cost, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, Sizes, Train,
+    TrainProgress, TrainSession, TrainingReport, Work,
     limits::STREAM_IN_MEMORY,
     recipe::{RecipeError, options},
 };
@@ -364,7 +364,7 @@ impl Train for Distill {
         &self,
         context: &ModelContext<'_>,
         session: &dyn TrainSession,
-    ) -> Result<Training, PassError> {
+    ) -> Result<TrainingReport, PassError> {
         let o = &self.options;
         let windows = session.windows();
         let (config, source) = session.student();
@@ -475,7 +475,7 @@ impl Train for Distill {
                 ));
             }
             state.add(loss, tokens, steps);
-            session.progress(Progress {
+            session.progress(TrainProgress {
                 step: state.step,
                 steps,
                 done: state.step - first,
@@ -491,7 +491,7 @@ impl Train for Distill {
             let value = learner.value(&name).expect("it was named");
             session.write(&name, &value)?;
         }
-        Ok(Training {
+        Ok(TrainingReport {
             loss: self.loss(),
             steps,
             tokens: state.tokens,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use attar_ir::{ModelEntry, Training};
+use attar_ir::{ModelEntry, TrainingReport};
 
 const WIDTH: f64 = 900.0;
 const HEIGHT: f64 = 220.0;
@@ -27,7 +27,7 @@ pub(crate) fn trainings(out: &mut String, entries: &[ModelEntry]) -> std::fmt::R
     Ok(())
 }
 
-fn curve(out: &mut String, training: &Training) -> std::fmt::Result {
+fn curve(out: &mut String, training: &TrainingReport) -> std::fmt::Result {
     let points = &training.curve;
     let (Some(&(last, end)), Some(&(_, start))) = (points.last(), points.first()) else {
         return Ok(());
@@ -72,8 +72,13 @@ mod tests {
         trainings(&mut out, std::slice::from_ref(&entry)).unwrap();
         assert!(out.is_empty());
         let curve = vec![(2, 3.0), (4, 2.0), (6, 1.0)];
-        entry.training =
-            Some(Training { loss: "forward_kl".into(), steps: 6, tokens: 600, trained: 9, curve });
+        entry.training = Some(TrainingReport {
+            loss: "forward_kl".into(),
+            steps: 6,
+            tokens: 600,
+            trained: 9,
+            curve,
+        });
         trainings(&mut out, &[entry]).unwrap();
         assert!(out.contains("&lt;distill&gt;") && out.contains("6 steps on 600 tokens"));
         assert!(out.contains("points=\"336.7,10.0 613.3,100.0 890.0,190.0\""), "{out}");

@@ -18,7 +18,7 @@ pub mod recipe;
 pub mod state;
 pub mod stats;
 pub mod target;
-pub mod training;
+pub mod train;
 
 pub use coupling::{Dim, DimName, Member, Side, Sizes};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
@@ -37,4 +37,4 @@ pub use pass::{
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState, Weight};
 pub use stats::{BlockStats, Given, InputStats, Needs};
-pub use training::{Progress, Saved, Train, TrainSession, Training};
+pub use train::{Saved, Train, TrainProgress, TrainSession, TrainingReport};

@@ -13,7 +13,7 @@ use attar_formats::{
     safetensors::SafetensorsWriter,
     stage::{Object, Stage},
 };
-use attar_ir::{ModelEntry, PassError, Progress, Saved, Train, TrainSession};
+use attar_ir::{ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession};
 use attar_tensor::{DType, TensorHeader, TensorSource, TensorView};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -170,7 +170,7 @@ impl TrainSession for Session<'_> {
         Ok(())
     }
 
-    fn progress(&self, Progress { step, steps, done, loss, tokens }: Progress) {
+    fn progress(&self, TrainProgress { step, steps, done, loss, tokens }: TrainProgress) {
         let seconds = self.begun.elapsed().as_secs_f64();
         let speed = tokens as f64 / seconds.max(1e-9);
         self.bar.set_length(steps as u64);

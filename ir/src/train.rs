@@ -9,7 +9,7 @@ use crate::{ModelContext, ModelGraph, PassError};
 
 /// What training did, for the report.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Training {
+pub struct TrainingReport {
     /// What is minimised.
     pub loss: String,
     /// Steps of the optimizer.
@@ -24,7 +24,7 @@ pub struct Training {
 
 /// How far training is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Progress {
+pub struct TrainProgress {
     /// Steps done.
     pub step: usize,
     /// All steps.
@@ -77,7 +77,7 @@ pub trait TrainSession {
     fn save(&self, facts: Value, lists: &[(String, &[f32])]) -> Result<(), PassError>;
 
     /// Tells how far training is.
-    fn progress(&self, progress: Progress);
+    fn progress(&self, progress: TrainProgress);
 
     /// Writes a tensor of the result, `values` in the order of its elements. Those not written stay as they were.
     ///
@@ -118,5 +118,5 @@ pub trait Train: Sync {
         &self,
         context: &ModelContext<'_>,
         session: &dyn TrainSession,
-    ) -> Result<Training, PassError>;
+    ) -> Result<TrainingReport, PassError>;
 }
