@@ -13,7 +13,7 @@ mod teacher;
 
 use attar_ir::{
     Block, Cost, ModelContext, ModelGraph, ModelPass, ModelPassDef, PassError, Sizes, Train,
-    TrainProgress, TrainRecord, TrainSession, Work,
+    TrainProgress, TrainSession, TrainingReport, Work,
     limits::STREAM_IN_MEMORY,
     recipe::{RecipeError, options},
 };
@@ -364,7 +364,7 @@ impl Train for Distill {
         &self,
         context: &ModelContext<'_>,
         session: &dyn TrainSession,
-    ) -> Result<TrainRecord, PassError> {
+    ) -> Result<TrainingReport, PassError> {
         let o = &self.options;
         let windows = session.windows();
         let (config, source) = session.student();
@@ -491,7 +491,7 @@ impl Train for Distill {
             let value = learner.value(&name).expect("it was named");
             session.write(&name, &value)?;
         }
-        Ok(TrainRecord {
+        Ok(TrainingReport {
             loss: self.loss(),
             steps,
             tokens: state.tokens,

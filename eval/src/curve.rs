@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use attar_ir::{ModelEntry, TrainRecord};
+use attar_ir::{ModelEntry, TrainingReport};
 
 const WIDTH: f64 = 900.0;
 const HEIGHT: f64 = 220.0;
@@ -27,7 +27,7 @@ pub(crate) fn trainings(out: &mut String, entries: &[ModelEntry]) -> std::fmt::R
     Ok(())
 }
 
-fn curve(out: &mut String, training: &TrainRecord) -> std::fmt::Result {
+fn curve(out: &mut String, training: &TrainingReport) -> std::fmt::Result {
     let points = &training.curve;
     let (Some(&(last, end)), Some(&(_, start))) = (points.last(), points.first()) else {
         return Ok(());
@@ -72,7 +72,7 @@ mod tests {
         trainings(&mut out, std::slice::from_ref(&entry)).unwrap();
         assert!(out.is_empty());
         let curve = vec![(2, 3.0), (4, 2.0), (6, 1.0)];
-        entry.training = Some(TrainRecord {
+        entry.training = Some(TrainingReport {
             loss: "forward_kl".into(),
             steps: 6,
             tokens: 600,

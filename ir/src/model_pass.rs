@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Block, BlockState, BlockStats, Cost, DimName, InputStats, ModelGraph, Needs, PassError, Sizes,
-    Train, TrainRecord, recipe::RecipeError,
+    Train, TrainingReport, recipe::RecipeError,
 };
 
 /// What a pass on the whole model gets beside tensors.
@@ -44,7 +44,7 @@ pub struct ModelEntry {
     pub scores: Vec<f64>,
     /// What training did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub training: Option<TrainRecord>,
+    pub training: Option<TrainingReport>,
 }
 
 /// Indices that stay, of one dimension.

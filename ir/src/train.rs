@@ -9,7 +9,7 @@ use crate::{ModelContext, ModelGraph, PassError};
 
 /// What training did, for the report.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct TrainRecord {
+pub struct TrainingReport {
     /// What is minimised.
     pub loss: String,
     /// Steps of the optimizer.
@@ -118,5 +118,5 @@ pub trait Train: Sync {
         &self,
         context: &ModelContext<'_>,
         session: &dyn TrainSession,
-    ) -> Result<TrainRecord, PassError>;
+    ) -> Result<TrainingReport, PassError>;
 }

@@ -3,7 +3,7 @@
 and measured alone and with a `distill` step behind it, by `attar eval` on held-out text (perplexity, KL divergence from the
 original in nats). `recovered` is the part of the perplexity lost by the cut that comes back.
 
-    bench/distill_logits.py --attar BINARY --model DIR --calib FILE --text FILE --out OUT.md [--train FILE] [--epochs N] [--only NAME]
+    bench/distill_model.py --attar BINARY --model DIR --calib FILE --text FILE --out OUT.md [--train FILE] [--epochs N] [--only NAME]
                      [--context 256] [--work DIR] [--note TEXT]
 
 With --train the cut is made with --calib and the training sees that text instead (a recipe of its own on the cut
@@ -30,7 +30,7 @@ p.add_argument("--context", type=int, default=256)
 p.add_argument("--work")
 p.add_argument("--note", default="")
 a = p.parse_args()
-work = Path(a.work or tempfile.mkdtemp(prefix="attar-distill-"))
+work = Path(a.work or tempfile.mkdtemp(prefix="attar-distill-model-"))
 work.mkdir(parents=True, exist_ok=True)
 
 CUTS = [
@@ -96,7 +96,7 @@ lines = [
     f"# Distillation of cut models, {Path(a.model).name}, on {text}",
     "",
     f"{datetime.date.today()}, {cpu}. Cuts with 128 windows of {a.context} of {Path(a.calib).name}, training on all windows of {text}; "
-    f"measured on {Path(a.text).name}, context {a.context}; the original has perplexity {base:.3f}. `bench/distill_logits.py`, "
+    f"measured on {Path(a.text).name}, context {a.context}; the original has perplexity {base:.3f}. `bench/distill_model.py`, "
     f"{a.epochs} epochs{', ' + a.options.replace(chr(10), ', ') if a.options else ''}. {a.note}",
     "",
     "| cut | perplexity | distilled | recovered | KL, nats | distilled | steps | tokens | training, s | tokens/s |",
