@@ -339,6 +339,10 @@ impl Train for Distill {
         Ok(())
     }
 
+    fn matches_streams(&self) -> bool {
+        self.options.hidden > 0.0
+    }
+
     fn changes(&self, graph: &ModelGraph, tensor: &str) -> bool {
         let all = self.options.train == What::All;
         let vectors = self.options.train != What::Adapters;

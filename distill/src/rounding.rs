@@ -9,7 +9,7 @@
 //!
 //! Deliberate differences: it begins at the solution of the column sweep in the Hessian's metric (`start`), each level
 //! as near to its weight as the code found there allows; a step sees few windows, so that there are many; the norms of
-//! the block learn too. What is kept is the best of what was looked at: the start, and the iterates at the marks.
+//! the block learn too. What is kept is the better of the start and the end.
 //! Cost: 6 FLOPs per token and weight and step, and as much memory as `attar plan` says.
 
 use attar_ir::{
@@ -60,6 +60,7 @@ scheme = { bits = 2, group_size = 64 }
                 "refine",
                 "warmup",
                 "decay",
+                "logits",
             ],
         )?;
         options.check()?;

@@ -69,6 +69,14 @@ impl Adapter {
                 return Err(FormatError::invalid(&path, reason));
             }
         }
+        let patterns = config.get("alpha_pattern").and_then(Value::as_object);
+        let plain =
+            |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+        if let Some((name, _)) = patterns.into_iter().flatten().find(|(name, _)| !plain(name)) {
+            let reason =
+                format!("alpha_pattern has the regular expression {name:?}; only names are read");
+            return Err(FormatError::invalid(&path, reason));
+        }
         let file = SafetensorsFile::open(&folder.join(WEIGHTS))?;
         let headers: Vec<TensorHeader> = file.headers().cloned().collect();
         if let Some(odd) = headers.iter().find(|header| site_of(&header.name).is_none()) {
@@ -127,7 +135,12 @@ impl Adapter {
                 up.shape()
             )));
         }
-        let own = self.config.get("alpha_pattern").and_then(|all| all.get(site));
+        // A name of the pattern is the end of a linear's name, at a dot (PEFT, `get_pattern_key`).
+        let patterns = self.config.get("alpha_pattern").and_then(Value::as_object);
+        let own = patterns.into_iter().flatten().find_map(|(name, alpha)| {
+            let rest = site.strip_suffix(name.as_str())?;
+            (rest.is_empty() || rest.ends_with('.')).then_some(alpha)
+        });
         let alpha = own.or_else(|| self.config.get("lora_alpha")).and_then(Value::as_f64);
         let alpha = alpha.ok_or_else(|| fail(format!("{site} has no lora_alpha")))?;
         Ok(Some(Correction { down, up, scale: (alpha / rank as f64) as f32 }))

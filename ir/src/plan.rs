@@ -150,6 +150,9 @@ pub struct ModelStep {
     /// Directory of the model that it learns from, where that is not the original one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
+    /// That model.
+    #[serde(skip)]
+    pub teacher_graph: Option<ModelGraph>,
 }
 
 impl ModelStep {

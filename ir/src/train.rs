@@ -91,7 +91,12 @@ pub trait Train: Sync {
     /// Directory of the teacher; the original checkpoint of the run when absent.
     fn teacher(&self) -> Option<&str>;
 
-    /// Bytes of training a model, `original` being that of the run, on `windows` (tokens in all, tokens of one) when
+    /// True when streams of student and teacher are compared, which must have one width and one basis.
+    fn matches_streams(&self) -> bool {
+        false
+    }
+
+    /// Bytes of training a model, `original` being that of the teacher, on `windows` (tokens in all, tokens of one) when
     /// activations of the teacher may take `stream`.
     fn peak_bytes(
         &self,

@@ -189,6 +189,9 @@ pub(crate) fn blocks(
     for block in graph.all_blocks() {
         let source = source_slots(ground, graph, block, tensor);
         let mut slots = Slots { weights: source.weights.clone(), norms: source.norms.clone() };
+        // The last block may be taught by the logits.
+        let last = block.index + 1 == graph.blocks.len();
+        let head = last.then(|| source_slots(ground, graph, &graph.epilogue, tensor));
         let rounds = plan.rounds(block.index);
         let mut keyed = Vec::new();
         let count = rounds.len();
@@ -201,7 +204,7 @@ pub(crate) fn blocks(
                 round,
                 staged,
                 (&compressed, &original, &surveyed),
-                (&source, &mut slots),
+                (&source, &mut slots, head.as_ref()),
                 &original_needs[block.index],
                 &mut has,
             );
@@ -256,7 +259,7 @@ fn round_keys(
     round: Round,
     staged: bool,
     activations: (&str, &str, &str),
-    (source, slots): (&Slots, &mut Slots),
+    (source, slots, head): (&Slots, &mut Slots, Option<&Slots>),
     original_needs: &[Needs],
     has: &mut impl FnMut(&str) -> bool,
 ) -> RoundKeys {
@@ -332,7 +335,9 @@ fn round_keys(
                 // Inputs, and what the original block makes of the original ones.
                 parts.push(if original { activations.1 } else { activations.0 });
                 parts.push(activations.1);
-                parts.extend(source.weights.iter().chain(&source.norms).map(String::as_str));
+                for taught in [Some(source), head].into_iter().flatten() {
+                    parts.extend(taught.weights.iter().chain(&taught.norms).map(String::as_str));
+                }
             }
             match input {
                 Some(_) => parts.extend(targets.iter().map(|t| slots.weights[t.site].as_str())),

@@ -69,8 +69,18 @@ pub(super) fn prepare_with(
     }
     if checkpoint.config().get("low_rank").is_some() {
         return Err(format!(
-            "{} is factored already (low_rank in config.json); give the original checkpoint, or one written with              `merge = true`",
+            "{} is factored already (low_rank in config.json); give the original checkpoint, or one written with `merge = true`",
             what.checkpoint.display()
+        )
+        .into());
+    }
+    let adapter =
+        checkpoint.folder().join(attar_formats::adapter::FOLDER).join("adapter_config.json");
+    if adapter.exists() {
+        return Err(format!(
+            "{} has an adapter beside its weights ({}); merge it into them first, or move it away to leave it out",
+            what.checkpoint.display(),
+            adapter.display()
         )
         .into());
     }

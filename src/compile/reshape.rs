@@ -111,8 +111,17 @@ impl Base {
                 Work::Train(train) => train.teacher().map(|teacher| folder.join(teacher)),
                 _ => None,
             };
-            if let Some(teacher) = &teacher
-                && let Err(reason) = train::check_teacher(teacher, checkpoint)
+            let found = teacher.as_ref().map(|teacher| train::check_teacher(teacher, checkpoint));
+            let teacher_graph = match found.transpose() {
+                Ok(found) => found.map(|(_, decoder)| decoder.graph),
+                Err(reason) => {
+                    errors.push(PlanError::Reshape { step: label, reason });
+                    continue;
+                }
+            };
+            if let Work::Train(train) = pass.work()
+                && train.matches_streams()
+                && let Err(reason) = one_stream(&graph, teacher_graph.as_ref(), &model)
             {
                 errors.push(PlanError::Reshape { step: label, reason });
                 continue;
@@ -133,11 +142,35 @@ impl Base {
                 source: std::mem::replace(&mut base.headers, headers),
                 sizes,
                 teacher: teacher.map(|teacher| teacher.display().to_string()),
+                teacher_graph,
             });
             (base.decoder, base.config) = (next, config);
         }
         Ok(if errors.is_empty() { Ok((base, model, blocks)) } else { Err(errors) })
     }
+}
+
+/// Why streams of student and teacher cannot be compared number by number.
+fn one_stream(
+    student: &attar_ir::ModelGraph,
+    teacher: Option<&attar_ir::ModelGraph>,
+    before: &[ModelStep],
+) -> Result<(), String> {
+    let original = before.first().map_or(student, |step| &step.graph);
+    let width = teacher.unwrap_or(original).hidden;
+    if width != student.hidden {
+        return Err(format!(
+            "`hidden` compares streams, of {} numbers in the student and {width} in the teacher; leave it 0",
+            student.hidden
+        ));
+    }
+    if let Some(turned) = before.iter().find(|step| step.pass.name() == "rotate") {
+        return Err(format!(
+            "`hidden` compares streams, and {} has turned the student's; leave it 0",
+            turned.label
+        ));
+    }
+    Ok(())
 }
 
 /// What passes on the whole model read beside the checkpoint.

@@ -14,6 +14,7 @@ use attar_formats::{
     stage::{Object, Stage},
 };
 use attar_ir::{ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession};
+use attar_model::Decoder;
 use attar_tensor::{DType, TensorHeader, TensorSource, TensorView};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -22,12 +23,25 @@ use super::{keys, reshape::Making};
 use crate::{Error, progress, trace::Trace};
 
 /// Why a checkpoint cannot teach another; they have to put out the same tokens.
-pub(super) fn check_teacher(folder: &Path, student: &Checkpoint) -> Result<Checkpoint, String> {
+pub(super) fn check_teacher(
+    folder: &Path,
+    student: &Checkpoint,
+) -> Result<(Checkpoint, Decoder), String> {
     let fail = |reason: String| format!("teacher {}: {reason}", folder.display());
     let teacher = Checkpoint::open(folder).map_err(|error| fail(error.to_string()))?;
     if teacher.gguf().is_some() {
         return Err(fail("is a GGUF file; give the Hugging Face directory it was made of".into()));
     }
+    for (key, what) in [("quantization_config", "quantized"), ("low_rank", "factored")] {
+        if teacher.config().get(key).is_some() {
+            return Err(fail(format!(
+                "is {what} ({key} in config.json); give the checkpoint it was made of"
+            )));
+        }
+    }
+    let decoder = Decoder::read(teacher.config(), &teacher).map_err(|error| {
+        fail(format!("{error}; give a checkpoint of a family that Attar reads"))
+    })?;
     let vocab = |checkpoint: &Checkpoint| checkpoint.config()["vocab_size"].as_u64();
     let (theirs, ours) = (vocab(&teacher), vocab(student));
     if theirs != ours {
@@ -50,7 +64,7 @@ pub(super) fn check_teacher(folder: &Path, student: &Checkpoint) -> Result<Check
                 .into(),
         ));
     }
-    Ok(teacher)
+    Ok((teacher, decoder))
 }
 
 /// One hash of all files of a teacher.
@@ -126,13 +140,16 @@ impl TrainSession for Session<'_> {
     }
 
     fn saved(&self) -> Result<Option<Saved>, PassError> {
-        let step = |object: &Option<Object>| {
-            object.as_ref().and_then(|object| object.info.facts["step"].as_u64())
+        // Only one of them is read: a state is as large as the training itself.
+        let step = |turn: usize| {
+            let info = self.stage().info(&self.names[turn]);
+            info.and_then(|info| info.facts["step"].as_u64())
         };
-        let (first, second) = (self.object(0), self.object(1));
-        let newer = usize::from(step(&second) > step(&first));
-        *self.turn.borrow_mut() = newer;
-        let newest = if newer == 1 { second } else { first };
+        let newer = usize::from(step(1) > step(0));
+        let read = |turn| self.object(turn).map(|object| (turn, object));
+        let found = read(newer).or_else(|| read(1 - newer));
+        *self.turn.borrow_mut() = found.as_ref().map_or(newer, |(turn, _)| *turn);
+        let newest = found.map(|(_, object)| object);
         Ok(newest.map(|Object { info, tensors }| {
             self.trace.note(&format!("{} goes on at step {}", self.label, info.facts["step"]));
             Saved { facts: info.facts, tensors }
@@ -214,7 +231,10 @@ pub(super) fn run(
     let label = making.step.label.as_str();
     let windows = making.around.windows.ok_or("the plan counted on calibration data")?;
     let other = making.step.teacher.as_ref();
-    let other = other.map(|folder| check_teacher(Path::new(folder), making.source)).transpose()?;
+    let other = other
+        .map(|folder| check_teacher(Path::new(folder), making.source))
+        .transpose()?
+        .map(|(teacher, _)| teacher);
     let session = Session {
         making,
         teacher: other.as_ref().unwrap_or(making.source),

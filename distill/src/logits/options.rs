@@ -165,8 +165,8 @@ impl Options {
             ("accumulate", o.accumulate),
             ("rank", o.rank),
         ] {
-            if value == 0 {
-                return fail(key, "expected at least 1, got 0".into());
+            if !(1..=1 << 20).contains(&value) {
+                return fail(key, format!("expected 1 to {}, got {value}", 1 << 20));
             }
         }
         if o.text >= 1.0 && o.teacher.is_some() && o.hidden <= 0.0 {

@@ -197,6 +197,18 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                     .push(site.name.clone());
                 continue;
             }
+            // What an earlier step learned is not the original's any more: the correction would take it back.
+            let learned = (0..index).find(|&earlier| {
+                contracts[earlier].needs.contains(Needs::TEACHER)
+                    && selected[earlier].iter().any(|other| other.0 == place.0)
+            });
+            if let (true, Some(earlier)) = (passes[index].reads_original(), learned) {
+                let reason = format!(
+                    "compares with the original weights, which {} has moved away from; leave one of the two out",
+                    labels[earlier]
+                );
+                unranked.entry(reason).or_default().push(site.name.clone());
+            }
             if let Some(kept) = passes[index].density() {
                 state.density = Some(kept);
             }

@@ -440,7 +440,7 @@ impl<'a> Walk<'a> {
         let corpus = corpus_bytes(self.facts.budget.corpus);
         self.add(Moment { what: "read corpus".into(), tensors: corpus, ..Moment::default() });
         if let crate::Work::Train(train) = step.pass.work() {
-            let original = &self.facts.model[0].graph;
+            let original = step.teacher_graph.as_ref().unwrap_or(&self.facts.model[0].graph);
             let solver =
                 train.peak_bytes(&step.graph, original, (tokens, context), self.limits.stream);
             self.add(Moment {
