@@ -191,7 +191,8 @@ fn what_cannot_be_trained_is_refused_before_any_work() {
     refused("temperature = 0.0", &[], &["temperature", "0.05"]);
     refused("loss = \"hinge\"", &[], &["unknown variant", "forward_kl"]);
     refused("epoch = 2", &[], &["unknown key `epoch`", "epochs"]);
-    refused("batch = 0", &[], &["at least 1"]);
+    refused("batch = 0", &[], &["expected 1 to"]);
+    refused("accumulate = 4294967296", &[], &["accumulate", "expected 1 to"]);
     refused("train = \"adapters\"\nrank = 100", &[], &["rank 100", "64"]);
     refused(
         "rounding = { bits = 3, group_size = 100 }",
@@ -220,4 +221,20 @@ fn what_cannot_be_trained_is_refused_before_any_work() {
     swap("config.json", "2048", "2049");
     refused(&teacher, &[], &["2049 tokens", "2048"]);
     refused("teacher = \"/nowhere\"", &[], &["teacher /nowhere"]);
+    fs::copy(data("tinystories-656k").join("tokenizer.json"), other.join("tokenizer.json"))
+        .unwrap();
+    swap("config.json", "{", "{ \"quantization_config\": {},");
+    refused(&teacher, &[], &["is quantized", "the checkpoint it was made of"]);
+    // Streams of another width, or turned, cannot be compared number by number.
+    let behind = |first: &str, words: &[&str]| {
+        let recipe = format!("[[step]]\n{first}\n{}", distill("hidden = 0.5"));
+        let (code, error) = run(&recipe, &out, &[]);
+        assert_eq!(code, 2, "{first}: {error}");
+        words.iter().for_each(|word| assert!(error.contains(word), "{first}: {error}"));
+    };
+    behind(
+        "pass = \"prune_hidden\"\nratio = 0.25",
+        &["`hidden` compares streams", "128 in the teacher"],
+    );
+    behind("pass = \"rotate\"", &["step[0] (rotate) has turned"]);
 }

@@ -348,6 +348,13 @@ fn what_nobody_could_read_is_refused_before_any_work() {
         + &step("awq", "sites = \"*.down_proj\"")
         + &step("rtn", "sites = \"*.down_proj\"\nscheme = { bits = 4, group_size = 64 }");
     refuse(&folded, &[], "factored by step[0] (svd)");
+    // What a step learned would be taken back.
+    let learned = step("autoround", "scheme = { bits = 4, group_size = 64 }\nlogits = false");
+    refuse(
+        &(learned + &step("eora", "rank = 4") + &emit("gptq", "")),
+        &[],
+        "step[0] (autoround) has moved",
+    );
 }
 
 #[test]

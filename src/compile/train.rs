@@ -39,9 +39,6 @@ pub(super) fn check_teacher(
             )));
         }
     }
-    let decoder = Decoder::read(teacher.config(), &teacher).map_err(|error| {
-        fail(format!("{error}; give a checkpoint of a family that Attar reads"))
-    })?;
     let vocab = |checkpoint: &Checkpoint| checkpoint.config()["vocab_size"].as_u64();
     let (theirs, ours) = (vocab(&teacher), vocab(student));
     if theirs != ours {
@@ -64,6 +61,9 @@ pub(super) fn check_teacher(
                 .into(),
         ));
     }
+    let decoder = Decoder::read(teacher.config(), &teacher).map_err(|error| {
+        fail(format!("{error}; give a checkpoint of a family that Attar reads"))
+    })?;
     Ok((teacher, decoder))
 }
 
