@@ -28,7 +28,7 @@ use crate::{
     AdamW, Learner, Order, Schedule, Trained,
     loss::{Divergence, Row, RowLoss},
 };
-use options::{OPTIONS, Options, Rounding, What};
+use options::{Options, Rounding, What};
 use teacher::{Teacher, failed};
 
 /// Bytes of tapes that are kept beside each other.
@@ -56,7 +56,7 @@ epochs = 2\n\
 batch = 4\n\
 rate = 5e-4\n\
 ",
-    build: |table| Ok(Box::new(Distill::new(options(table, OPTIONS)?)?)),
+    build: |table| Ok(Box::new(Distill::new(options(table)?)?)),
     schema: || schemars::schema_for!(Options),
 };
 

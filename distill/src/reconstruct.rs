@@ -37,20 +37,7 @@ pass = \"reconstruct\"
     takes_scheme: false,
     symmetric_by_default: true,
     build: |table| {
-        let options: Options = options(
-            table,
-            &[
-                "iterations",
-                "batch",
-                "rate",
-                "scale_rate",
-                "norm_rate",
-                "learn",
-                "warmup",
-                "decay",
-                "logits",
-            ],
-        )?;
+        let options: Options = options(table)?;
         options.course().check()?;
         Ok(Box::new(Reconstruct(options)))
     },

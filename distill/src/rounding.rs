@@ -46,23 +46,7 @@ scheme = { bits = 2, group_size = 64 }
     takes_scheme: true,
     symmetric_by_default: true,
     build: |table| {
-        let options: Options = options(
-            table,
-            &[
-                "iterations",
-                "batch",
-                "rate",
-                "scale_rate",
-                "norm_rate",
-                "mover",
-                "reach",
-                "start",
-                "refine",
-                "warmup",
-                "decay",
-                "logits",
-            ],
-        )?;
+        let options: Options = options(table)?;
         options.check()?;
         Ok(Box::new(AutoRound(options)))
     },
@@ -208,7 +192,7 @@ impl AutoRound {
             let refine = self.0.refine;
             let found = start::sweep(&site.name, weight, hessian, &factor, scheme, masked, refine);
             factor.fill(hessian, false);
-            all.push((found?, start::events(&factor)));
+            all.push((found?, Event::of_factor(&factor)));
             shared = Some((input, factor));
         }
         Ok(all)

@@ -177,6 +177,11 @@ pub trait ModelPass: Debug + Send + Sync {
     /// What it costs, forward passes excluded.
     fn cost(&self, graph: &ModelGraph, tokens: usize) -> Cost;
 
+    /// True when the stream between blocks comes out in another basis, the same for all of them.
+    fn turns_stream(&self) -> bool {
+        false
+    }
+
     /// Its work.
     fn work(&self) -> Work<'_>;
 }

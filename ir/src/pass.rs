@@ -2,7 +2,11 @@
 
 use std::fmt::Debug;
 
-use attar_tensor::{Mat, QuantScheme, Scratch, linalg::first_non_finite};
+use attar_tensor::{
+    Mat, QuantScheme, Scratch,
+    column_solver::{Factor, SolverError},
+    linalg::first_non_finite,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -126,6 +130,16 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// What is worth telling of a factor.
+    pub fn of_factor(factor: &Factor) -> Vec<Self> {
+        let dead = (factor.dead > 0).then_some(Self::DeadColumns { count: factor.dead });
+        let raised =
+            factor.raised.map(|(percdamp, failures)| Self::DampeningRaised { percdamp, failures });
+        dead.into_iter().chain(raised).collect()
+    }
+}
+
 /// What was done to one site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SiteReport {
@@ -172,6 +186,17 @@ pub enum PassError {
     /// Activations of a block that learns could not be read.
     #[error("activations: {0}; free space for scratch files or raise the memory limit")]
     Activations(std::io::Error),
+}
+
+impl PassError {
+    /// Why a Hessian could not be factorized.
+    pub fn of_solver(site: &str, error: SolverError) -> Self {
+        let site = site.to_owned();
+        match error {
+            SolverError::Scratch(source) => Self::Scratch { site, source },
+            other => Self::Numeric { site, reason: other.to_string() },
+        }
+    }
 }
 
 /// A transformation of one block.

@@ -324,16 +324,18 @@ impl Recipe {
     }
 }
 
-/// Reads a step's own options, all of whose keys are `known`.
+/// Reads a step's own options; its keys are those of the schema that documents them.
 ///
 /// # Errors
 /// [`RecipeError::UnknownKey`] with the nearest known key, [`RecipeError::Invalid`] for wrong types.
-pub fn options<T: serde::de::DeserializeOwned>(
+pub fn options<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
     table: &toml::Table,
-    known: &[&str],
 ) -> Result<T, RecipeError> {
+    let schema = schemars::schema_for!(T);
+    let properties = schema.get("properties").and_then(serde_json::Value::as_object);
+    let known: Vec<&str> = properties.into_iter().flatten().map(|(key, _)| key.as_str()).collect();
     if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
-        return Err(RecipeError::unknown_key("", key, known));
+        return Err(RecipeError::unknown_key("", key, &known));
     }
     table.clone().try_into().map_err(|error| RecipeError::invalid("", error.message()))
 }

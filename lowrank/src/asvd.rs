@@ -35,10 +35,7 @@ layout = \"dense\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let own: AsvdOptions = options(
-            table,
-            &["rank", "ratio", "share", "energy", "multiple_of", "solver", "alpha"],
-        )?;
+        let own: AsvdOptions = options(table)?;
         let AsvdOptions { rank, ratio, share, energy, multiple_of, solver, alpha } = own;
         if !(0.0..=2.0).contains(&alpha) {
             let reason = format!("expected a number from 0 to 2, got {alpha}");

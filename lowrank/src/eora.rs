@@ -62,7 +62,7 @@ pub(crate) struct Options {
 
 /// Rank of a correction from a step's options.
 pub(crate) fn size(table: &toml::Table) -> Result<(usize, Solver), RecipeError> {
-    let Options { rank, solver } = options(table, &["rank", "solver"])?;
+    let Options { rank, solver } = options(table)?;
     match rank {
         Some(0) => Err(RecipeError::invalid("rank", "expected a positive integer, got 0")),
         rank => Ok((rank.unwrap_or(16), solver)),

@@ -47,9 +47,6 @@ pub(crate) struct Options {
     pub(crate) solver: Solver,
 }
 
-/// Their names.
-pub(crate) const KEYS: &[&str] = &["rank", "ratio", "share", "energy", "multiple_of", "solver"];
-
 impl Default for Options {
     fn default() -> Self {
         let (share, solver) = (Share::Site, Solver::Exact);
@@ -247,7 +244,7 @@ mod tests {
     }
 
     fn of(text: &str) -> Result<Size, RecipeError> {
-        attar_ir::recipe::options::<Options>(&text.parse().unwrap(), KEYS)?.size()
+        attar_ir::recipe::options::<Options>(&text.parse().unwrap())?.size()
     }
 
     #[test]

@@ -12,7 +12,7 @@ use attar_tensor::{Mat, linalg::lowrank::Metric};
 
 use crate::{
     common::{best, cost, factor, values},
-    options::{KEYS, Options, Size, Solver},
+    options::{Options, Size, Solver},
 };
 
 /// Registration of `svd`.
@@ -30,7 +30,7 @@ layout = \"dense\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let options: Options = options(table, KEYS)?;
+        let options: Options = options(table)?;
         Ok(Box::new(Svd(options.size()?, options.solver)))
     },
     schema: || schemars::schema_for!(Options),

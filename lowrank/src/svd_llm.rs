@@ -17,7 +17,7 @@ use attar_tensor::{Mat, linalg::lowrank::Metric};
 
 use crate::{
     common::{best, cost, factor, hessian, values},
-    options::{KEYS, Options, Size, Solver},
+    options::{Options, Size, Solver},
 };
 
 /// Registration of `svd_llm`.
@@ -38,7 +38,7 @@ scheme = { bits = 4, group_size = 16 }
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let options: Options = options(table, KEYS)?;
+        let options: Options = options(table)?;
         Ok(Box::new(SvdLlm(options.size()?, options.solver)))
     },
     schema: || schemars::schema_for!(Options),

@@ -32,7 +32,7 @@ layout = \"dense\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let Options {} = options(table, &[])?;
+        let Options {} = options(table)?;
         Ok(Box::new(SvdUpdate))
     },
     schema: || schemars::schema_for!(Options),

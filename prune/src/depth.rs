@@ -20,7 +20,7 @@ pass = \"prune_depth\"\n\
 blocks = 1\n\
 by = \"loss\"\n\
 ",
-    build: |table| Ok(Box::new(Depth(options(table, &["blocks", "by"])?))),
+    build: |table| Ok(Box::new(Depth(options(table)?))),
     schema: || schemars::schema_for!(Options),
 };
 

@@ -29,8 +29,7 @@ pass = \"gptq\"\n\
 scheme = { bits = 4, group_size = 32 }\n\
 ",
     build: |table| {
-        let known = ["ratio", "importance", "update", "multiple_of", "percdamp"];
-        let options: Options = options(table, &known)?;
+        let options: Options = options(table)?;
         cut::check_percdamp(options.percdamp)?;
         Ok(Box::new(Ffn(options)))
     },

@@ -42,8 +42,6 @@ ratio = 0.5\n\
     schema: || schemars::schema_for!(Options),
 };
 
-const KEYS: &[&str] = &["ratio", "importance", "update", "percdamp"];
-
 #[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Options {
@@ -64,7 +62,7 @@ impl Default for Options {
 }
 
 fn build(table: &toml::Table, groups: bool) -> Result<Box<dyn ModelPass>, RecipeError> {
-    let options: Options = options(table, KEYS)?;
+    let options: Options = options(table)?;
     cut::check_percdamp(options.percdamp)?;
     Ok(Box::new(Heads { groups, options }))
 }

@@ -26,7 +26,7 @@ pub(crate) const DEF: ModelPassDef = ModelPassDef {
 pass = \"prune_hidden\"\n\
 ratio = 0.25\n\
 ",
-    build: |table| Ok(Box::new(Hidden(options(table, &["ratio", "multiple_of"])?))),
+    build: |table| Ok(Box::new(Hidden(options(table)?))),
     schema: || schemars::schema_for!(Options),
 };
 

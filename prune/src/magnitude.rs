@@ -27,7 +27,7 @@ sparsity = 0.3
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let options: Options = options(table, &["sparsity", "pattern", "group"])?;
+        let options: Options = options(table)?;
         let pattern = pattern(options.sparsity, options.pattern.as_deref())?;
         Ok(Box::new(Magnitude { pattern, group: options.group }))
     },

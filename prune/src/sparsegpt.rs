@@ -27,7 +27,7 @@ use attar_ir::{
 use attar_tensor::{
     Mat, Pattern, QuantScheme, QuantizedLinear,
     column_solver::{
-        self, Errors, Factor, FactorOptions, Group, SolverError, TILE, masking,
+        self, Errors, Factor, FactorOptions, Group, TILE, masking,
         rounding::{self, Mask},
     },
     grid::GroupGrid,
@@ -56,21 +56,7 @@ scheme = { bits = 4, group_size = 64 }
     takes_scheme: true,
     symmetric_by_default: true,
     build: |table| {
-        let options: Options = recipe::options(
-            table,
-            &[
-                "sparsity",
-                "pattern",
-                "ratios",
-                "lambda",
-                "outlier",
-                "percdamp",
-                "block_size",
-                "refine",
-                "inner",
-                "exchange",
-            ],
-        )?;
+        let options: Options = recipe::options(table)?;
         let pattern = pattern(options.sparsity, options.pattern.as_deref())?;
         if options.block_size == 0 {
             return Err(RecipeError::invalid("block_size", "expected at least 1 column"));
@@ -180,10 +166,8 @@ impl SparseGpt {
             by_diagonal: false,
             panel: masking::panel(self.pattern, self.options.block_size),
         };
-        column_solver::factorize(hessian, options, context.scratch).map_err(|error| match error {
-            SolverError::Scratch(source) => PassError::Scratch { site: site.to_owned(), source },
-            other => PassError::Numeric { site: site.to_owned(), reason: other.to_string() },
-        })
+        column_solver::factorize(hessian, options, context.scratch)
+            .map_err(|error| PassError::of_solver(site, error))
     }
 
     /// `hessian` has dead columns filled.
@@ -405,12 +389,7 @@ impl Pass for SparseGpt {
             let solved =
                 solved.map_err(|source| PassError::Scratch { site: site.name.clone(), source })?;
             let mut events = chosen(self.owl, pattern);
-            if factor.dead > 0 {
-                events.push(Event::DeadColumns { count: factor.dead });
-            }
-            if let Some((percdamp, failures)) = factor.raised {
-                events.push(Event::DampeningRaised { percdamp, failures });
-            }
+            events.extend(Event::of_factor(&factor));
             sites.push(SiteReport {
                 site: site.name.clone(),
                 pass: "sparsegpt".into(),

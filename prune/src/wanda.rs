@@ -35,8 +35,7 @@ pattern = \"4:8\"
     takes_scheme: false,
     symmetric_by_default: false,
     build: |table| {
-        let known = ["sparsity", "pattern", "ratios", "lambda", "outlier"];
-        let Options { sparsity, pattern: text, ratios, lambda, outlier } = options(table, &known)?;
+        let Options { sparsity, pattern: text, ratios, lambda, outlier } = options(table)?;
         let pattern = pattern(sparsity, text.as_deref())?;
         Ok(Box::new(Wanda { pattern, owl: Owl::new(ratios, lambda, outlier, pattern)? }))
     },

@@ -41,7 +41,7 @@ scheme = { bits = 4, group_size = 64, symmetric = false }
 ",
     takes_scheme: false,
     symmetric_by_default: false,
-    build: |table| Ok(Box::new(Awq(options(table, &["grid", "clip"])?))),
+    build: |table| Ok(Box::new(Awq(options(table)?))),
     schema: || schemars::schema_for!(Options),
 };
 

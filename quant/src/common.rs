@@ -1,9 +1,9 @@
-//! What the quantizers share: reading options, errors in the Hessian's metric, assembling the result.
+//! What the quantizers share: reading options, errors in the Hessian's metric.
 
 use attar_ir::{Block, BlockState, Fold, Producer, SiteReport, Weight};
 pub(crate) use attar_ir::{check_finite, recipe::options, relative};
 pub(crate) use attar_tensor::linalg::{metric, squares};
-use attar_tensor::{Mat, QuantScheme, QuantizedLinear, grid::GroupGrid, linalg::sum_sq};
+use attar_tensor::{Mat, linalg::sum_sq};
 use rayon::prelude::*;
 
 /// Rows worked on by one task; fixed, so that threads do not change bits.
@@ -71,24 +71,6 @@ pub(crate) fn report_rows(
         weight_error: relative(plain[0], plain[1]),
         output_error: hessian.map(|_| relative(weighed[0], weighed[1])),
         events: Vec::new(),
-    }
-}
-
-/// Builds a [`QuantizedLinear`] from codes and grids `[out, groups]`.
-pub(crate) fn assemble(
-    scheme: QuantScheme,
-    (out_features, in_features): (usize, usize),
-    codes: Vec<u8>,
-    grids: &[GroupGrid],
-) -> QuantizedLinear {
-    QuantizedLinear {
-        scheme,
-        out_features,
-        in_features,
-        codes,
-        scales: grids.iter().map(|grid| grid.scale).collect(),
-        zeros: grids.iter().map(|grid| grid.zero).collect(),
-        g_idx: None,
     }
 }
 

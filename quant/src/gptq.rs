@@ -10,7 +10,7 @@
 //! et al. 2023, arXiv:2309.01885; `column_solver::rounding`), each move accepted only when it lowers the objective; dead columns are
 //! rounded to nearest instead of zeroed; failed factorizations raise the dampening and are reported.
 
-use std::{io, sync::Mutex};
+use std::io;
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, Event, Factors, FormChange, FormSet, Limits,
@@ -21,10 +21,9 @@ use attar_tensor::{
     BlockQuantized, BlockType, Mat, QuantScheme, QuantizedLinear, Scratch,
     blocks::SUPER,
     column_solver::{
-        self, Errors, Factor, FactorOptions, SolverError, TILE,
-        rounding::{Mask, RoundingOptions, Space, Tile},
+        self, Errors, Factor, FactorOptions, TILE,
+        rounding::{Mask, RoundingOptions},
     },
-    grid::GroupGrid,
     linalg::{
         InverseFactor, LinalgError,
         lowrank::{follow_down, inner_metric, product_error},
@@ -33,7 +32,7 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{assemble, check_finite, metric, options, relative, squares};
+use crate::common::{check_finite, metric, options, relative, squares};
 
 mod blocks;
 
@@ -49,12 +48,7 @@ scheme = { bits = 4, group_size = 64 }
 ",
     takes_scheme: true,
     symmetric_by_default: true,
-    build: |table| {
-        Ok(Box::new(Gptq(options(
-            table,
-            &["percdamp", "actorder", "block_size", "refine", "inner"],
-        )?)))
-    },
+    build: |table| Ok(Box::new(Gptq(options(table)?))),
     schema: || schemars::schema_for!(Options),
 };
 
@@ -103,22 +97,8 @@ fn factorize(
         by_diagonal: options.actorder && !blocks,
         panel: options.panel(blocks),
     };
-    column_solver::factorize(hessian, options, scratch).map_err(|error| match error {
-        SolverError::Scratch(source) => PassError::Scratch { site: site.to_owned(), source },
-        other => PassError::Numeric { site: site.to_owned(), reason: other.to_string() },
-    })
-}
-
-/// What is worth telling of a factor.
-fn events(factor: &Factor) -> Vec<Event> {
-    let mut events = Vec::new();
-    if factor.dead > 0 {
-        events.push(Event::DeadColumns { count: factor.dead });
-    }
-    if let Some((percdamp, failures)) = factor.raised {
-        events.push(Event::DampeningRaised { percdamp, failures });
-    }
-    events
+    column_solver::factorize(hessian, options, scratch)
+        .map_err(|error| PassError::of_solver(site, error))
 }
 
 /// `hessian` is that of the factor, dead columns filled.
@@ -131,29 +111,7 @@ fn quantize(
     options: &Options,
 ) -> io::Result<(QuantizedLinear, Errors)> {
     let rounding = RoundingOptions { scheme, refine: options.refine, inner: options.inner, mask };
-    let (out, n) = weight.dim();
-    let groups = n / scheme.group_size(n);
-    let hessian = hessian.as_slice().expect("standard layout");
-    let mut codes = vec![0u8; out * n];
-    let mut grids = vec![GroupGrid { scale: 1.0, zero: 0 }; out * groups];
-    let spaces = Mutex::new(Vec::<Space>::new());
-    let errors: Vec<Errors> = weight
-        .as_slice()
-        .expect("standard layout")
-        .par_chunks(TILE * n)
-        .zip(codes.par_chunks_mut(TILE * n))
-        .zip(grids.par_chunks_mut(TILE * groups))
-        .map(|((weight, codes), grids)| {
-            let spare = spaces.lock().expect("nobody panics with it").pop();
-            let mut space = spare.unwrap_or_default();
-            let tile = Tile { weight, target: None, codes, grids };
-            let errors = tile.solve(hessian, factor, &rounding, &mut space)?;
-            spaces.lock().expect("nobody panics with it").push(space);
-            Ok(errors)
-        })
-        .collect::<io::Result<_>>()?;
-    let total = errors.into_iter().sum();
-    Ok((assemble(scheme, (out, n), codes, &grids), total))
+    column_solver::sweep(weight, hessian, factor, &rounding)
 }
 
 /// The same for a block type; the factor's panels are whole blocks.
@@ -207,7 +165,7 @@ fn factored(
         factor.fill(hessian, true);
         let result = quantize(weight, hessian, &factor, scheme, Mask::None, options);
         factor.fill(hessian, false);
-        told.extend(events(&factor));
+        told.extend(Event::of_factor(&factor));
         result
             .map(|(quantized, _)| quantized)
             .map_err(|source| PassError::Scratch { site: site.to_owned(), source })
@@ -354,7 +312,7 @@ impl Pass for Gptq {
                 pass: "gptq".into(),
                 weight_error: relative(errors.weight, squares(weight)),
                 output_error: Some(relative(errors.output, metric(weight, hessian))),
-                events: events(&factor),
+                events: Event::of_factor(&factor),
             });
             linear.weight = quantized;
             shared = Some((key, factor));
@@ -497,9 +455,9 @@ mod tests {
         }
         let options = Options { percdamp: 0.0, ..Options::default() };
         let factor = factorize(&h, &options, false, "test", None).unwrap();
-        assert!(events(&factor).contains(&Event::DeadColumns { count: n / 2 }));
+        assert!(Event::of_factor(&factor).contains(&Event::DeadColumns { count: n / 2 }));
         assert!(matches!(
-            events(&factor).last(),
+            Event::of_factor(&factor).last(),
             Some(Event::DampeningRaised { failures, .. }) if *failures > 0
         ));
         let zero = Mat::zeros((n, n));

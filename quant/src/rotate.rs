@@ -40,7 +40,7 @@ pass = \"gptq\"\n\
 scheme = { bits = 4, group_size = -1 }\n\
 ",
     build: |table| {
-        let options = options(table, &["kind", "stream", "values"])?;
+        let options = options(table)?;
         Ok(Box::new(Rotate { options, known: Mutex::default() }))
     },
     schema: || schemars::schema_for!(Options),
@@ -277,6 +277,10 @@ impl ModelPass for Rotate {
             return Err("turns neither the stream nor the values; set one of them to true".into());
         }
         Ok(Sizes { tied: graph.tied && !self.options.stream, ..graph.sizes() })
+    }
+
+    fn turns_stream(&self) -> bool {
+        self.options.stream
     }
 
     fn describe(&self, graph: &ModelGraph) -> String {

@@ -16,7 +16,7 @@ use attar_tensor::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::common::{ROW_TILE, assemble, check_finite, metric, options, relative, report_rows};
+use crate::common::{ROW_TILE, check_finite, metric, options, relative, report_rows};
 
 /// Registration of `rtn`.
 pub(crate) const DEF: PassDef = PassDef {
@@ -30,7 +30,7 @@ scheme = { bits = 4, group_size = 64 }
 ",
     takes_scheme: true,
     symmetric_by_default: true,
-    build: |table| Ok(Box::new(Rtn(options(table, &["clip", "importance"])?))),
+    build: |table| Ok(Box::new(Rtn(options(table)?))),
     schema: || schemars::schema_for!(Options),
 };
 
@@ -92,7 +92,7 @@ pub fn round_to_nearest(
         })
         .collect();
     let total = sums.iter().fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
-    (assemble(scheme, (out, n), codes, &grids), total)
+    (QuantizedLinear::of_grids(scheme, (out, n), codes, &grids), total)
 }
 
 /// Codes of one group; returns their squared error and the squares of the weights.

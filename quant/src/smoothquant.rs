@@ -42,7 +42,7 @@ layout = \"compressed-tensors-int\"
 ",
     takes_scheme: false,
     symmetric_by_default: false,
-    build: |table| Ok(Box::new(SmoothQuant(checked(options(table, &["alpha", "folds"])?)?))),
+    build: |table| Ok(Box::new(SmoothQuant(checked(options(table)?)?))),
     schema: || schemars::schema_for!(Options),
 };
 

@@ -164,7 +164,7 @@ fn one_stream(
             student.hidden
         ));
     }
-    if let Some(turned) = before.iter().find(|step| step.pass.name() == "rotate") {
+    if let Some(turned) = before.iter().find(|step| step.pass.turns_stream()) {
         return Err(format!(
             "`hidden` compares streams, and {} has turned the student's; leave it 0",
             turned.label

@@ -242,8 +242,10 @@ impl<'a> Walk<'a> {
     fn streams(&mut self, block: &Block, round: &RoundKeys) -> Result<(Stream, Stream), Error> {
         const COUNTED: &str = "the plan counted on calibration data";
         let lane = lane_of(Upstream::Original);
-        if self.lanes[lane].at > block.index {
-            // Statistics of the original block were taken first.
+        // Behind the block is where targets are; inputs are before it.
+        let farthest = block.index + usize::from(round.upstream == Upstream::Compressed);
+        if self.lanes[lane].at > farthest {
+            // Statistics of the original block were taken first, or another step learned.
             self.lanes[lane] = Lane::default();
         }
         let inputs = if round.upstream == Upstream::Compressed {

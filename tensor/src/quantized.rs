@@ -1,5 +1,6 @@
 //! Layout-neutral result of every quantizer.
 
+use crate::grid::GroupGrid;
 use crate::{Mat, QuantScheme};
 
 /// A quantized linear: `weight[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]` with
@@ -24,6 +25,24 @@ pub struct QuantizedLinear {
 }
 
 impl QuantizedLinear {
+    /// Of codes `[out_features, in_features]` and grids `[out_features, groups]`.
+    pub fn of_grids(
+        scheme: QuantScheme,
+        (out_features, in_features): (usize, usize),
+        codes: Vec<u8>,
+        grids: &[GroupGrid],
+    ) -> Self {
+        Self {
+            scheme,
+            out_features,
+            in_features,
+            codes,
+            scales: grids.iter().map(|grid| grid.scale).collect(),
+            zeros: grids.iter().map(|grid| grid.zero).collect(),
+            g_idx: None,
+        }
+    }
+
     /// Number of groups per row.
     pub fn groups(&self) -> usize {
         self.scales.len() / self.out_features.max(1)

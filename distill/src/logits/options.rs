@@ -6,30 +6,6 @@ use serde::Deserialize;
 
 use crate::{Decay, loss::Divergence};
 
-/// Keys of [`Options`].
-pub(super) const OPTIONS: &[&str] = &[
-    "teacher",
-    "loss",
-    "beta",
-    "temperature",
-    "text",
-    "hidden",
-    "train",
-    "rank",
-    "alpha",
-    "rounding",
-    "epochs",
-    "steps",
-    "batch",
-    "accumulate",
-    "rate",
-    "warmup",
-    "decay",
-    "floor",
-    "weight_decay",
-    "clip",
-];
-
 /// Which values are trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]

@@ -14,11 +14,13 @@ mod lanes;
 pub mod masking;
 pub mod rounding;
 mod swap;
+mod sweep;
 #[cfg(test)]
 mod tests;
 
 pub use factor::{Factor, FactorOptions, SolverError, factorize};
 pub use swap::Group;
+pub use sweep::sweep;
 
 /// Rows worked on by one task; fixed, so that threads do not change bits.
 pub const TILE: usize = 256;
