@@ -391,10 +391,7 @@ impl Learner {
     ///
     /// # Errors
     /// The name of a list that is missing or has another length.
-    pub fn restore(
-        &mut self,
-        read: &mut dyn FnMut(&str) -> Option<Vec<f32>>,
-    ) -> Result<(), String> {
+    pub fn restore(&mut self, read: &dyn Fn(&str) -> Option<Vec<f32>>) -> Result<(), String> {
         for part in &mut self.parts {
             let name = part.name.clone();
             let lists: Vec<(&str, &mut Free)> = match &mut part.value {

@@ -311,6 +311,17 @@ impl Train for Distill {
         model + step + windows + teacher
     }
 
+    fn state_bytes(&self, graph: &ModelGraph) -> usize {
+        let (all, _, vectors) = counts(graph);
+        let values = match self.options.train {
+            What::All => all,
+            What::Norms => vectors,
+            What::Adapters => factors(graph, self.options.rank),
+        };
+        // A value and its two moments.
+        12 * values
+    }
+
     fn check(&self, graph: &ModelGraph) -> Result<(), String> {
         if let Some(scheme) = self.scheme {
             for site in graph.blocks.iter().flat_map(|block| &block.sites) {
@@ -392,11 +403,7 @@ impl Train for Distill {
         let mut state = State { every: steps.div_ceil(POINTS), ..State::default() };
         if let Some(saved) = session.saved()? {
             state = State::from_facts(&saved.facts, state.every);
-            let mut read = |name: &str| {
-                let found = saved.tensors.iter().find(|(own, _)| own == name);
-                found.and_then(|(_, tensor)| tensor.view().to_f32().ok())
-            };
-            learner.restore(&mut read).map_err(|name| {
+            learner.restore(&*saved.list).map_err(|name| {
                 failed(
                     "training",
                     format!("the saved state lacks {name}; remove the work directory"),

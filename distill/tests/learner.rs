@@ -167,10 +167,10 @@ fn neither_kept_tapes_nor_threads_change_bits_and_a_state_comes_back() {
                     let state: Vec<(String, Vec<f32>)> =
                         learner.state().into_iter().map(|(n, v)| (n, v.to_vec())).collect();
                     learner = fresh();
-                    let mut read = |name: &str| {
+                    let read = |name: &str| {
                         state.iter().find(|(own, _)| own == name).map(|(_, v)| v.clone())
                     };
-                    learner.restore(&mut read).unwrap();
+                    learner.restore(&read).unwrap();
                 }
                 learner.clear();
                 loss(&decoder, &mut learner, tapes);
@@ -188,7 +188,7 @@ fn neither_kept_tapes_nor_threads_change_bits_and_a_state_comes_back() {
         assert!(want == train(threads, tapes, cut), "{threads} threads, {tapes} tapes, cut: {cut}");
     }
     let mut learner = Learner::read(&decoder, &source, Trained::All, None, 1).unwrap();
-    let missing = learner.restore(&mut |_| None).unwrap_err();
+    let missing = learner.restore(&|_| None).unwrap_err();
     assert_eq!(missing, "model.embed_tokens.weight.value");
 }
 

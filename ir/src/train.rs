@@ -1,7 +1,7 @@
 //! Training of the model as a whole: what such a pass asks of whoever runs it. Passes do no I/O and read no clock, so
 //! tensors, the place of the state and the moment to save it come through a [`TrainSession`].
 
-use attar_tensor::{Tensor, TensorSource};
+use attar_tensor::TensorSource;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -37,13 +37,12 @@ pub struct TrainProgress {
     pub tokens: usize,
 }
 
-/// A state that was saved: facts, and tensors by name.
-#[derive(Debug, Clone, PartialEq)]
+/// A state that was saved: facts, and lists that are read one by one (all of them are as large as the training itself).
 pub struct Saved {
     /// What was handed to [`TrainSession::save`].
     pub facts: Value,
-    /// The same.
-    pub tensors: Vec<(String, Tensor)>,
+    /// A list by its name.
+    pub list: Box<dyn Fn(&str) -> Option<Vec<f32>>>,
 }
 
 /// What training gets from whoever runs it. Everything goes through shared references: tensors are read while states are
@@ -105,6 +104,9 @@ pub trait Train: Sync {
         windows: (usize, usize),
         stream: usize,
     ) -> usize;
+
+    /// Bytes of a state that is saved.
+    fn state_bytes(&self, graph: &ModelGraph) -> usize;
 
     /// What this model or these windows make impossible.
     ///

@@ -10,8 +10,8 @@ use std::{
 
 use attar_formats::{
     Checkpoint, Windows, hash_bytes,
-    safetensors::SafetensorsWriter,
-    stage::{Object, Stage},
+    safetensors::{SafetensorsFile, SafetensorsWriter},
+    stage::{ObjectInfo, Stage},
 };
 use attar_ir::{ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession};
 use attar_model::Decoder;
@@ -117,8 +117,8 @@ impl Session<'_> {
     }
 
     /// The state of a name, when it is whole.
-    fn object(&self, turn: usize) -> Option<Object> {
-        self.stage().get(&self.names[turn]).ok().flatten()
+    fn object(&self, turn: usize) -> Option<(ObjectInfo, SafetensorsFile)> {
+        self.stage().open_object(&self.names[turn]).ok().flatten()
     }
 }
 
@@ -146,13 +146,17 @@ impl TrainSession for Session<'_> {
             info.and_then(|info| info.facts["step"].as_u64())
         };
         let newer = usize::from(step(1) > step(0));
-        let read = |turn| self.object(turn).map(|object| (turn, object));
-        let found = read(newer).or_else(|| read(1 - newer));
+        let open = |turn| self.object(turn).map(|object| (turn, object));
+        let found = open(newer).or_else(|| open(1 - newer));
         *self.turn.borrow_mut() = found.as_ref().map_or(newer, |(turn, _)| *turn);
-        let newest = found.map(|(_, object)| object);
-        Ok(newest.map(|Object { info, tensors }| {
+        Ok(found.map(|(_, (info, file))| {
             self.trace.note(&format!("{} goes on at step {}", self.label, info.facts["step"]));
-            Saved { facts: info.facts, tensors }
+            let list = move |name: &str| {
+                let list = file.view(name)?.to_f32().ok();
+                file.release(name);
+                list
+            };
+            Saved { facts: info.facts, list: Box::new(list) }
         }))
     }
 

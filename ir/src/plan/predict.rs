@@ -449,7 +449,8 @@ impl<'a> Walk<'a> {
                 tensors: piece,
                 ..Moment::default()
             });
-            return (self.memory, 0);
+            // The next state is written before the former one goes.
+            return (self.memory, 2 * train.state_bytes(&step.graph));
         }
         // The stream, and a copy of it where blocks are compared with what enters them.
         let stream = 8 * tokens * step.graph.hidden;
