@@ -227,8 +227,10 @@ impl Pass for AutoRound {
         for target in targets {
             let site = &block.sites[target.site];
             let size = target.scheme.map_or(64, |scheme| scheme.group_size(site.in_features));
-            cost.peak_bytes +=
-                FakeLinear::bytes(site.weights(), size, self.0.adam(), self.0.reach.is_some());
+            // What learning begins from is kept: codes, scales and zero points.
+            let start = site.weights() + 5 * site.weights() / size;
+            cost.peak_bytes += start
+                + FakeLinear::bytes(site.weights(), size, self.0.adam(), self.0.reach.is_some());
             let n = site.in_features;
             let (factorizing, factor) = InverseFactor::bytes(n, limits.factor_on_scratch);
             cost.flops += (n * n) as f64 * (n as f64 * 2.0 / 3.0 + 7.0 * site.out_features as f64);
