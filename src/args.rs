@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use attar_ir::target::TargetSpec;
 use attar_kernels::Activations;
-use attar_tensor::linalg::Isa;
+use attar_tensor::linalg::Level;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::commands::run::Measured;
@@ -20,8 +20,8 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     pub(crate) threads: Option<usize>,
     /// Instruction set of everything that is computed (default: the best of this CPU); manifests record it.
-    #[arg(long, global = true, value_name = "scalar|avx2|avx512")]
-    pub(crate) isa: Option<Isa>,
+    #[arg(long, global = true, value_name = "scalar|avx2|avx512|amx")]
+    pub(crate) isa: Option<Level>,
 }
 
 #[derive(Debug, Subcommand)]

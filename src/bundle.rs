@@ -175,7 +175,7 @@ fn table_text(
         ("attar", json!(env!("CARGO_PKG_VERSION"))),
         ("abi", json!(ABI)),
         ("platform", json!(format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))),
-        ("isa", json!(attar_tensor::linalg::isa().name())),
+        ("isa", json!(attar_tensor::linalg::level().name())),
         ("files", Value::Object(files)),
     ];
     let mut text = String::from("{\n");

@@ -385,7 +385,7 @@ fn produce(
             let report = Report {
                 attar: env!("CARGO_PKG_VERSION").into(),
                 layout: emit.layout.0.into(),
-                isa: linalg::isa().name().into(),
+                isa: linalg::level().name().into(),
                 inputs: provenance::inputs(job),
                 file_bytes: opened.file_bytes()?,
                 source_bytes: job.checkpoint.file_bytes()?,
@@ -421,7 +421,7 @@ fn produce(
 /// use.
 fn salt() -> Result<String, Error> {
     let binary = std::env::current_exe().map_err(|error| format!("the running binary: {error}"))?;
-    Ok(format!("{} {}", attar_formats::hash_file(&binary)?, linalg::isa()))
+    Ok(format!("{} {}", attar_formats::hash_file(&binary)?, linalg::level()))
 }
 
 /// The model that a variant's steps on blocks begin from.

@@ -21,7 +21,7 @@ use crate::{Error, compile::Job, packed::Opened};
 /// and platform (whose libm computes a few sines and powers), and which emit of the recipe this is.
 pub(crate) fn facts(emit: &PlannedEmit) -> Map<String, Value> {
     let mut facts = Map::new();
-    facts.insert("isa".into(), json!(linalg::isa().name()));
+    facts.insert("isa".into(), json!(linalg::level().name()));
     facts.insert("platform".into(), json!(platform()));
     facts.insert("emit".into(), json!(emit.dir));
     facts

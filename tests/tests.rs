@@ -198,16 +198,19 @@ fn speeds_name_kernels_and_their_tolerance() {
 fn unsafe_code_stays_in_its_rooms() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut folders: Vec<PathBuf> =
-        ["src", "tensor", "ir", "formats", "model", "quant", "prune", "lowrank", "eval"]
+        ["src", "tensor", "ir", "formats", "model", "quant", "prune", "lowrank", "distill", "eval"]
             .map(|f| root.join(f))
             .into();
+    // Maps of files, permission to use tile registers, products on them.
+    let rooms = ["formats/src/mmap.rs", "tensor/src/linalg/isa.rs", "tensor/src/linalg/tiles.rs"]
+        .map(|f| root.join(f));
     let mut seen = 0;
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("mmap.rs") {
+            } else if path.extension().is_some_and(|e| e == "rs") && !rooms.contains(&path) {
                 seen += 1;
                 let text = fs::read_to_string(&path).unwrap();
                 let bad = text.contains("unsafe {") || text.contains("unsafe fn");

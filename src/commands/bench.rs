@@ -171,7 +171,7 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
         let out = json!({
             "roofline": peak,
             "threads": rayon::current_num_threads(),
-            "isa": attar_tensor::linalg::isa().name(),
+            "isa": attar_tensor::linalg::level().name(),
             "rotated_bytes": args.rotate,
             "noise_margin": NOISE,
             "beaten": beaten,
@@ -182,7 +182,7 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
         say!(
             "{} threads, {}: {:.2} GB/s read, {:.0} GFLOP/s f32, {:.0} Gop/s int8",
             rayon::current_num_threads(),
-            attar_tensor::linalg::isa(),
+            attar_tensor::linalg::level(),
             peak.read_gb_per_s,
             peak.f32_gflop_per_s,
             peak.int8_gop_per_s

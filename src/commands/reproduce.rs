@@ -7,7 +7,7 @@ use std::{
 };
 
 use attar_formats::{Checkpoint, CorpusSource, artifact, corpus};
-use attar_tensor::linalg::{self, Isa};
+use attar_tensor::linalg::{self, Level};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -71,7 +71,7 @@ impl Recorded {
     }
 
     /// Version and instruction set must be the recorded ones; pins the latter.
-    fn check_tool(&self, asked: Option<Isa>, notes: &mut Vec<String>) -> Result<(), Error> {
+    fn check_tool(&self, asked: Option<Level>, notes: &mut Vec<String>) -> Result<(), Error> {
         let version = env!("CARGO_PKG_VERSION");
         match self.record.fact("attar") {
             Some(recorded) if recorded == version => {}
@@ -85,7 +85,7 @@ impl Recorded {
         }
         match self.record.fact("isa") {
             Some(name) => {
-                let isa: Isa = name.parse()?;
+                let isa: Level = name.parse()?;
                 if let Some(asked) = asked.filter(|asked| *asked != isa) {
                     return Err(format!(
                         "made with {isa}, but --isa {asked} was given; leave --isa away"
@@ -283,7 +283,7 @@ fn compare(recorded: &Recorded, made: &Record) -> Result<(Vec<FileLine>, Vec<Str
     Ok((files, facts))
 }
 
-fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
+fn run(args: &Reproduce, asked: Option<Level>) -> Result<Reproduction, Error> {
     let begun = std::time::Instant::now();
     let mut notes = Vec::new();
     let recorded = Recorded::open(&args.artifact)?;
@@ -329,7 +329,7 @@ fn run(args: &Reproduce, asked: Option<Isa>) -> Result<Reproduction, Error> {
         identical,
         artifact: args.artifact.clone(),
         source: what.checkpoint,
-        isa: linalg::isa().name(),
+        isa: linalg::level().name(),
         files,
         facts,
         out: args.out.is_some().then_some(made_in),
@@ -369,7 +369,7 @@ fn print(r: &Reproduction) {
     );
 }
 
-pub(crate) fn reproduce(args: &Reproduce, asked: Option<Isa>) -> Result<bool, Error> {
+pub(crate) fn reproduce(args: &Reproduce, asked: Option<Level>) -> Result<bool, Error> {
     let reproduction = run(args, asked)
         .map_err(|error| format!("{}: cannot be reproduced: {error}", args.artifact.display()))?;
     if args.json {

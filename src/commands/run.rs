@@ -213,7 +213,7 @@ pub(crate) fn generate(args: &Run) -> Result<bool, Error> {
             "kernels": taken,
             "bytes_per_token": bytes,
             "threads": rayon::current_num_threads(),
-            "isa": attar_tensor::linalg::isa().name(),
+            "isa": attar_tensor::linalg::level().name(),
             "prefill": speed(prefill),
             "decode": speed(decode),
         });

@@ -1,8 +1,8 @@
 //! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate
-//! [scalar|avx2|avx512]`.
+//! [scalar|avx2|avx512|amx]`.
 #![allow(clippy::print_stdout, reason = "an example prints its result")]
 use attar_tensor::{
-    linalg::{GramAccumulator, InverseFactor, gemm_nt, gemm_tn},
+    linalg::{GramAccumulator, InverseFactor, PackedRows, gemm_nt, gemm_tn},
     rng::Rng,
 };
 use std::time::Instant;
@@ -13,7 +13,7 @@ fn main() {
         let isa = name.parse().expect("an instruction set");
         attar_tensor::linalg::pin(isa).expect("this CPU has it");
     }
-    println!("{}", attar_tensor::linalg::isa());
+    println!("{}", attar_tensor::linalg::level());
     for (m, n, k) in [
         (1, 4096, 4096),
         (4, 4096, 4096),
@@ -34,6 +34,16 @@ fn main() {
             best = best.min(start.elapsed().as_secs_f64());
         }
         println!("nt {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
+        // Codes of four bits times a scale in bf16, packed once.
+        let b: Vec<f32> = b.iter().map(|v| v.mul_add(2.0, 0.5).floor() * 0.01171875).collect();
+        let packed = PackedRows::new((&b, k), n, k);
+        let mut best = f64::INFINITY;
+        for _ in 0..6 {
+            let start = Instant::now();
+            packed.gemm_nt(m, (&a, k), (&mut out, n));
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        println!("packed {m}x{n}x{k}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / best / 1e9);
     }
     for (m, n, k) in [(1024, 256, 1024), (2816, 256, 2816), (2816, 256, 128)] {
         let mut rng = Rng::new(1);

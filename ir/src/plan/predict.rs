@@ -10,7 +10,10 @@
 //! Work, floating-point operations: forwards of blocks, `n² · tokens` per symmetric Hessian update, and
 //! what the passes say of themselves.
 
-use attar_tensor::{TensorHeader, linalg::GramAccumulator};
+use attar_tensor::{
+    TensorHeader,
+    linalg::{GramAccumulator, PackedRows, Packing},
+};
 use serde::Serialize;
 
 use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
@@ -382,10 +385,10 @@ impl<'a> Walk<'a> {
     ) -> (usize, usize) {
         let (mut packed, mut transit) = (0, 0);
         for site in sites {
-            let bytes = 4 * block.sites[site].weights();
-            packed += bytes;
+            let crate::Site { out_features, in_features, .. } = block.sites[site];
+            packed += PackedRows::bytes(out_features, in_features);
             if quantized[site] {
-                transit = transit.max(bytes);
+                transit = transit.max(4 * block.sites[site].weights());
             }
         }
         (packed, transit)
@@ -745,12 +748,12 @@ impl<'a> Walk<'a> {
         // What linears put out and the stream between; then norms, gradients, inputs, targets and outputs.
         let tape = 2 * out(0) + keys + hidden + 2 * wide;
         let space = 5 * hidden + wide + 2 * out(0) + 2 * keys;
-        let packed = wide.next_multiple_of(16) * hidden.max(part);
+        let packed = Packing::bytes(wide, hidden.max(part)) / 4;
         let scores = self.limits.threads * 2 * QUERY_ROWS.min(context) * context;
         let graph = self.facts.graph;
         let last = training.logits && block.index + 1 == graph.blocks.len();
         // The head, packed by each part, and the logits of both sides.
-        let table = graph.vocab.next_multiple_of(16) * hidden;
+        let table = Packing::bytes(graph.vocab, hidden) / 4;
         let head = if last {
             table * (1 + LEARNING_LANES) + LEARNING_LANES * 2 * QUERY_ROWS * graph.vocab
         } else {

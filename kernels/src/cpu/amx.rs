@@ -6,10 +6,11 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid, __cpuid_count, __m512, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_si512,
+    _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
-use std::sync::OnceLock;
+
+use attar_tensor::linalg::amx;
 
 use super::avx512;
 use super::input::Bytes;
@@ -27,26 +28,7 @@ macro_rules! each_token {
 
 /// True when this machine has byte products of tiles and the system lets this process use them.
 pub(crate) fn granted() -> bool {
-    static GRANTED: OnceLock<bool> = OnceLock::new();
-    *GRANTED.get_or_init(|| {
-        // Bits of leaf 7: AMX tiles and AMX on bytes.
-        let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 24 & 3 == 3;
-        has && request()
-    })
-}
-
-#[cfg(target_os = "linux")]
-fn request() -> bool {
-    /// `ARCH_REQ_XCOMP_PERM` and the number of the tile data.
-    const REQUEST: libc::c_long = 0x1023;
-    const TILE_DATA: libc::c_long = 18;
-    // SAFETY: the call only asks for permission.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn request() -> bool {
-    false
+    amx::granted(amx::INT8)
 }
 
 /// The shape of the tile registers.

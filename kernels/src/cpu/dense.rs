@@ -4,7 +4,7 @@
 //! Few tokens read each row once at the speed of memory; many are handed to the matrix product of
 //! `attar_tensor::linalg`, a panel of rows at a time.
 
-use attar_tensor::linalg::{gemm_nt, isa as isa_in_use};
+use attar_tensor::linalg::{Packing, isa as isa_in_use};
 use attar_tensor::{DType, TensorView};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -152,20 +152,14 @@ impl Prepared for Dense {
         if m >= PANEL_TOKENS {
             let panel_rows = (PANEL_BYTES / (4 * columns)).clamp(1, rows);
             let mut panel = vec![0.0f32; panel_rows * columns];
-            let tokens = (m / 8).next_multiple_of(16).clamp(32, 256);
+            let mut packing = Packing::default();
             for first in (0..rows).step_by(panel_rows) {
                 let count = panel_rows.min(rows - first);
                 let panel = &mut panel[..count * columns];
                 let each = panel.par_chunks_mut(columns).enumerate().with_min_len(least);
                 each.for_each(|(row, to)| self.widen(first + row, to));
-                let panel = &*panel;
-                out.par_chunks_mut(tokens * rows).zip(x.par_chunks(tokens * columns)).for_each(
-                    |(out, x)| {
-                        let shape = (x.len() / columns, count, columns);
-                        let out = (&mut out[first..], rows);
-                        gemm_nt(shape, 1.0, (x, columns), (panel, columns), false, out);
-                    },
-                );
+                let out = (&mut out[first..], rows);
+                packing.nt((m, count, columns), (x, columns), (panel, columns), false, out);
             }
             return;
         }

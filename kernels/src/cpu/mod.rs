@@ -16,7 +16,7 @@
 //! Work is cut into fixed tiles of rows; each output is the work of one task in one order, so that the
 //! number of threads does not change a bit.
 
-use attar_tensor::linalg::{gemm_nn, isa as isa_in_use};
+use attar_tensor::linalg::{Packing, isa as isa_in_use};
 use attar_tensor::{LayoutError, PackedLinear, QuantScheme, QuantizedLinear};
 use rayon::prelude::*;
 
@@ -322,8 +322,7 @@ impl CpuLinear {
         let panel_rows = (PANEL_BYTES / (4 * places.max(1))).next_multiple_of(ROWS);
         let panel_rows = panel_rows.min(rows.next_multiple_of(ROWS));
         let mut panel = vec![0.0f32; panel_rows * places];
-        // Depends on `m` alone: enough tasks for many threads, enough tokens to pay for packing.
-        let tokens = (m / 8).next_multiple_of(16).clamp(32, 256);
+        let mut packing = Packing::default();
         for first in (0..rows).step_by(panel_rows) {
             let count = panel_rows.min(rows - first);
             let start = Output { start: panel.as_mut_ptr(), rows: panel_rows };
@@ -332,14 +331,8 @@ impl CpuLinear {
                 // own, which exist: panel rows are a multiple of sixteen and at least `count`.
                 unsafe { self.dequantize(first / ROWS + tile, start.at(tile * ROWS), start.rows) };
             });
-            let panel = &*panel;
-            out.par_chunks_mut(tokens * rows).zip(x.par_chunks(tokens * places)).for_each(
-                |(out, x)| {
-                    let m = x.len() / places;
-                    let out = (&mut out[first..], rows);
-                    gemm_nn((m, count, places), 1.0, (x, places), (panel, panel_rows), false, out);
-                },
-            );
+            let out = (&mut out[first..], rows);
+            packing.nn((m, count, places), (x, places), (&panel, panel_rows), false, out);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! `out = beta * out + alpha · a · b` in f32. Names say which operand is transposed: `nt` is `a · bᵀ`, the
 //! linear layer. Products of at least `THIN` rows run on register tiles (`microkernel`), thinner ones,
 //! where packing does not pay, row by row (`thin`). Both run on the instruction set in use
-//! ([`super::isa()`]), and neither lets it change a bit.
+//! ([`super::isa()`]), and neither lets it change a bit; where AMX is in use ([`super::level()`]), register tiles
+//! are its own (`tiles`) and their bits are others.
 //!
 //! The bits of an element depend on the shape of the whole product only, so that the `par_` variants,
 //! which hand out fixed blocks of rows, agree with the others on any number of threads.
@@ -12,7 +13,9 @@ use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{Operand, Panels, Product, multiply, pack_panels, pack_panels_into},
+    microkernel::{
+        Operand, Panels, Product, multiply, pack_panels, pack_panels_into, panels_at_most,
+    },
     thin,
 };
 use crate::Mat;
@@ -66,13 +69,19 @@ pub struct PackedRows {
     k: usize,
     data: Vec<f32>,
     start: usize,
+    planes: usize,
 }
 
 impl PackedRows {
+    /// Bytes of `b [n, k]` packed, at most.
+    pub const fn bytes(n: usize, k: usize) -> usize {
+        4 * panels_at_most(n, k)
+    }
+
     /// Packs `b [n, k]`.
     pub fn new(b: Rows<'_>, n: usize, k: usize) -> Self {
-        let (data, start) = pack_panels(along_depth(b), n, k);
-        Self { n, k, data, start }
+        let (data, start, planes) = pack_panels(along_depth(b), n, k);
+        Self { n, k, data, start, planes }
     }
 
     /// `out [m, n] = a [m, k] · bᵀ`.
@@ -86,7 +95,11 @@ impl PackedRows {
             add: false,
             out,
             ldo,
-            panels: Some(Panels { data: &self.data[self.start..], roomy: false }),
+            panels: Some(Panels {
+                data: &self.data[self.start..],
+                roomy: false,
+                planes: self.planes,
+            }),
             below: None,
         });
     }
@@ -155,7 +168,7 @@ pub struct Packing(Vec<f32>);
 impl Packing {
     /// Bytes held at most for an operand `[n, k]`, whose rows are padded to whole vectors.
     pub const fn bytes(n: usize, k: usize) -> usize {
-        4 * (n.next_multiple_of(16) * k + 16)
+        4 * panels_at_most(n, k)
     }
 
     /// As [`gemm_nt`].
@@ -214,14 +227,16 @@ impl Packing {
         if m == 0 || n == 0 {
             return;
         }
-        let start = pack_panels_into(&mut self.0, b, n, k);
-        let panels = Panels { data: &self.0[start..], roomy: false };
+        let (start, planes) = pack_panels_into(&mut self.0, b, n, k);
+        let panels = Panels { data: &self.0[start..], roomy: false, planes };
         let end = span(m, n, ldo);
-        out[..end].par_chunks_mut(ROWS_PER_TASK * ldo).enumerate().for_each(|(task, out)| {
-            let first = task * ROWS_PER_TASK;
+        // By `m` alone: enough tasks for many threads, whole register tiles.
+        let rows = (m / 8).next_multiple_of(32).clamp(32, ROWS_PER_TASK);
+        out[..end].par_chunks_mut(rows * ldo).enumerate().for_each(|(task, out)| {
+            let first = task * rows;
             let a = rows_from(first);
             multiply(Product {
-                shape: (ROWS_PER_TASK.min(m - first), n, k),
+                shape: (rows.min(m - first), n, k),
                 alpha: 1.0,
                 a,
                 b: a,

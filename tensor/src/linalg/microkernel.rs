@@ -21,6 +21,8 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::isa::arch;
+#[cfg(target_arch = "x86_64")]
+use super::{Level, level, tiles};
 
 /// Products that are summed in registers before they reach `out`.
 pub(super) const KC: usize = 512;
@@ -62,6 +64,8 @@ pub(super) struct Panels<'a> {
     pub(super) data: &'a [f32],
     /// Every panel has room for `KC` products, also where the depth ends before (`pack_rows`).
     pub(super) roomy: bool,
+    /// bf16 per value, on tiles.
+    pub(super) planes: usize,
 }
 
 impl<'a> Panels<'a> {
@@ -554,30 +558,75 @@ fn lanes() -> usize {
     }
 }
 
-/// Fresh memory for panels of B `[n, k]`, and where in it they begin: at a cache line.
-pub(super) fn room_for_panels(n: usize, k: usize) -> (Vec<f32>, usize) {
-    let data = vec![0.0f32; n.next_multiple_of(lanes()) * k + LINE];
+/// True when products run on tiles.
+#[cfg(target_arch = "x86_64")]
+fn on_tiles() -> bool {
+    level() == Level::Amx
+}
+
+/// f32 that the panels of B `[n, k]` take at most, on any machine: on tiles, three bf16 per value.
+pub(super) const fn panels_at_most(n: usize, k: usize) -> usize {
+    n.next_multiple_of(32) * k.next_multiple_of(32) / 2 * 3 + LINE
+}
+
+/// Fresh memory of so many f32 for panels, and where in it they begin: at a cache line.
+fn aligned_memory(floats: usize) -> (Vec<f32>, usize) {
+    let data = vec![0.0f32; floats + LINE];
     let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
     (data, start)
 }
 
-/// All of B for [`Product::panels`], from the returned index on. Runs on rayon's current pool.
-pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize) {
+/// f32 of the panels of B `[n, k]` in so many planes.
+fn panel_floats(n: usize, k: usize, planes: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if on_tiles() {
+        return tiles::words(n, k, planes);
+    }
+    let _ = planes;
+    n.next_multiple_of(lanes()) * k
+}
+
+/// Fresh memory for panels of B `[n, k]`, and where in it they begin: at a cache line.
+pub(super) fn room_for_panels(n: usize, k: usize) -> (Vec<f32>, usize) {
+    aligned_memory(panel_floats(n, k, PLANES))
+}
+
+/// bf16 per f32 on tiles, where nothing is known of a value.
+pub(super) const PLANES: usize = 3;
+
+/// All of B for [`Product::panels`], from the returned index on, and its planes. Runs on rayon's current pool.
+pub(super) fn pack_panels(b: Operand<'_>, n: usize, k: usize) -> (Vec<f32>, usize, usize) {
     let mut data = Vec::new();
-    let start = pack_panels_into(&mut data, b, n, k);
-    (data, start)
+    let (start, planes) = pack_panels_into(&mut data, b, n, k);
+    (data, start, planes)
 }
 
 /// As [`pack_panels`], into memory that is used again.
-pub(super) fn pack_panels_into(data: &mut Vec<f32>, b: Operand<'_>, n: usize, k: usize) -> usize {
+pub(super) fn pack_panels_into(
+    data: &mut Vec<f32>,
+    b: Operand<'_>,
+    n: usize,
+    k: usize,
+) -> (usize, usize) {
     /// Panels per task.
     const TASK: usize = 4;
-    let (lanes, width) = (lanes(), n.next_multiple_of(lanes()));
-    if data.len() < width * k + LINE {
+    #[cfg(target_arch = "x86_64")]
+    let planes = if on_tiles() { tiles::planes(b, n, k) } else { PLANES };
+    #[cfg(not(target_arch = "x86_64"))]
+    let planes = PLANES;
+    let (lanes, floats) = (lanes(), panel_floats(n, k, planes));
+    if data.len() < floats + LINE {
         // Nothing of the old content is wanted.
-        *data = room_for_panels(n, k).0;
+        *data = Vec::new();
+        *data = aligned_memory(floats).0;
     }
     let start = data.as_ptr().align_offset(4 * LINE).min(LINE);
+    #[cfg(target_arch = "x86_64")]
+    if on_tiles() {
+        tiles::pack_panels(b, (n, k), planes, &mut data[start..]);
+        return (start, planes);
+    }
+    let width = n.next_multiple_of(lanes);
     let mut rest = &mut data[start..start + width * k];
     let mut tasks = Vec::new();
     for l0 in (0..k).step_by(KC) {
@@ -599,7 +648,7 @@ pub(super) fn pack_panels_into(data: &mut Vec<f32>, b: Operand<'_>, n: usize, k:
         let (columns, room) = ((first, end), (depth, 0));
         Pack { isa: (), b, n, l0, depth, columns, room, dest }.dispatch();
     });
-    start
+    (start, planes)
 }
 
 /// Packs products `at..` of B `[n, k]` from the rows of `x [products, n]`, into roomy panels. Runs on rayon's
@@ -607,6 +656,10 @@ pub(super) fn pack_panels_into(data: &mut Vec<f32>, b: Operand<'_>, n: usize, k:
 pub(super) fn pack_rows(x: &[f32], n: usize, at: usize, data: &mut [f32]) {
     /// Panels per task.
     const TASK: usize = 8;
+    #[cfg(target_arch = "x86_64")]
+    if on_tiles() {
+        return tiles::pack_rows(x, n, at, data);
+    }
     let (lanes, count) = (lanes(), x.len() / n);
     let width = n.next_multiple_of(lanes);
     let b = Operand { data: x, stride: n, depth_contiguous: false };
@@ -677,6 +730,10 @@ pub(super) fn multiply(product: Product<'_>) {
             }
         }
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if on_tiles() {
+        return tiles::multiply(product);
     }
     let mut scratch = SCRATCH.take();
     let room_a = MC.min(m).next_multiple_of(LINE) * KC.min(k);

@@ -16,6 +16,8 @@ pub mod orthogonal;
 pub mod simd;
 pub mod syrk;
 mod thin;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use cholesky::{LinalgError, cholesky_lower, solve_spd};
 pub use eigen::{Eigen, eigen_symmetric, eigenvalues};
@@ -24,7 +26,7 @@ pub use gemm::{
     PackedRows, Packing, gemm_nn, gemm_nt, gemm_tn, matmul_nn, matmul_nn_into, matmul_nt,
     matmul_nt_into, matmul_tn, matmul_tn_into, par_gemm_nt,
 };
-pub use isa::{Isa, IsaError, arch, isa, pin};
+pub use isa::{Isa, IsaError, Level, amx, arch, isa, level, pin};
 pub use metric::{metric, squares};
 pub use orthogonal::Orthogonal;
 pub use simd::{

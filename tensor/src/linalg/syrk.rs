@@ -9,7 +9,9 @@ use std::{io, sync::Mutex};
 use rayon::prelude::*;
 
 use super::{
-    microkernel::{KC, Operand, Panels, Product, multiply, pack_rows, room_for_panels},
+    microkernel::{
+        KC, Operand, PLANES, Panels, Product, multiply, pack_rows, panels_at_most, room_for_panels,
+    },
     vectorize,
 };
 use crate::{Mat, Scratch, Shelf};
@@ -76,7 +78,7 @@ impl GramAccumulator {
         products
             + lines
             + if scratch { 0 } else { 8 * sums }
-            + 4 * n * tokens.min(ROWS).next_multiple_of(KC)
+            + 4 * panels_at_most(n, tokens.min(ROWS).next_multiple_of(KC))
     }
 
     /// Rows seen.
@@ -122,7 +124,7 @@ impl GramAccumulator {
         if tokens == 0 {
             return Ok(());
         }
-        let panels = Panels { data: &self.panels.0[self.panels.1..], roomy: true };
+        let panels = Panels { data: &self.panels.0[self.panels.1..], roomy: true, planes: PLANES };
         let spare = &self.products;
         self.strips.par_iter_mut().try_for_each(|strip| {
             let Strip { row, rows, columns, ref mut sum } = *strip;
