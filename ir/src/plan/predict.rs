@@ -10,6 +10,8 @@
 //! Work, floating-point operations: forwards of blocks, `n² · tokens` per symmetric Hessian update, and
 //! what the passes say of themselves.
 
+mod gradients;
+
 use attar_tensor::{TensorHeader, linalg::GramAccumulator};
 use serde::Serialize;
 
@@ -241,8 +243,12 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
         }
     }
     let chosen = passes.iter().filter_map(|pass| pass.chooses_ranks());
-    let surveyed = chosen.chain(passes.iter().filter_map(|pass| pass.surveys()));
-    if surveyed.into_iter().any(|needs| !needs.is_empty()) {
+    let surveyed: Vec<Needs> =
+        chosen.chain(passes.iter().filter_map(|pass| pass.surveys())).collect();
+    if surveyed.contains(&Needs::GRADIENTS) {
+        work.forward += gradients::work(facts);
+    }
+    if surveyed.iter().any(|needs| !(*needs - Needs::GRADIENTS).is_empty()) {
         let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
         work.forward += each.sum::<f64>();
     }
@@ -513,6 +519,11 @@ impl<'a> Walk<'a> {
                 ..Moment::default()
             });
         }
+        for (step, pass) in self.facts.steps.iter().zip(self.facts.passes) {
+            if pass.surveys().is_some_and(|needs| needs.contains(Needs::GRADIENTS)) {
+                self.sweep(&step.label);
+            }
+        }
         self.choose();
         for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
             let feeds = |later: &Vec<Round>| later.iter().any(Round::feeds);
@@ -535,6 +546,8 @@ impl<'a> Walk<'a> {
         let Facts { graph, steps, passes, .. } = *self.facts;
         for (step, pass) in steps.iter().zip(passes) {
             let Some(needs) = pass.chooses_ranks() else { continue };
+            // Of gradients only what a survey keeps of them is there.
+            let needs = needs - Needs::GRADIENTS;
             for block in &graph.blocks {
                 if !needs.is_empty() {
                     self.observe_original(block, &vec![needs; block.inputs.len()]);
