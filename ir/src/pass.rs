@@ -121,6 +121,11 @@ pub enum Event {
         /// Of what was kept.
         after: f64,
     },
+    /// The site stayed as it was, and why.
+    LeftAlone {
+        /// In words.
+        reason: String,
+    },
     /// A chosen hyperparameter, e.g. the scale exponent of awq.
     Chosen {
         /// Its name.
