@@ -550,6 +550,13 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    /// Gives back the memory of all streams; nothing more is observed.
+    pub(super) fn drop_streams(&mut self) {
+        for lane in &mut self.lanes {
+            lane.stream = None;
+        }
+    }
+
     /// Takes the stored streams away: the walk is over.
     pub(super) fn finish(mut self) -> Result<Vec<SiteEntry>, Error> {
         if let Some(stage) = self.stage {

@@ -150,6 +150,7 @@ impl Work {
 pub(super) struct Facts<'a> {
     pub(super) graph: &'a ModelGraph,
     pub(super) model: &'a [ModelStep],
+    pub(super) last: Option<&'a ModelStep>,
     pub(super) steps: &'a [PlanStep],
     pub(super) passes: &'a [Box<dyn Pass>],
     pub(super) source: &'a [TensorHeader],
@@ -185,7 +186,13 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
         }
         let (own, scratch) = Walk::new(facts, limits).run();
         own.moments.into_iter().for_each(|moment| memory.add(moment));
-        (limits, memory, scratch_bytes.max(made + scratch))
+        scratch_bytes = scratch_bytes.max(made + scratch);
+        if let Some(step) = facts.last {
+            let (own, scratch) = Walk::new(facts, limits).model(step);
+            own.moments.into_iter().for_each(|moment| memory.add(moment));
+            scratch_bytes = scratch_bytes.max(made + scratch);
+        }
+        (limits, memory, scratch_bytes)
     };
     let (limits, memory, scratch_bytes) = match facts.budget.memory {
         None => predict(free),
@@ -228,7 +235,7 @@ fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
 fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     let Facts { graph, steps, passes, tokens, context, .. } = *facts;
     let mut work = Work::default();
-    for step in facts.model {
+    for step in facts.model.iter().chain(facts.last) {
         work.solve += step.pass.cost(&step.graph, tokens).flops;
         for block in step.graph.blocks.iter().filter(|_| step.calibrates()) {
             if let crate::Work::Train(_) = step.pass.work() {
@@ -446,7 +453,8 @@ impl<'a> Walk<'a> {
         let corpus = corpus_bytes(self.facts.budget.corpus);
         self.add(Moment { what: "read corpus".into(), tensors: corpus, ..Moment::default() });
         if let crate::Work::Train(train) = step.pass.work() {
-            let original = step.teacher_graph.as_ref().unwrap_or(&self.facts.model[0].graph);
+            let original = self.facts.model.first().map_or(&step.graph, |first| &first.graph);
+            let original = step.teacher_graph.as_ref().unwrap_or(original);
             let solver =
                 train.peak_bytes(&step.graph, original, (tokens, context), self.limits.stream);
             self.add(Moment {
