@@ -7,14 +7,14 @@ text (perplexity, KL divergence original || compressed in nats). With --peer-pyt
 and peft) transformers loads every artifact (factored ones through modeling_attar.py, corrections through PEFT) and its logits of the first
 window are compared with Attar's: relative error ||attar - client|| / ||client||, at most 1e-3. Exit 1 when a claim of the table fails.
 """
-import argparse, datetime, json, platform, shutil, subprocess, sys, tempfile
+import argparse, datetime, json, platform, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--attar", required=True); p.add_argument("--model", required=True); p.add_argument("--calib", required=True); p.add_argument("--text", required=True)
 p.add_argument("--context", type=int, default=256); p.add_argument("--samples", type=int, default=128); p.add_argument("--max-windows", type=int)
-p.add_argument("--work"); p.add_argument("--results"); p.add_argument("--peer-python"); p.add_argument("--only"); a = p.parse_args()
+p.add_argument("--work"); p.add_argument("--results"); p.add_argument("--peer-python"); p.add_argument("--only", help="regular expression: rows to make; no claim is judged"); a = p.parse_args()
 work = Path(a.work or tempfile.mkdtemp(prefix="attar-lowrank-")); work.mkdir(parents=True, exist_ok=True); model = Path(a.model)
 
 def step(name, **options): return f'[[step]]\npass = "{name}"\n' + "".join(f"{k} = {json.dumps(v)}\n" for k, v in options.items())
@@ -26,6 +26,11 @@ for ratio in (0.2, 0.4):
     RECIPES += [
         (name("svd"), step("svd", ratio=ratio) + dense),
         (name("asvd"), step("asvd", ratio=ratio) + dense),
+        (name("fwsvd"), step("fwsvd", ratio=ratio) + dense),
+        (name("fwsvd of outputs"), step("fwsvd", ratio=ratio, of="outputs") + dense),
+        (name("fwsvd of both"), step("fwsvd", ratio=ratio, of="both") + dense),
+        (name("fwsvd of both, one budget"), step("fwsvd", ratio=ratio, of="both", share="model") + dense),
+        (name("fwsvd, one budget"), step("fwsvd", ratio=ratio, share="model") + dense),
         (name("svd_llm"), step("svd_llm", ratio=ratio) + dense),
         (name("svd_llm, compressed upstream"), step("svd_llm", ratio=ratio, upstream="compressed") + dense),
         (name("svd_llm, svd_update"), step("svd_llm", ratio=ratio) + step("svd_update") + dense),
@@ -58,7 +63,7 @@ measure = ["--text", a.text, "--context", a.context, "--json"] + (["--max-window
 base = json.loads(run(a.attar, "eval", a.model, *measure)); rows, checks = [], []
 print(f"original: perplexity {base['perplexity']:.3f}", flush=True)
 for number, (name, recipe) in enumerate(RECIPES):
-    if a.only and a.only not in name: continue
+    if a.only and not re.search(a.only, name): continue
     file, out, dump = work / f"{number}.toml", work / f"{number}", work / f"{number}.safetensors"; file.write_text(recipe)
     if out.exists(): shutil.rmtree(out)
     run(a.attar, "compress", a.model, "--recipe", file, "--text", a.calib, "--context", a.context, "--samples", a.samples, "--out", out)
@@ -81,6 +86,7 @@ if not a.only:
     for ratio in ("20%", "40%"):
         ppl = lambda name: by[f"{name}, {ratio} removed"]["perplexity"]
         claim(f"asvd below svd, {ratio} removed: perplexity", ppl("asvd"), ppl("svd")); claim(f"svd_llm below asvd, {ratio} removed: perplexity", ppl("svd_llm"), ppl("asvd"))
+        claim(f"fwsvd below svd, {ratio} removed: perplexity", ppl("fwsvd"), ppl("svd"))
         claim(f"one budget below a ratio for each, {ratio} removed: perplexity", ppl("svd_llm, one budget"), ppl("svd_llm"))
     kl = lambda name: by[name]["kl_mean"]
     claim("eora rank 16 at least 15 % below w3 alone: KL", kl("gptq w3 g128, eora rank 16"), 0.85 * kl("gptq w3 g128"))

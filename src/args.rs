@@ -80,6 +80,9 @@ pub(crate) struct What {
     /// Recipe file (TOML); RECIPES.md, or `attar passes --markdown`, has one for each pass.
     #[arg(long, conflicts_with = "preset", required_unless_present = "preset")]
     pub(crate) recipe: Option<PathBuf>,
+    /// What paths in the recipe are relative to, where that is not its own folder.
+    #[arg(skip)]
+    pub(crate) base: Option<PathBuf>,
     /// Built-in recipe: rtn-w4, gptq-w4, awq-w4, gptq-w3, rtn-w8, ... (see `attar passes`).
     #[arg(long)]
     pub(crate) preset: Option<String>,

@@ -4,6 +4,7 @@ mod keys;
 mod output;
 mod prepare;
 mod reshape;
+mod scales;
 mod settle;
 mod shim;
 mod train;
@@ -30,7 +31,7 @@ use attar_formats::{
     stage::Stage,
 };
 use attar_ir::{
-    BlockState, Limits, Needs,
+    BlockState, Limits, ModelEntry, Needs, Work,
     plan::{self, Plan, Variant},
     recipe::Recipe,
     target::Violation,
@@ -57,6 +58,8 @@ pub(crate) struct Job {
     pub(crate) decoder: Decoder,
     /// The recipe as a whole, every default filled in.
     pub(crate) recipe: Recipe,
+    /// What its paths are relative to.
+    pub(crate) folder: PathBuf,
     /// Its variants, each with its proof; one when the recipe is a chain. A variant's recipe holds its steps on
     /// blocks; passes on the whole model stand in the plan.
     pub(crate) variants: Vec<(Variant, Plan)>,
@@ -75,6 +78,13 @@ impl Job {
     /// Threads that work: all variants keep to the budget.
     pub(crate) fn threads(&self) -> usize {
         self.variants.iter().map(|(_, plan)| plan.limits.threads).min().unwrap_or(1)
+    }
+
+    /// True when a path of the recipe (that of a teacher) is read and not recorded elsewhere.
+    pub(crate) fn reads_recipe_paths(&self) -> bool {
+        let mut steps =
+            self.variants.iter().flat_map(|(_, plan)| plan.model.iter().chain(&plan.last));
+        steps.any(|step| step.teacher.is_some())
     }
 
     /// True when a run leaves something in the work directory.
@@ -165,7 +175,7 @@ fn facts(
     }
     facts.insert("calibration_tokens".into(), json!(windows.map(Windows::tokens)));
     let mut teachers = Map::new();
-    for step in &plan.model {
+    for step in plan.model.iter().chain(&plan.last) {
         if let Some(folder) = &step.teacher {
             teachers.insert(step.of_chain.clone(), json!(train::teacher_hash(folder)?));
         }
@@ -308,18 +318,18 @@ fn produce(
     let mut made = Vec::new();
     for (at, (variant, plan)) in job.variants.iter().enumerate() {
         // Passes on the whole model come first; what they make is the checkpoint of the rest.
-        let reshaped = match stage {
-            Some(stage) if !plan.model.is_empty() => {
-                let around = reshape::Around {
-                    windows: windows.as_ref(),
-                    stage,
-                    limits: &plan.limits,
-                    seed: job.recipe.calibration.seed,
-                    salt: &salt,
-                    checkpoint_every: options.checkpoint_every,
-                };
+        let around = stage.map(|stage| reshape::Around {
+            windows: windows.as_ref(),
+            stage,
+            limits: &plan.limits,
+            seed: job.recipe.calibration.seed,
+            salt: &salt,
+            checkpoint_every: options.checkpoint_every,
+        });
+        let reshaped = match &around {
+            Some(around) if !plan.model.is_empty() => {
                 let hashes = json!(sources).to_string();
-                reshape::run(&plan.model, &job.checkpoint, &hashes, &around, trace, &mut time)?
+                reshape::run(&plan.model, &job.checkpoint, &hashes, around, trace, &mut time)?
             }
             _ => None,
         };
@@ -346,13 +356,14 @@ fn produce(
             stage,
             (variant, plan),
             (&ground, &original, &sources, windows.as_ref()),
+            around.as_ref(),
             trace,
             &mut time,
         )?;
         made.push((plan, start, walked));
     }
     let mut reports = Vec::new();
-    for (plan, start, (folders, sites, reused)) in made {
+    for (plan, start, (folders, sites, reused, trained)) in made {
         for (at, (emit, folder)) in folders.into_iter().enumerate() {
             let what = emit.dir.as_deref().unwrap_or(emit.layout.0);
             let begun = trace.begin(Phase::Verify, what);
@@ -390,7 +401,13 @@ fn produce(
                 file_bytes: opened.file_bytes()?,
                 source_bytes: job.checkpoint.file_bytes()?,
                 bits_per_weight: opened.bits_per_weight(),
-                model: start.made.as_ref().map(|made| made.entries.clone()).unwrap_or_default(),
+                model: start
+                    .made
+                    .iter()
+                    .flat_map(|made| &made.entries)
+                    .chain(&trained)
+                    .cloned()
+                    .collect(),
                 sites: sites.clone(),
                 sparsity: checked.sparsity,
                 eval,
@@ -451,8 +468,9 @@ impl<'a> Start<'a> {
     }
 }
 
-/// Folders with their emits, lines of the report, results reused and all.
-type Walked<'a> = (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize, usize));
+/// Folders with their emits, lines of the report, results reused and all, and what training scales did.
+type Walked<'a> =
+    (Vec<(&'a plan::PlannedEmit, PathBuf)>, Vec<SiteEntry>, (usize, usize), Option<ModelEntry>);
 
 fn walk_variant<'a>(
     job: &'a Job,
@@ -467,6 +485,7 @@ fn walk_variant<'a>(
         &BTreeMap<String, String>,
         Option<&Windows>,
     ),
+    behind: Option<&reshape::Around<'_>>,
     trace: &Trace,
     time: &mut Timings,
 ) -> Result<Walked<'a>, Error> {
@@ -528,6 +547,7 @@ fn walk_variant<'a>(
         checkpoint_every: options.checkpoint_every,
     };
     let mut walk = Walk::new(around, trace, time);
+    let mut trained = None;
     // Blocks are packed and written while the next one is worked on; one at most waits.
     let (sender, receiver) = mpsc::sync_channel::<(usize, BlockState)>(0);
     let writing = &mut outputs;
@@ -547,8 +567,9 @@ fn walk_variant<'a>(
         });
         let mut walking = || -> Result<bool, Error> {
             walk.survey()?;
+            let mut waiting = Vec::new();
             for block in decoder.graph.all_blocks() {
-                if blocks[block.index].rounds.is_empty() {
+                if blocks[block.index].rounds.is_empty() && plan.last.is_none() {
                     bar.inc(1);
                     continue;
                 }
@@ -557,10 +578,32 @@ fn walk_variant<'a>(
                     checkpoint.prefetch(&next.prefix);
                 }
                 let state = walk.run_block(block)?;
+                if plan.last.is_some() {
+                    waiting.push(state);
+                    bar.inc(1);
+                    continue;
+                }
                 if sender.send((block.index, state)).is_err() {
                     return Ok(false);
                 }
                 bar.inc(1);
+            }
+            if let (Some(step), Some(around)) = (&plan.last, behind)
+                && let Work::Train(train) = step.pass.work()
+            {
+                walk.drop_streams();
+                bar.finish_and_clear();
+                let key = last_key(step, ground, &blocks, sources)?;
+                let models = (&job.checkpoint, checkpoint, decoder);
+                let training =
+                    || scales::run(step, train, models, &mut waiting, (&key, around), trace);
+                trained = Some(trace.run(Phase::Solve, &step.label, training).0?);
+                for state in waiting {
+                    let index = state.index;
+                    if !blocks[index].rounds.is_empty() && sender.send((index, state)).is_err() {
+                        return Ok(false);
+                    }
+                }
             }
             Ok(true)
         };
@@ -603,7 +646,26 @@ fn walk_variant<'a>(
     }
     trace.end(Phase::Emit, "files", begun);
     time.write = trace.seconds(Phase::Emit);
-    Ok((folders, sites, reused))
+    Ok((folders, sites, reused, trained))
+}
+
+/// Name of the scales that a training behind all steps makes.
+fn last_key(
+    step: &plan::ModelStep,
+    ground: &Ground,
+    blocks: &[keys::BlockKeys],
+    sources: &BTreeMap<String, String>,
+) -> Result<String, Error> {
+    let teacher = match &step.teacher {
+        Some(folder) => train::teacher_hash(folder)?,
+        None => json!(sources).to_string(),
+    };
+    let units = blocks.iter().flat_map(|b| &b.rounds).flat_map(|round| &round.units);
+    let units: Vec<&str> = units.map(|unit| unit.key.as_str()).collect();
+    let (units, options) = (units.join(" "), keys::toml_text(&step.options));
+    let seed = ground.seed.to_string();
+    let own = [step.pass.name(), &options, &seed, &ground.windows, &teacher];
+    Ok(keys::hash(&[&[keys::VERSION, "scales", &ground.salt, &units], &own[..]].concat()))
 }
 
 fn accuracy(

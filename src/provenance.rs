@@ -43,6 +43,8 @@ pub(crate) fn inputs(job: &Job) -> Inputs {
         Some(CorpusSource::Ids(path)) => inputs.ids = Some(absolute(path)),
         None => {}
     }
+    // An empty folder is that of a preset, or the current one.
+    inputs.recipe = Some(absolute(&job.folder.join("."))).filter(|_| job.reads_recipe_paths());
     inputs.imatrix = job.imatrix.as_ref().map(|own| absolute(own.path()));
     inputs
 }

@@ -8,6 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 
 use super::{attar, data, model};
@@ -72,6 +73,7 @@ fn a_cut_model_learns_back_what_it_knew_by_every_loss() {
             "batch = 4\nepochs = 3\nrate = 3e-3\ntext = 0.2\nhidden = 0.5\ntemperature = 2.0",
             0.95,
         ),
+        ("streams", "batch = 4\nepochs = 3\nrate = 3e-3\nhidden = 0.5\nhidden_at = \"all\"", 0.9),
         ("norms", "batch = 4\nepochs = 3\ntrain = \"norms\"", 0.99),
         ("adapters", "batch = 4\nepochs = 3\ntrain = \"adapters\"\nrank = 8\naccumulate = 2", 0.99),
     ] {
@@ -115,10 +117,104 @@ fn training_through_rounding_makes_rounding_cheaper() {
     assert!(trained < 0.8 * plain, "{plain} -> {trained}");
 }
 
+/// The artifact's tensors whose names end so, one after the other.
+fn parts(out: &Path, suffix: &str) -> Vec<u8> {
+    let bytes = weights(out);
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut names: Vec<&str> = file.names().into_iter().filter(|n| n.ends_with(suffix)).collect();
+    names.sort_unstable();
+    names.into_iter().flat_map(|name| file.tensor(name).unwrap().data().to_vec()).collect()
+}
+
+#[test]
+fn scales_learn_behind_codes_that_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let scales = distill("train = \"scales\"\nbatch = 4\nepochs = 3\nrate = 5e-3");
+    let gptq = |scheme: &str| format!("[[step]]\npass = \"gptq\"\nscheme = {{ {scheme} }}\n");
+    for (layout, scheme, codes, most) in [
+        ("gptq", "bits = 2, group_size = 64", ".qweight", 0.9),
+        (
+            "compressed-tensors",
+            "bits = 3, group_size = -1, symmetric = false",
+            ".weight_packed",
+            0.97,
+        ),
+    ] {
+        let emit = format!("[[emit]]\nlayout = \"{layout}\"\n");
+        let (plain, learned) = (dir.path().join(layout), dir.path().join(format!("{layout}-l")));
+        let (code, error) = run(&format!("{}{emit}", gptq(scheme)), &plain, &[]);
+        assert_eq!(code, 0, "{error}");
+        let recipe = format!("{}{scales}{emit}", gptq(scheme));
+        let (code, error) = run(&recipe, &learned, &["--threads", "2"]);
+        assert_eq!(code, 0, "{error}");
+        assert!(!parts(&plain, codes).is_empty());
+        assert!(parts(&plain, codes) == parts(&learned, codes), "{layout}: codes stay");
+        for suffix in [".qzeros", ".weight_zero_point", "norm.weight", "embed_tokens.weight"] {
+            assert!(parts(&plain, suffix) == parts(&learned, suffix), "{layout}: {suffix} stays");
+        }
+        assert!(parts(&plain, "scale") != parts(&learned, "scale") || layout == "gptq");
+        assert!(parts(&plain, ".scales") != parts(&learned, ".scales") || layout != "gptq");
+        let (before, after) = (kl(&plain), kl(&learned));
+        assert!(after < most * before, "{layout}: {before} -> {after}");
+        let report: Value =
+            serde_json::from_slice(&fs::read(learned.join("report.json")).unwrap()).unwrap();
+        let peak = |key: &str| report[key].as_u64().unwrap();
+        assert!(peak("measured_peak_bytes") <= peak("predicted_peak_bytes"), "{layout}");
+        assert_eq!(report["model"][0]["step"], "step[1] (distill)");
+        let path = learned.display().to_string();
+        let (code, stdout, error) = attar(&["verify", &path, "--source", &model()]);
+        assert_eq!(code, 0, "{stdout}{error}");
+        if layout == "gptq" {
+            let (code, stdout, error) = attar(&["reproduce", &path]);
+            assert_eq!(code, 0, "{stdout}{error}");
+            // On one thread; then from what lies in the work directory.
+            let work = dir.path().join("work").display().to_string();
+            for extra in [
+                ["--threads", "1", "--scratch", work.as_str()],
+                ["--threads", "2", "--scratch", &work],
+            ] {
+                let again = dir.path().join(format!("again{}", extra[1]));
+                let (code, error) = run(&recipe, &again, &extra);
+                assert_eq!(code, 0, "{error}");
+                assert!(weights(&again) == weights(&learned), "{extra:?}");
+            }
+        }
+    }
+    let refused = |recipe: &str, words: &str| {
+        let out = dir.path().join("out");
+        let (code, error) = run(recipe, &out, &[]);
+        assert!(code == 2 && error.contains(words), "{words}: {error}");
+        assert!(!out.exists());
+    };
+    let w4 = gptq("bits = 4, group_size = 64");
+    refused(&scales, "behind one that quantizes");
+    refused(&format!("{scales}{w4}"), "it is the last step");
+    refused(&format!("{w4}{scales}{}", distill("")), "it is the last step");
+    let wanda = "[[step]]\npass = \"wanda\"\n";
+    refused(
+        &format!("{wanda}{scales}[[emit]]\nlayout = \"dense\"\n"),
+        "no step before it makes any",
+    );
+    refused(
+        &format!("{w4}{scales}").replace("\"scales\"", "\"scales\"\nrounding = { bits = 4 }"),
+        "rounding",
+    );
+    let q4_k = format!("[[step]]\npass = \"rtn\"\n{scales}[[emit]]\nlayout = \"q8_0\"\n");
+    refused(&q4_k, "block types");
+    let factored = format!(
+        "[[step]]\npass = \"svd\"\nmultiple_of = 16\n{}{scales}",
+        gptq("bits = 4, group_size = 16")
+    );
+    refused(&factored, "factors");
+    let head = w4.replace("scheme", "keep = []\nsites = \"*\"\nscheme");
+    refused(&format!("{head}{scales}"), "the output head is not trained");
+}
+
 #[test]
 fn threads_memory_and_kills_do_not_change_a_byte() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = format!("{CUT}{}", distill("batch = 4\nepochs = 2"));
+    let options = "batch = 4\nepochs = 2\nhidden = 0.3\nhidden_at = [0, 1]";
+    let recipe = format!("{CUT}{}", distill(options));
     let made = |name: &str, extra: &[&str]| {
         let out = dir.path().join(name);
         let (code, error) = run(&recipe, &out, extra);
@@ -163,8 +259,10 @@ fn a_teacher_elsewhere_is_named_by_its_hash_and_the_run_is_reproduced() {
     let (cut, learned) = (dir.path().join("cut"), dir.path().join("learned"));
     let (code, error) = run(CUT, &cut, &[]);
     assert_eq!(code, 0, "{error}");
-    let options = format!("steps = 12\nbatch = 4\nteacher = \"{}\"", model());
-    let mut arguments = arguments(&distill(&options), &learned, &[]);
+    // Relative to the recipe, wherever the command runs.
+    std::os::unix::fs::symlink(model(), dir.path().join("original")).unwrap();
+    let options = "steps = 12\nbatch = 4\nteacher = \"original\"";
+    let mut arguments = arguments(&distill(options), &learned, &[]);
     arguments[1] = cut.display().to_string();
     let (code, _, error) = attar(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(code, 0, "{error}");
@@ -192,6 +290,9 @@ fn what_cannot_be_trained_is_refused_before_any_work() {
     refused("loss = \"hinge\"", &[], &["unknown variant", "forward_kl"]);
     refused("epoch = 2", &[], &["unknown key `epoch`", "epochs"]);
     refused("batch = 0", &[], &["expected 1 to"]);
+    refused("hidden_at = \"all\"", &[], &["hidden_at", "give `hidden` one"]);
+    refused("hidden = 1.0\nhidden_at = [0, 7]", &[], &["no block 7", "0 to 1"]);
+    refused("hidden = 1.0\nhidden_at = [1, 1]", &[], &["named twice"]);
     refused("accumulate = 4294967296", &[], &["accumulate", "expected 1 to"]);
     refused("train = \"adapters\"\nrank = 100", &[], &["rank 100", "64"]);
     refused(

@@ -127,15 +127,16 @@ fn ranks_are_chosen_under_one_budget() {
     for (tag, options) in [
         ("shared", "ratio = 0.3\nshare = \"model\""),
         ("randomized", "ratio = 0.3\nshare = \"model\"\nsolver = \"randomized\""),
+        ("fwsvd", "ratio = 0.3\nshare = \"model\""),
     ] {
         let out = dir.path().join(tag);
-        let (code, _, error) =
-            compress(&(step("svd_llm", options) + &emit("dense", "")), &out, &[]);
+        let pass = if tag == "fwsvd" { "fwsvd" } else { "svd_llm" };
+        let (code, _, error) = compress(&(step(pass, options) + &emit("dense", "")), &out, &[]);
         assert_eq!(code, 0, "{error}");
         let (ours, all) = (parameters(&out), 393_216.0);
         assert!(ours <= 0.7 * all && ours > 0.69 * all, "{ours}");
         let (found, other) = (judged(&out), judged(&uniform));
-        assert!(found.0 < 0.9 * other.0, "{found:?} {other:?}");
+        assert!(tag == "fwsvd" || found.0 < 0.9 * other.0, "{found:?} {other:?}");
         let (code, stdout, error) = attar(&["reproduce", out.to_str().unwrap()]);
         assert_eq!(code, 0, "{stdout}{error}");
     }
@@ -167,6 +168,16 @@ fn each_knowledge_of_the_activations_helps() {
         judged(&out).1
     });
     assert!(found[0] > 1.1 * found[1] && found[1] > 1.2 * found[2], "{found:?}");
+    // What the loss says of the weights.
+    let out = dir.path().join("fwsvd");
+    let (code, _, error) =
+        compress(&(step("fwsvd", "ratio = 0.2") + &emit("dense", "")), &out, &[]);
+    assert_eq!(code, 0, "{error}");
+    let fwsvd = judged(&out).1;
+    assert!(fwsvd < found[0] / 1.2 && fwsvd > found[2], "{fwsvd} {found:?}");
+    let report = json(&out.join("report.json"));
+    let bytes = |key: &str| report[key].as_u64().unwrap();
+    assert!(bytes("measured_peak_bytes") <= bytes("predicted_peak_bytes"), "memory");
     // A second factor fitted to the stream mends what the first did not know.
     let out = dir.path().join("updated");
     let recipe = step("svd", "ratio = 0.2") + &step("svd_update", "") + &emit("dense", "");
@@ -268,6 +279,7 @@ fn bytes_depend_neither_on_threads_nor_on_kills() {
                 + &step("svd_update", "")
                 + &emit("dense", ""),
         ),
+        ("gradients", step("fwsvd", "ratio = 0.2") + &emit("dense", "")),
         ("correction", gptq.clone() + &step("eora", "rank = 4")),
     ] {
         let files = |out: &Path| {
@@ -329,6 +341,11 @@ fn what_nobody_could_read_is_refused_before_any_work() {
     );
     refuse(&(step("svd", "ratio = 1.2") + &dense), &[], "step[0].ratio: expected a fraction");
     refuse(&(step("svd", "sites = \"lm_head\"\nkeep = []") + &dense), &[], "the output head");
+    refuse(
+        &(step("fwsvd", "sites = \"lm_head\"\nkeep = []") + &dense),
+        &[],
+        "`keep` the output head",
+    );
     refuse(&(step("eora", "") + &dense), &[], "cannot take weights that are float");
     refuse(&(step("svd", "") + &step("svd", "") + &dense), &[], "factored");
     refuse(&(step("svd", "") + &w4 + &emit("gptq", "")), &[], "know no factored linears");
@@ -343,6 +360,12 @@ fn what_nobody_could_read_is_refused_before_any_work() {
     refuse(&(w4 + &step("lorc", "rank = 65") + &emit("gptq", "")), &[], "ranks from 1 to 64");
     let uneven = step("svd", "") + &step("rtn", "scheme = { bits = 4, group_size = 32 }");
     refuse(&uneven, &[], "q_proj.up (51)");
+    refuse(&uneven, &[], "or give step[0] (svd), which chose these ranks, `multiple_of = 32`");
+    let (code, _, error) = compress(&uneven.replace("svd\"\n", "svd\"\nrank = 20\n"), &out, &[]);
+    assert!(code == 2 && error.contains("up (20)") && !error.contains("multiple_of"), "{error}");
+    let ignored = step("rtn", "importance = true\nscheme = { bits = 4, group_size = 16 }");
+    refuse(&(step("svd", "multiple_of = 16") + &ignored), &[], "would be ignored");
+    refuse(&ignored, &[], "would be ignored");
     refuse(&(step("svd", "") + &dense), &["--target", "vllm"], "factored-linears");
     let folded = step("svd", "sites = \"*.up_proj\"")
         + &step("awq", "sites = \"*.down_proj\"")

@@ -1,6 +1,6 @@
 //! A whole model that learns: its values in f32, which of them are trained and how, and what the forward sees.
 //!
-//! Trained are all values, norms and biases alone, or low-rank adapters `W + (alpha / rank) B A` beside frozen
+//! Trained are all values, norms and biases alone, the scales of codes that stay (PEQA), or low-rank adapters `W + (alpha / rank) B A` beside frozen
 //! linears (LoRA, Hu et al. 2021, arXiv:2106.09685), which [`Learner::value`] merges. With a quantization scheme the
 //! forward sees every block linear rounded to it, and the gradient goes through the rounding as if it were not there
 //! (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432; LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use attar_ir::PassError;
 use attar_model::{BlockGradient, BlockWeights, Decoder, Student};
 use attar_tensor::{
-    QuantScheme, TensorSource,
+    QuantScheme, QuantizedLinear, TensorSource,
     grid::{Clip, choose_grid},
     linalg::{axpy, first_non_finite, gemm_nn, gemm_nt, gemm_tn, vectorize},
     rng::Rng,
@@ -31,6 +31,8 @@ pub enum Trained {
     All,
     /// Weights of norms, and biases.
     Norms,
+    /// Scales of the linears that are quantized already; their codes stay (PEQA, Kim et al. 2023, arXiv:2305.14152).
+    Scales,
     /// Low-rank adapters beside the linears of the blocks.
     Adapters {
         /// Rows of A and columns of B.
@@ -68,8 +70,69 @@ struct Adapter {
 enum Value {
     Frozen(Vec<f32>),
     Trained(Free),
+    /// Frozen codes with a trained factor on each scale; the gradient on what the forward sees exists while its block is
+    /// at work.
+    Scaled(Box<Scaled>),
     /// Frozen, with an adapter; the gradient on what the forward sees exists while its block is at work.
     Adapted(Vec<f32>, Adapter, Vec<f32>),
+}
+
+/// Codes whose scales are trained: `(code − zero) · scale · factor`.
+#[derive(Debug, Clone)]
+struct Scaled {
+    codes: QuantizedLinear,
+    /// One for each scale, on its grid once multiplied.
+    factors: Free,
+    gradient: Vec<f32>,
+}
+
+impl Scaled {
+    /// The scales as they stand, on their grid.
+    fn scales(&self) -> Vec<f32> {
+        let grid = self.codes.scheme.scale_grid;
+        let scaled = self.codes.scales.iter().zip(&self.factors.values);
+        scaled.map(|(scale, factor)| grid.project(scale * factor)).collect()
+    }
+
+    /// Writes the weight.
+    fn values(&self, out: &mut Vec<f32>) {
+        let (rows, inner) = (self.codes.out_features, self.codes.in_features);
+        out.resize(rows * inner, 0.0);
+        let (scales, groups) = (self.scales(), self.codes.groups());
+        out.par_chunks_mut(inner).enumerate().for_each(|(row, out)| {
+            let scales = &scales[row * groups..(row + 1) * groups];
+            self.each(row, |column, group, level| out[column] = level * scales[group]);
+        });
+    }
+
+    /// Each weight of a row: column, group, and code less zero point.
+    #[inline]
+    fn each(&self, row: usize, mut visit: impl FnMut(usize, usize, f32)) {
+        let QuantizedLinear { codes, zeros, g_idx, scheme, in_features: inner, .. } = &self.codes;
+        let zeros = &zeros[row * self.codes.groups()..][..self.codes.groups()];
+        let size = scheme.group_size(*inner);
+        for (column, &code) in codes[row * inner..(row + 1) * inner].iter().enumerate() {
+            let group = g_idx.as_ref().map_or(column / size, |g_idx| g_idx[column] as usize);
+            visit(column, group, f32::from(code) - f32::from(zeros[group]));
+        }
+    }
+
+    /// Takes the gradient on the weight to the factors: `Σ (code − zero) · scale · d` over a group.
+    fn factor_gradients(&mut self) {
+        let inner = self.codes.in_features;
+        let groups = self.codes.groups();
+        let gradient = std::mem::take(&mut self.gradient);
+        let mut sums = std::mem::take(&mut self.factors.gradient);
+        sums.par_chunks_mut(groups).zip(gradient.par_chunks(inner)).enumerate().for_each(
+            |(row, (sums, d))| {
+                let scales = &self.codes.scales[row * groups..(row + 1) * groups];
+                self.each(row, |column, group, level| {
+                    sums[group] += level * scales[group] * d[column];
+                });
+            },
+        );
+        self.factors.gradient = sums;
+    }
 }
 
 /// One tensor of the model.
@@ -89,6 +152,8 @@ impl Part {
         match &self.value {
             Value::Frozen(values) | Value::Adapted(values, ..) => values,
             Value::Trained(free) => &free.values,
+            // Seen only.
+            Value::Scaled(_) => &[],
         }
     }
 
@@ -106,12 +171,19 @@ impl Part {
                 gradient.resize(values.len(), 0.0);
                 (values.as_slice(), Some(gradient.as_mut_slice()))
             }
+            Value::Scaled(scaled) => {
+                scaled.gradient.resize(scaled.codes.codes.len(), 0.0);
+                (&[][..], Some(scaled.gradient.as_mut_slice()))
+            }
         };
         (self.seen.as_deref().unwrap_or(own), gradient)
     }
 
-    /// The value with its adapter merged.
+    /// The value with its adapter merged; of codes the scales.
     fn merged(&self) -> Cow<'_, [f32]> {
+        if let Value::Scaled(scaled) = &self.value {
+            return Cow::Owned(scaled.scales());
+        }
         if !matches!(self.value, Value::Adapted(..)) {
             return Cow::Borrowed(self.own());
         }
@@ -140,12 +212,16 @@ impl Part {
         match &mut self.value {
             Value::Frozen(_) => Vec::new(),
             Value::Trained(free) => vec![free],
+            Value::Scaled(scaled) => vec![&mut scaled.factors],
             Value::Adapted(_, adapter, _) => vec![&mut adapter.a, &mut adapter.b],
         }
     }
 
     /// Takes the gradient on the linear to its factors: `dA += s Bᵀ dW`, `dB += s dW Aᵀ`.
     fn factor_gradients(&mut self) {
+        if let Value::Scaled(scaled) = &mut self.value {
+            return scaled.factor_gradients();
+        }
         let Value::Adapted(values, adapter, gradient) = &mut self.value else { return };
         let (out, inner, rank) = (self.shape[0], self.shape[1], adapter.rank);
         debug_assert_eq!(values.len(), out * inner);
@@ -179,13 +255,14 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// Reads every tensor of a model. Adapters begin as zero: A is random by `seed`, B is zero.
+    /// Reads every tensor of a model, `codes` giving by the name of a weight what is quantized already. Adapters begin as zero: A is random by `seed`, B is zero.
     ///
     /// # Errors
     /// A tensor that cannot be read or holds NaN or infinity.
     pub fn read(
         decoder: &Decoder,
         source: &dyn TensorSource,
+        codes: &dyn Fn(&str) -> Option<QuantizedLinear>,
         trained: Trained,
         scheme: Option<QuantScheme>,
         seed: u64,
@@ -194,6 +271,13 @@ impl Learner {
         let mut rng = Rng::new(seed ^ 0x1f83_d9ab_fb41_bd6b);
         let mut add = |name: String, shape: Vec<usize>, linear: bool| -> Result<usize, PassError> {
             let fail = |reason: String| PassError::Numeric { site: name.clone(), reason };
+            if let Some(codes) = codes(&name) {
+                let factors = Free::new(vec![1.0; codes.scales.len()]);
+                let value =
+                    Value::Scaled(Box::new(Scaled { codes, factors, gradient: Vec::new() }));
+                parts.push(Part { name, shape, value, seen: None, rounded: false });
+                return Ok(parts.len() - 1);
+            }
             let view = source.read(&name).map_err(|error| fail(error.to_string()))?;
             let values = view.to_f32().map_err(|error| fail(error.to_string()))?;
             source.release(&name);
@@ -216,7 +300,9 @@ impl Learner {
                     let scale = alpha / rank as f32;
                     Value::Adapted(values, Adapter { rank, scale, a, b }, Vec::new())
                 }
-                Trained::Norms | Trained::Adapters { .. } => Value::Frozen(values),
+                Trained::Norms | Trained::Scales | Trained::Adapters { .. } => {
+                    Value::Frozen(values)
+                }
             };
             let rounded = linear && scheme.is_some();
             parts.push(Part { name, shape, value, seen: None, rounded });
@@ -279,6 +365,8 @@ impl Learner {
         seen + match trained {
             Trained::All => 16 * weights,
             Trained::Norms => 4 * weights + 12 * vectors,
+            // Codes, here and in the blocks, and the gradient of a block; factors, their gradients and means.
+            Trained::Scales => 4 * weights + 7 * linears + 20 * factors,
             Trained::Adapters { .. } => {
                 4 * weights + if rounded { 0 } else { 4 * linears } + 16 * factors
             }
@@ -289,6 +377,12 @@ impl Learner {
     fn refresh(&mut self) {
         let scheme = self.scheme;
         for part in &mut self.parts {
+            if let Value::Scaled(scaled) = &part.value {
+                let mut seen = part.seen.take().unwrap_or_default();
+                scaled.values(&mut seen);
+                part.seen = Some(seen);
+                continue;
+            }
             let adapted = matches!(part.value, Value::Adapted(..));
             if !adapted && !part.rounded {
                 continue;
@@ -316,7 +410,7 @@ impl Learner {
     pub fn step(&mut self, t: usize, rate: f32, adamw: AdamW, limit: f64) -> f64 {
         let mut free: Vec<(bool, &mut Free)> = Vec::new();
         for part in &mut self.parts {
-            let matrix = part.shape.len() > 1;
+            let matrix = part.shape.len() > 1 && !matches!(part.value, Value::Scaled(_));
             free.extend(part.free().into_iter().map(|free| (matrix, free)));
         }
         let mut gradients: Vec<&mut [f32]> =
@@ -350,7 +444,7 @@ impl Learner {
         self.parts.iter().filter(changed).map(|part| part.name.as_str())
     }
 
-    /// The value of a tensor with its adapter merged, not rounded.
+    /// The value of a tensor with its adapter merged, not rounded; of codes their scales.
     pub fn value(&self, name: &str) -> Option<Cow<'_, [f32]>> {
         self.parts.iter().find(|part| part.name == name).map(Part::merged)
     }
@@ -360,6 +454,7 @@ impl Learner {
         let one = |part: &Part| match &part.value {
             Value::Frozen(_) => 0,
             Value::Trained(free) => free.values.len(),
+            Value::Scaled(scaled) => scaled.factors.values.len(),
             Value::Adapted(_, adapter, _) => adapter.a.values.len() + adapter.b.values.len(),
         };
         self.parts.iter().map(one).sum()
@@ -372,6 +467,7 @@ impl Learner {
             let lists: Vec<(&str, &Free)> = match &part.value {
                 Value::Frozen(_) => Vec::new(),
                 Value::Trained(free) => vec![("", free)],
+                Value::Scaled(scaled) => vec![(".factors", &scaled.factors)],
                 Value::Adapted(_, adapter, _) => vec![(".a", &adapter.a), (".b", &adapter.b)],
             };
             for (suffix, free) in lists {
@@ -397,6 +493,7 @@ impl Learner {
             let lists: Vec<(&str, &mut Free)> = match &mut part.value {
                 Value::Frozen(_) => Vec::new(),
                 Value::Trained(free) => vec![("", free)],
+                Value::Scaled(scaled) => vec![(".factors", &mut scaled.factors)],
                 Value::Adapted(_, adapter, _) => {
                     vec![(".a", &mut adapter.a), (".b", &mut adapter.b)]
                 }

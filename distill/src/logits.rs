@@ -28,7 +28,7 @@ use crate::{
     AdamW, Learner, Order, Schedule, Trained,
     loss::{Divergence, Row, RowLoss},
 };
-use options::{Options, Rounding, What};
+use options::{At, Options, Rounding, What, Word};
 use teacher::{Teacher, failed};
 
 /// Bytes of tapes that are kept beside each other.
@@ -41,9 +41,9 @@ const ROWS: usize = 8;
 /// Registration of `distill`.
 pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "distill",
-    summary: "train the whole model to put out what the original does: all weights, norms alone, adapters, or through rounding",
+    summary: "train the whole model to put out what the original does: all weights, norms alone, adapters, through rounding, or the scales of codes",
     paper: "Hinton et al. 2015, arXiv:1503.02531; Gu et al. 2023, arXiv:2306.08543; Agarwal et al. 2023, arXiv:2306.13649; \
-            Hu et al. 2021, arXiv:2106.09685; Liu et al. 2023, arXiv:2305.17888",
+            Hu et al. 2021, arXiv:2106.09685; Liu et al. 2023, arXiv:2305.17888; Kim et al. 2023, arXiv:2305.14152",
     example: "\
 [[step]]\n\
 pass = \"prune_ffn\"\n\
@@ -77,6 +77,7 @@ impl Distill {
         match self.options.train {
             What::All => Trained::All,
             What::Norms => Trained::Norms,
+            What::Scales => Trained::Scales,
             What::Adapters => {
                 let rank = self.options.rank;
                 Trained::Adapters { rank, alpha: self.options.alpha.unwrap_or(2.0 * rank as f32) }
@@ -116,7 +117,12 @@ impl Distill {
             parts.push(format!("{} cross-entropy with the text", o.text));
         }
         if o.hidden > 0.0 {
-            parts.push(format!("{} distance of the last streams", o.hidden));
+            let at = match &o.hidden_at {
+                At::Word(Word::Last) => "the last streams".to_owned(),
+                At::Word(Word::All) => "the streams of all blocks".to_owned(),
+                At::Blocks(blocks) => format!("the streams of blocks {blocks:?}"),
+            };
+            parts.push(format!("{} distance of {at}", o.hidden));
         }
         parts.join(" + ")
     }
@@ -128,12 +134,27 @@ impl Distill {
         self.options.steps.unwrap_or_else(epochs).max(1)
     }
 
+    /// Blocks of the student at which streams are compared; none where they have no weight.
+    fn compared(&self, layers: usize) -> Vec<usize> {
+        if self.options.hidden > 0.0 {
+            self.options.hidden_at.blocks(layers).unwrap_or_default()
+        } else {
+            Vec::new()
+        }
+    }
+
     /// Tapes that are kept.
     fn tapes(graph: &ModelGraph, tokens: usize, stream: usize) -> usize {
         let room = if stream == 0 { 0 } else { TAPES };
         let tape = graph.blocks.iter().map(|block| Tape::bytes(block, tokens)).max().unwrap_or(1);
         (room / tape.max(1)).min(graph.blocks.len())
     }
+}
+
+/// The block of a teacher of `theirs` that stands for block `index` of a student of `ours`: the last for the last, others
+/// evenly.
+fn counterpart(index: usize, ours: usize, theirs: usize) -> usize {
+    ((index + 1) * theirs).div_ceil(ours.max(1)).max(1) - 1
 }
 
 /// Values of a model: all, those of block linears, those of norms and biases.
@@ -161,6 +182,12 @@ fn factors(graph: &ModelGraph, rank: usize) -> usize {
     sites.map(|site| rank * (site.in_features + site.out_features)).sum()
 }
 
+/// Scales of the linears of the blocks, in groups of 32 at most.
+fn scales(graph: &ModelGraph) -> usize {
+    let sites = graph.blocks.iter().flat_map(|block: &Block| &block.sites);
+    sites.map(|site| site.out_features * site.in_features.div_ceil(32)).sum()
+}
+
 impl ModelPass for Distill {
     fn name(&self) -> &'static str {
         "distill"
@@ -176,6 +203,7 @@ impl ModelPass for Distill {
         let what = match self.options.train {
             What::All => format!("all {all} values"),
             What::Norms => format!("{vectors} values of norms and biases"),
+            What::Scales => "the scales of all codes".to_owned(),
             What::Adapters => {
                 let rank = self.options.rank;
                 format!("{} values of adapters of rank {rank}", factors(graph, rank))
@@ -208,9 +236,12 @@ struct BatchLoss<'a> {
     row: RowLoss,
     vocab: usize,
     hidden: usize,
-    layers: usize,
-    /// Weight of the distance of streams.
+    /// Weight of the distance of streams, over their number.
     streams: f32,
+    /// Blocks at which they are compared, and what leaves the teacher's; the last block's is `theirs`.
+    compared: &'a [usize],
+    layers: usize,
+    left: Vec<Vec<f32>>,
     /// Each token's successor in its window.
     next: Vec<Option<u32>>,
     /// Of the teacher, for the tokens of the batch: what leaves its last block.
@@ -251,14 +282,15 @@ impl Objective for BatchLoss<'_> {
     }
 
     fn hidden(&mut self, index: usize, output: &[f32], d: &mut [f32]) -> f64 {
-        if self.streams <= 0.0 || index + 1 != self.layers {
+        let Some(place) = self.compared.iter().position(|&block| block == index) else {
             return 0.0;
-        }
+        };
+        let theirs = if index + 1 == self.layers { &self.theirs } else { &self.left[place] };
         let (width, weight) = (self.hidden, self.streams * self.scale);
         let losses: Vec<f64> = d
             .par_chunks_mut(width)
             .zip(output.par_chunks(width))
-            .zip(self.theirs.par_chunks(width))
+            .zip(theirs.par_chunks(width))
             .map(|((d, x), y)| {
                 let size = y.iter().map(|y| y * y).sum::<f32>().max(f32::MIN_POSITIVE);
                 let mut distance = 0.0f32;
@@ -287,7 +319,10 @@ impl Train for Distill {
         stream: usize,
     ) -> usize {
         let (all, linears, vectors) = counts(graph);
-        let adapters = factors(graph, self.options.rank);
+        let adapters = match self.options.train {
+            What::Scales => scales(graph),
+            _ => factors(graph, self.options.rank),
+        };
         let rounded = self.scheme.is_some();
         let model = Learner::bytes(all, linears, vectors, adapters, self.trained(), rounded);
         let batch = self.options.batch * context;
@@ -295,7 +330,8 @@ impl Train for Distill {
         let windows = 4 * tokens;
         let mut teacher = 0;
         if self.learns() {
-            let row = 4 * original.hidden;
+            let taps = self.compared(graph.blocks.len()).len().max(1);
+            let row = 4 * original.hidden * taps;
             let largest = original
                 .blocks
                 .iter()
@@ -316,6 +352,7 @@ impl Train for Distill {
         let values = match self.options.train {
             What::All => all,
             What::Norms => vectors,
+            What::Scales => scales(graph),
             What::Adapters => factors(graph, self.options.rank),
         };
         // A value and its two moments.
@@ -323,6 +360,7 @@ impl Train for Distill {
     }
 
     fn check(&self, graph: &ModelGraph) -> Result<(), String> {
+        self.options.hidden_at.blocks(graph.blocks.len())?;
         if let Some(scheme) = self.scheme {
             for site in graph.blocks.iter().flat_map(|block| &block.sites) {
                 if scheme.groups(site.in_features).is_none() {
@@ -350,13 +388,20 @@ impl Train for Distill {
         Ok(())
     }
 
+    fn trains_scales(&self) -> bool {
+        self.options.train == What::Scales
+    }
+
     fn matches_streams(&self) -> bool {
         self.options.hidden > 0.0
     }
 
     fn changes(&self, graph: &ModelGraph, tensor: &str) -> bool {
         let all = self.options.train == What::All;
-        let vectors = self.options.train != What::Adapters;
+        let vectors = matches!(self.options.train, What::All | What::Norms);
+        if self.options.train == What::Scales {
+            return false;
+        }
         let of_block = |block: &Block| {
             let inner = block.index < graph.blocks.len();
             let site = |site: &attar_ir::Site| {
@@ -384,12 +429,33 @@ impl Train for Distill {
         let windows = session.windows();
         let (config, source) = session.student();
         let decoder = Decoder::read(config, source).map_err(|error| failed("student", error))?;
-        let mut learner =
-            Learner::read(&decoder, source, self.trained(), self.scheme, context.seed)?;
+        let mut learner = Learner::read(
+            &decoder,
+            source,
+            &|name| session.codes(name),
+            self.trained(),
+            self.scheme,
+            context.seed,
+        )?;
         let mut teacher = None;
+        let layers = decoder.spec.layers;
+        let compared = self.compared(layers);
+        // Which of the teacher's taps each of them reads; two may read one.
+        let mut places = Vec::new();
         if self.learns() {
             let (config, source) = session.teacher();
-            teacher = Some(Teacher::read(config, source)?);
+            let mut read = Teacher::read(config, source)?;
+            let theirs = read.decoder.spec.layers;
+            let of = |&block: &usize| counterpart(block, layers, theirs);
+            let mut taps: Vec<usize> =
+                compared.iter().map(of).filter(|tap| tap + 1 < theirs).collect();
+            taps.dedup();
+            places = compared
+                .iter()
+                .map(|block| taps.iter().position(|tap| *tap == of(block)))
+                .collect();
+            read.taps = taps;
+            teacher = Some(read);
         }
         let steps = self.steps(windows.len());
         let schedule = Schedule {
@@ -443,14 +509,28 @@ impl Train for Distill {
                     },
                     vocab: decoder.spec.vocab,
                     hidden: decoder.spec.hidden,
-                    layers: decoder.spec.layers,
-                    streams: o.hidden,
+                    layers,
+                    streams: o.hidden / compared.len().max(1) as f32,
+                    compared: &compared,
+                    left: teacher.as_ref().map_or_else(Vec::new, |teacher| {
+                        let last = teacher.taps.len();
+                        let of = |(place, &block): (&Option<usize>, &usize)| {
+                            let at = place.unwrap_or(last);
+                            if block + 1 == layers {
+                                // It is there already.
+                                return Vec::new();
+                            }
+                            part.iter().flat_map(|w| &teacher.streams[w][at]).copied().collect()
+                        };
+                        places.iter().zip(&compared).map(of).collect()
+                    }),
                     next: of
                         .iter()
                         .flat_map(|w| w[1..].iter().map(|&id| Some(id)).chain([None]))
                         .collect(),
                     theirs: teacher.as_ref().map_or_else(Vec::new, |teacher| {
-                        part.iter().flat_map(|at| &teacher.streams[at]).copied().collect()
+                        let last = teacher.taps.len();
+                        part.iter().flat_map(|at| &teacher.streams[at][last]).copied().collect()
                     }),
                     teacher: teacher.as_ref().zip(their_head.as_ref()).map(|(teacher, head)| {
                         let weights = BlockWeights {
@@ -520,7 +600,8 @@ fn ahead(
     teacher: &Teacher<'_>,
     limit: usize,
 ) -> Vec<usize> {
-    let bytes = |at: usize| 4 * windows[at].len() * teacher.decoder.spec.hidden;
+    let streams = teacher.taps.len() + 1;
+    let bytes = |at: usize| 4 * windows[at].len() * teacher.decoder.spec.hidden * streams;
     let mut wanted = std::collections::BTreeSet::new();
     let mut total = 0;
     for step in step..steps {
@@ -585,5 +666,21 @@ impl State {
             count: number("count") as usize,
             curve,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::counterpart;
+
+    #[test]
+    fn blocks_of_a_shorter_student_stand_for_the_teachers_evenly() {
+        let of = |ours: usize, theirs: usize| -> Vec<usize> {
+            (0..ours).map(|index| counterpart(index, ours, theirs)).collect()
+        };
+        assert_eq!(of(4, 4), [0, 1, 2, 3]);
+        assert_eq!(of(3, 4), [1, 2, 3]);
+        assert_eq!(of(2, 6), [2, 5]);
+        assert_eq!(of(4, 2), [0, 0, 1, 1]);
     }
 }

@@ -8,9 +8,9 @@
 //! Cost: 6 FLOPs per token and weight and step.
 
 use attar_ir::{
-    Block, BlockState, BlockStats, BlockValues, Contract, Cost, FormChange, FormSet, Limits, Needs,
-    Pass, PassContext, PassDef, PassError, PassReport, Site, SiteReport, Target, Teacher, Touches,
-    Training, Upstream, Weight, recipe::options, relative,
+    Block, BlockState, BlockStats, BlockValues, Contract, Cost, Event, FormChange, FormSet, Limits,
+    Needs, Pass, PassContext, PassDef, PassError, PassReport, Site, SiteReport, Target, Teacher,
+    Touches, Training, Upstream, Weight, recipe::options, relative,
 };
 use attar_tensor::{Mat, linalg::squares};
 use serde::Deserialize;
@@ -105,6 +105,18 @@ impl Options {
 
 #[derive(Debug)]
 struct Reconstruct(Options);
+
+/// Why the numbers of a linear do not learn, where they might be expected to.
+fn left_alone(weight: &Weight) -> Option<Event> {
+    let reason = match weight {
+        Weight::Quantized(quantized) if quantized.g_idx.is_some() => {
+            "its columns are in groups by importance (`order` of gptq), whose scales do not learn"
+        }
+        Weight::Blocks(_) => "scales of block types do not learn",
+        _ => return None,
+    };
+    Some(Event::LeftAlone { reason: reason.into() })
+}
 
 impl Reconstruct {
     fn learner(&self, state: &BlockState, target: &Target) -> Learner {
@@ -203,12 +215,14 @@ impl Pass for Reconstruct {
                     Learner::Fixed => {}
                 }
             }
+            let mut events = vec![event.clone()];
+            events.extend(left_alone(&state.linears[at].weight));
             sites.push(SiteReport {
                 site: context.block.sites[at].name.clone(),
                 pass: "reconstruct".into(),
                 weight_error,
                 output_error: None,
-                events: vec![event.clone()],
+                events,
             });
         }
         if better && self.0.norm_rate > 0.0 {
@@ -279,6 +293,22 @@ mod tests {
         assert_eq!(old.codes, new.codes);
         assert_ne!(old.scales, new.scales);
         assert!(loss(&linear, &state) < 0.95 * loss(&linear, &start));
+    }
+
+    #[test]
+    fn scales_of_reordered_columns_stay_and_the_report_says_so() {
+        let before = state(5);
+        let linear = Linear::new(&before, 6);
+        let mut start = before.clone();
+        learn(&rounding::DEF, "iterations = 0", Some(scheme(2, true)), &linear, &mut start);
+        let Weight::Quantized(own) = &mut start.linears[0].weight else { unreachable!() };
+        let size = own.scheme.group_size(own.in_features);
+        own.g_idx = Some((0..own.in_features).map(|c| (c / size) as u32).collect());
+        let mut state = start.clone();
+        let report = learn(&DEF, "", None, &linear, &mut state);
+        assert_eq!(state.linears[0].weight, start.linears[0].weight);
+        let told = |event: &Event| matches!(event, Event::LeftAlone { reason } if reason.contains("columns"));
+        assert!(report.sites[0].events.iter().any(told), "{report:?}");
     }
 
     #[test]

@@ -58,7 +58,10 @@ impl Linear {
         }
         let tokens = TOKENS * WINDOWS;
         let hessian = Some(gram.finish(2.0 / tokens as f64).unwrap());
-        BlockStats { inputs: vec![Some(InputStats { tokens, hessian, ..InputStats::default() })] }
+        BlockStats {
+            inputs: vec![Some(InputStats { tokens, hessian, ..InputStats::default() })],
+            gradients: None,
+        }
     }
 }
 

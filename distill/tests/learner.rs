@@ -143,7 +143,8 @@ fn the_slope_along_the_gradient_is_its_square() {
             (Trained::Norms, "norms"),
             (Trained::Adapters { rank: 3, alpha: 6.0 }, "adapters"),
         ] {
-            let mut learner = Learner::read(&decoder, &source, trained, None, 1).unwrap();
+            let mut learner =
+                Learner::read(&decoder, &source, &|_| None, trained, None, 1).unwrap();
             if name == "adapters" {
                 // From zero B has a gradient and A has none.
                 loss(&decoder, &mut learner, 3);
@@ -160,7 +161,8 @@ fn neither_kept_tapes_nor_threads_change_bits_and_a_state_comes_back() {
     let train = |threads: usize, tapes: usize, cut: bool| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            let fresh = || Learner::read(&decoder, &source, Trained::All, None, 1).unwrap();
+            let fresh =
+                || Learner::read(&decoder, &source, &|_| None, Trained::All, None, 1).unwrap();
             let mut learner = fresh();
             for t in 1..=4 {
                 if cut && t == 3 {
@@ -187,7 +189,7 @@ fn neither_kept_tapes_nor_threads_change_bits_and_a_state_comes_back() {
     for (threads, tapes, cut) in [(2, 3, false), (1, 0, false), (2, 1, true)] {
         assert!(want == train(threads, tapes, cut), "{threads} threads, {tapes} tapes, cut: {cut}");
     }
-    let mut learner = Learner::read(&decoder, &source, Trained::All, None, 1).unwrap();
+    let mut learner = Learner::read(&decoder, &source, &|_| None, Trained::All, None, 1).unwrap();
     let missing = learner.restore(&|_| None).unwrap_err();
     assert_eq!(missing, "model.embed_tokens.weight.value");
 }
@@ -196,7 +198,7 @@ fn neither_kept_tapes_nor_threads_change_bits_and_a_state_comes_back() {
 fn adapters_begin_as_nothing_and_are_merged_into_their_linears_alone() {
     let (decoder, source) = model(false);
     let trained = Trained::Adapters { rank: 2, alpha: 4.0 };
-    let mut learner = Learner::read(&decoder, &source, trained, None, 1).unwrap();
+    let mut learner = Learner::read(&decoder, &source, &|_| None, trained, None, 1).unwrap();
     let name = "model.layers.1.mlp.up_proj.weight";
     let before = source.read(name).unwrap().to_f32().unwrap();
     assert_eq!(learner.value(name).unwrap().as_ref(), before);
@@ -223,8 +225,8 @@ fn the_forward_sees_rounded_linears_and_their_values_stay_free() {
         activations: ActivationScheme::Float,
     };
     let (mut plain, mut rounded) = (
-        Learner::read(&decoder, &source, Trained::All, None, 1).unwrap(),
-        Learner::read(&decoder, &source, Trained::All, Some(scheme), 1).unwrap(),
+        Learner::read(&decoder, &source, &|_| None, Trained::All, None, 1).unwrap(),
+        Learner::read(&decoder, &source, &|_| None, Trained::All, Some(scheme), 1).unwrap(),
     );
     let (a, b) = (loss(&decoder, &mut plain, 3), loss(&decoder, &mut rounded, 3));
     assert!((a - b).abs() > 1e-3, "{a} {b}");

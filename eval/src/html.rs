@@ -393,6 +393,7 @@ fn told(event: &Event) -> String {
             format!("dampening raised to {percdamp} after {failures} failures")
         }
         Event::DeadColumns { count } => format!("{count} dead columns"),
+        Event::LeftAlone { reason } => format!("left as it was: {reason}"),
         Event::Learned { steps, before, after } => {
             format!("block loss {before:.4} to {after:.4}, {steps} steps")
         }

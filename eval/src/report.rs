@@ -42,6 +42,9 @@ pub struct Inputs {
     /// Importance matrix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imatrix: Option<PathBuf>,
+    /// Directory that paths in the recipe are relative to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<PathBuf>,
 }
 
 /// Where the wall time went, seconds.

@@ -38,7 +38,7 @@ pub use pass::{
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
 pub use state::{BlockState, LinearState};
-pub use stats::{BlockStats, Given, InputStats, Needs};
+pub use stats::{BlockGradients, BlockStats, Given, InputStats, Needs, SiteGradient};
 pub use train::{Saved, Train, TrainProgress, TrainSession, TrainingReport};
 pub use training::{BlockFunction, BlockValues, Progress, Teacher, Training, Wanted};
 pub use weight::{Corrected, Factors, Weight};

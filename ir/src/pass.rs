@@ -88,7 +88,7 @@ pub struct PassContext<'a> {
     /// Seed of the run.
     pub seed: u64,
     /// What [`Pass::survey`] found in each decoder block, in order; empty for passes that survey nothing.
-    pub survey: &'a [f64],
+    pub survey: &'a [Vec<f64>],
     /// The original float weights of the targets by site, with the scales that earlier steps folded around them, for
     /// passes that read them ([`Pass::reads_original`]); empty for others.
     pub original: &'a [Option<Mat>],
@@ -120,6 +120,11 @@ pub enum Event {
         before: f64,
         /// Of what was kept.
         after: f64,
+    },
+    /// The site stayed as it was, and why.
+    LeftAlone {
+        /// In words.
+        reason: String,
     },
     /// A chosen hyperparameter, e.g. the scale exponent of awq.
     Chosen {
@@ -293,11 +298,11 @@ pub trait Pass: Debug + Send + Sync {
         None
     }
 
-    /// One number of a decoder block as it is in the checkpoint, taken of all blocks (one forward of the original
-    /// model) before any is worked on, and given back in [`PassContext::survey`]. `stats` holds what
-    /// [`Pass::surveys`] asks for, for every input.
-    fn survey(&self, _: &Block, _: &[Target], _: &BlockState, _: &BlockStats) -> f64 {
-        0.0
+    /// A few numbers of a decoder block as it is in the checkpoint, taken of all blocks (one forward of the original
+    /// model, and one backward where gradients are asked for) before any is worked on, and given back in
+    /// [`PassContext::survey`]. `stats` holds what [`Pass::surveys`] asks for, for every input.
+    fn survey(&self, _: &Block, _: &[Target], _: &BlockState, _: &BlockStats) -> Vec<f64> {
+        Vec::new()
     }
 
     /// What it costs on `targets` of a block, statistics excluded, within `limits`.

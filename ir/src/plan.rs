@@ -52,6 +52,7 @@ pub struct PassGraph<'a> {
     given: Option<Given>,
     budget: Budget,
     model: Vec<ModelStep>,
+    last: Option<ModelStep>,
 }
 
 impl<'a> PassGraph<'a> {
@@ -72,7 +73,7 @@ impl<'a> PassGraph<'a> {
         assert_eq!(passes.len(), recipe.steps.len(), "one pass per step");
         let budget = Budget::default();
         let numbers = Default::default();
-        let (model, given) = (Vec::new(), None);
+        let (model, given, last) = (Vec::new(), None, None);
         Self {
             graph,
             passes,
@@ -84,6 +85,7 @@ impl<'a> PassGraph<'a> {
             given,
             budget,
             model,
+            last,
         }
     }
 
@@ -93,10 +95,16 @@ impl<'a> PassGraph<'a> {
         self
     }
 
+    /// Puts a training of scales behind the steps.
+    pub fn before(mut self, last: Option<ModelStep>) -> Self {
+        self.last = last;
+        self
+    }
+
     /// Calls steps and emits by their places in the recipe that this is a variant of.
     pub fn numbered(mut self, variant: &Variant) -> Self {
-        let first = variant.steps.len() - self.recipe.steps.len();
-        self.numbers = (variant.steps[first..].to_vec(), variant.emits.clone());
+        let steps = &variant.steps[self.model.len()..][..self.recipe.steps.len()];
+        self.numbers = (steps.to_vec(), variant.emits.clone());
         self
     }
 
@@ -121,7 +129,7 @@ impl<'a> PassGraph<'a> {
     }
 }
 
-/// A pass on the whole model as it will run, before all others.
+/// A pass on the whole model as it will run, before all others (or, training scales, behind them).
 #[derive(Debug, Serialize)]
 pub struct ModelStep {
     /// `step[i] (pass)`.
@@ -358,6 +366,9 @@ pub struct Plan {
     pub passes: Vec<Box<dyn Pass>>,
     /// Passes on the whole model, before the steps.
     pub model: Vec<ModelStep>,
+    /// Training of the scales that the steps have made, behind them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<ModelStep>,
     /// Steps in order.
     pub steps: Vec<PlanStep>,
     /// Every site of the decoder blocks, then the output head.

@@ -17,6 +17,9 @@ bitflags::bitflags! {
         /// No statistic, but the block as a function: its inputs, and what the original block put out
         /// ([`crate::BlockFunction`]).
         const TEACHER = 1 << 4;
+        /// No statistic of an input, but what the next-token loss says of the block's weights ([`BlockGradients`]); of
+        /// the original model, taken from the last block to the first before any is worked on.
+        const GRADIENTS = 1 << 5;
     }
 }
 
@@ -66,17 +69,38 @@ pub struct Given {
     pub head: bool,
 }
 
+/// What the next-token loss says of the weights of one linear, over all calibration windows; of a window it is the mean
+/// negative log-likelihood of its tokens, nats.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SiteGradient {
+    /// `[out_features, in_features]`: sum over windows of the gradient.
+    pub sum: Mat,
+    /// `[out_features, in_features]`: sum over windows of its squares, the diagonal of the empirical Fisher matrix.
+    pub squares: Mat,
+}
+
+/// Gradients of a decoder block. As large as two blocks of weights: what is to be kept of them is made while they are there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockGradients {
+    /// Windows that were added.
+    pub windows: usize,
+    /// By site.
+    pub sites: Vec<SiteGradient>,
+}
+
 /// Statistics of a block: `inputs[i]` belongs to `block.inputs[i]`, `None` where nothing was asked for.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct BlockStats {
     /// One entry per input group.
     pub inputs: Vec<Option<InputStats>>,
+    /// What the loss says of its weights, where [`Needs::GRADIENTS`] was asked for.
+    pub gradients: Option<BlockGradients>,
 }
 
 impl BlockStats {
     /// No statistics for `inputs` input groups.
     pub fn empty(inputs: usize) -> Self {
-        Self { inputs: vec![None; inputs] }
+        Self { inputs: vec![None; inputs], gradients: None }
     }
 
     /// Statistics of one input group, when collected.

@@ -1,7 +1,7 @@
 //! Training of the model as a whole: what such a pass asks of whoever runs it. Passes do no I/O and read no clock, so
 //! tensors, the place of the state and the moment to save it come through a [`TrainSession`].
 
-use attar_tensor::TensorSource;
+use attar_tensor::{QuantizedLinear, TensorSource};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -54,6 +54,12 @@ pub trait TrainSession {
     /// config.json and tensors of the model that it learns from.
     fn teacher(&self) -> (&Value, &dyn TensorSource);
 
+    /// The codes of a linear, by the name of its weight, where the student is quantized already.
+    fn codes(&self, weight: &str) -> Option<QuantizedLinear> {
+        let _ = weight;
+        None
+    }
+
     /// Token windows.
     fn windows(&self) -> &[Vec<u32>];
 
@@ -78,7 +84,7 @@ pub trait TrainSession {
     /// Tells how far training is.
     fn progress(&self, progress: TrainProgress);
 
-    /// Writes a tensor of the result, `values` in the order of its elements. Those not written stay as they were.
+    /// Writes a tensor of the result (of a linear with codes its scales), `values` in the order of its elements. Those not written stay as they were.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -89,6 +95,11 @@ pub trait TrainSession {
 pub trait Train: Sync {
     /// Directory of the teacher; the original checkpoint of the run when absent.
     fn teacher(&self) -> Option<&str>;
+
+    /// True when it trains the scales of what the steps on blocks have quantized, behind all of them.
+    fn trains_scales(&self) -> bool {
+        false
+    }
 
     /// True when streams of student and teacher are compared, which must have one width and one basis.
     fn matches_streams(&self) -> bool {

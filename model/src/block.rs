@@ -311,5 +311,5 @@ pub fn observe_block(
     release_buffers();
     let inputs =
         observers.into_iter().map(|o| o.finish().map(Some)).collect::<Result<_, ModelError>>()?;
-    Ok((BlockStats { inputs }, timing))
+    Ok((BlockStats { inputs, gradients: None }, timing))
 }

@@ -219,7 +219,7 @@ fn divergence(q: &mut [f32], p: &mut [f32], room: &mut Vec<f32>) -> f64 {
 }
 
 /// Makes probabilities of logits; returns the logarithm of the sum of their exponentials.
-fn probabilities(row: &mut [f32]) -> f64 {
+pub(crate) fn probabilities(row: &mut [f32]) -> f64 {
     let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     for v in row.iter_mut() {
         *v -= top;

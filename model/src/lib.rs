@@ -10,6 +10,7 @@ mod block;
 mod decoder;
 mod evaluate;
 mod generate;
+mod gradients;
 mod lesson;
 mod rope;
 pub mod spec;
@@ -24,6 +25,7 @@ pub use evaluate::{
     BlockOps, LinearOp, Linears, LowRankOp, WeightSource, embed, final_logits, run_block,
 };
 pub use generate::{Generator, Sampling};
+pub use gradients::sweep_gradients;
 pub use lesson::{LANES, Lesson};
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};

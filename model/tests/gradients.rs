@@ -2,8 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may stop anywhere")]
 
-use attar_model::{BlockGradient, BlockOps, BlockWeights, Decoder, Differentiable, Space, Stream};
-use attar_model::{Tape, embed_backward, run_block};
+use attar_ir::{Block, BlockGradients, BlockState};
+use attar_model::{
+    BlockGradient, BlockOps, BlockWeights, Decoder, Differentiable, ModelError, Space,
+};
+use attar_model::{
+    Spill, Stream, Tape, embed, embed_backward, final_logits, run_block, sweep_gradients,
+};
 use attar_tensor::{
     DType, SourceError, Tensor, TensorHeader, TensorSource, TensorView, compare::distance, rng::Rng,
 };
@@ -466,4 +471,142 @@ fn rows_of_the_embedding_receive_the_sum_of_their_tokens() {
     let mut table = vec![1.0; 8];
     embed_backward(&[3, 0, 3], &[1.0, 2.0, 10.0, 20.0, 0.5, 0.25], &mut table);
     assert_eq!(table, [11.0, 21.0, 1.0, 1.0, 1.0, 1.0, 2.5, 3.25]);
+}
+
+/// Two blocks, and windows of which one predicts nothing.
+fn whole_model() -> (Decoder, Memory, Vec<Vec<u32>>) {
+    let config = json!({
+        "model_type": "qwen3", "hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 2, "vocab_size": 40,
+        "rms_norm_eps": 1e-3, "rope_theta": 100.0, "max_position_embeddings": 256,
+    });
+    let mut all: Vec<(TensorHeader, Tensor)> = Vec::new();
+    for layer in 0..2 {
+        let case = case(
+            "a block",
+            &{
+                let mut c = config.clone();
+                c["num_hidden_layers"] = json!(1);
+                c
+            },
+            &[3],
+        );
+        for (header, tensor) in case.source.0.into_iter().zip(case.source.1) {
+            let block = header.name.contains("layers.0.");
+            if !block && (layer > 0 || ["input", "pull"].contains(&header.name.as_str())) {
+                continue;
+            }
+            let name = header.name.replace("layers.0.", &format!("layers.{layer}."));
+            all.push((TensorHeader { name, ..header }, tensor));
+        }
+    }
+    all.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+    let (headers, tensors) = all.into_iter().unzip();
+    let source = Memory(headers, tensors);
+    let decoder = Decoder::read(&config, &source).unwrap();
+    let mut rng = Rng::new(8);
+    let windows = [150, 1, 40].map(|n| (0..n).map(|_| rng.below(40) as u32).collect());
+    (decoder, source, windows.to_vec())
+}
+
+type Found = Vec<(usize, BlockGradients)>;
+
+fn sweep(
+    (decoder, source): (&Decoder, &Memory),
+    windows: &[Vec<u32>],
+    spill: Option<&Spill>,
+    threads: usize,
+) -> (f64, Found) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let mut found = Vec::new();
+        let mut keep = |block: &Block, _: &BlockState, own: BlockGradients| {
+            found.push((block.index, own));
+            Ok::<_, ModelError>(())
+        };
+        let loss = sweep_gradients(decoder, source, windows, spill, &mut keep).unwrap();
+        (loss, found)
+    })
+}
+
+/// Mean loss by the forward of calibration and evaluation, softmax in f64.
+fn loss(decoder: &Decoder, source: &Memory, windows: &[Vec<u32>]) -> f64 {
+    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+    let mut stream = Stream::new(&lengths, decoder.spec.hidden, None).unwrap();
+    for (at, ids) in windows.iter().enumerate() {
+        stream.write(at, &embed(decoder, source, ids).unwrap()).unwrap();
+    }
+    for index in 0..decoder.spec.layers {
+        let ops = BlockOps::load(decoder, index, source).unwrap();
+        run_block(decoder, index, &ops, &mut stream).unwrap();
+    }
+    let head = BlockOps::load(decoder, decoder.spec.layers, source).unwrap();
+    let mut sum = 0.0;
+    for (at, ids) in windows.iter().enumerate().filter(|(_, ids)| ids.len() > 1) {
+        let logits = final_logits(decoder, &head, &stream.read(at).unwrap());
+        let of = |(row, &next): (ndarray::ArrayView1<'_, f32>, &u32)| {
+            let whole: f64 = row.iter().map(|&z| f64::from(z).exp()).sum();
+            whole.ln() - f64::from(row[next as usize])
+        };
+        let own: f64 = logits.outer_iter().zip(&ids[1..]).map(of).sum();
+        sum += own / (ids.len() - 1) as f64;
+    }
+    sum / windows.len() as f64
+}
+
+#[test]
+fn a_sweep_gives_the_slope_of_the_loss_along_every_linear() {
+    let (decoder, mut source, windows) = whole_model();
+    let (mean, found) = sweep((&decoder, &source), &windows, None, 2);
+    assert!((mean - loss(&decoder, &source, &windows)).abs() < 1e-5 * mean, "{mean}");
+    assert_eq!(found.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 0]);
+    for (index, gradients) in &found {
+        for (site, own) in decoder.block(*index).sites.iter().zip(&gradients.sites) {
+            // Along the gradient itself the slope is its norm: far enough for f32 forwards to tell.
+            let norm = own.sum.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let name = format!("{}.weight", site.name);
+            let at = source.0.iter().position(|header| header.name == name).unwrap();
+            let before = source.1[at].clone();
+            let values = before.view().to_f32().unwrap();
+            let step = 2e-3;
+            let mut moved = |by: f64| {
+                let values: Vec<f32> = values
+                    .iter()
+                    .zip(&own.sum)
+                    .map(|(w, g)| (f64::from(*w) + by * f64::from(*g) / norm) as f32)
+                    .collect();
+                let shape = vec![site.out_features, site.in_features];
+                source.1[at] = Tensor::from_f32(DType::F32, shape, &values).unwrap();
+                loss(&decoder, &source, &windows) * windows.len() as f64
+            };
+            let slope = (moved(step) - moved(-step)) / (2.0 * step);
+            source.1[at] = before;
+            assert!((slope / norm - 1.0).abs() < 5e-3, "{}: {slope} {norm}", site.name);
+        }
+    }
+}
+
+#[test]
+fn squares_are_of_each_window_and_neither_threads_nor_scratch_change_bits() {
+    let (decoder, source, windows) = whole_model();
+    let model = (&decoder, &source);
+    let all = sweep(model, &windows, None, 2);
+    assert_eq!(all, sweep(model, &windows, None, 1));
+    let spill = Spill::above(64, attar_tensor::Scratch::new(tempfile::tempfile));
+    assert_eq!(all, sweep(model, &windows, Some(&spill), 2));
+    let alone: Vec<Found> =
+        windows.iter().map(|one| sweep(model, std::slice::from_ref(one), None, 1).1).collect();
+    for (block, (_, found)) in all.1.iter().enumerate() {
+        assert_eq!(found.windows, 3);
+        for (site, own) in found.sites.iter().enumerate() {
+            let of = |window: usize| &alone[window][block].1.sites[site].sum;
+            assert!(
+                of(1).iter().all(|g| g.abs() < f32::MIN_POSITIVE),
+                "one token predicts nothing"
+            );
+            let (a, b) = (of(0), of(2));
+            assert!(own.sum == a + b);
+            assert!(own.squares == &(a * a) + &(b * b));
+        }
+    }
 }

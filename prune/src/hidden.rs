@@ -187,7 +187,7 @@ mod tests {
             }
         }
         Survey {
-            stats: BlockStats { inputs: vec![Some(stats)] },
+            stats: BlockStats { inputs: vec![Some(stats)], gradients: None },
             norms: vec![g.to_vec()],
             cosine: 1.0,
         }

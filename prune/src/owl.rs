@@ -103,11 +103,15 @@ impl Owl {
     }
 
     /// The pattern of decoder block `index`; of what is no decoder block, the uniform one.
-    pub(crate) fn pattern(self, survey: &[f64], index: usize, pattern: Pattern) -> Pattern {
+    pub(crate) fn pattern(self, survey: &[Vec<f64>], index: usize, pattern: Pattern) -> Pattern {
         let Pattern::Fraction(zeros) = pattern else { return pattern };
-        let known = || survey.iter().copied().filter(|ratio| ratio.is_finite());
+        let known = || survey.iter().flatten().copied().filter(|ratio| ratio.is_finite());
         let (least, most) = known().fold((f64::MAX, f64::MIN), |(a, b), r| (a.min(r), b.max(r)));
-        let own = survey.get(index).copied().filter(|ratio| ratio.is_finite());
+        let own = survey
+            .get(index)
+            .and_then(|own| own.first())
+            .copied()
+            .filter(|ratio| ratio.is_finite());
         let Some(own) = own.filter(|_| most > least) else { return pattern };
         let stretched = |ratio: f64| (ratio - least) / (most - least) * 2.0 * self.lambda;
         let mean = known().map(stretched).sum::<f64>() / known().count() as f64;
@@ -133,7 +137,7 @@ mod tests {
     fn blocks_with_outliers_keep_more_and_the_mean_is_kept() {
         let half = Pattern::Fraction(0.5);
         let owl = Owl::new(Ratios::Owl, 0.08, 5.0, half).unwrap().unwrap();
-        let survey = [0.01, 0.03, 0.02, f64::NAN];
+        let survey = [0.01, 0.03, 0.02, f64::NAN].map(|ratio| vec![ratio]);
         let of = |index| match owl.pattern(&survey, index, half) {
             Pattern::Fraction(zeros) => zeros,
             Pattern::NM { .. } => unreachable!(),
@@ -145,7 +149,7 @@ mod tests {
         // A block that has no number, and the head.
         assert_eq!(owl.pattern(&survey, 3, half), half);
         assert_eq!(owl.pattern(&survey, 9, half), half);
-        assert_eq!(owl.pattern(&[0.2, 0.2], 0, half), half);
+        assert_eq!(owl.pattern(&[vec![0.2], vec![0.2]], 0, half), half);
     }
 
     #[test]

@@ -100,8 +100,8 @@ impl Pass for Wanda {
         targets: &[Target],
         state: &BlockState,
         stats: &BlockStats,
-    ) -> f64 {
-        self.owl.map_or(f64::NAN, |owl| owl.survey(block, targets, state, stats))
+    ) -> Vec<f64> {
+        vec![self.owl.map_or(f64::NAN, |owl| owl.survey(block, targets, state, stats))]
     }
 
     fn cost(&self, block: &Block, targets: &[Target], _: &Limits) -> Cost {

@@ -356,7 +356,8 @@ mod tests {
         let mut rng = Rng::new(31);
         let (before, x) = (state(&mut rng), inputs(&mut rng));
         let [h, a, y] = forward(&before, &x);
-        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let mut stats =
+            BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
         let loss = rounded_loss(&before, &stats, 1);
         let mut after = before.clone();
         let report = apply(false, &mut after, &mut stats);

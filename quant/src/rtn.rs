@@ -193,7 +193,12 @@ impl Pass for Rtn {
         }
     }
 
-    fn takes(&self, _: QuantScheme) -> Result<(), &'static str> {
+    fn takes(&self, scheme: QuantScheme) -> Result<(), &'static str> {
+        if self.0.importance && scheme.block().is_none() {
+            return Err(
+                "`importance` weighs the search of block types only and would be ignored; leave it away, or use gptq",
+            );
+        }
         Ok(())
     }
 

@@ -267,7 +267,8 @@ mod tests {
             let mut rng = Rng::new(41);
             let (before, x) = (state(&mut rng), inputs(&mut rng));
             let [h, a, y] = forward(&before, &x);
-            let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+            let mut stats =
+                BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
             let mut after = before.clone();
             let report = apply(options, &[0, 1], &mut after, &mut stats).unwrap();
             assert_eq!(report.sites.len(), 2);
@@ -293,7 +294,8 @@ mod tests {
         let (before, x) = (state(&mut rng), inputs(&mut rng));
         let [h, a, _] = forward(&before, &x);
         let error = rounded_error(&h, dense(&before, 0));
-        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let mut stats =
+            BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
         let x_max = stats.inputs[0].as_ref().unwrap().abs_max.clone().unwrap();
         let w_max = column_max(&[dense(&before, 0)]);
         let mut after = before.clone();
@@ -314,7 +316,8 @@ mod tests {
         let mut rng = Rng::new(43);
         let (before, x) = (state(&mut rng), inputs(&mut rng));
         let [h, a, _] = forward(&before, &x);
-        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let mut stats =
+            BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
         let mut after = before.clone();
         apply("folds = \"all\"", &[0, 1], &mut after, &mut stats).unwrap();
         let scale = after.input_scale[1].clone().unwrap();
@@ -335,7 +338,8 @@ mod tests {
         let Weight::Dense(weight) = &mut before.linears[0].weight else { panic!("a float") };
         weight.column_mut(5).fill(0.0);
         let [h, a, y] = forward(&before, &x);
-        let mut stats = BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let mut stats =
+            BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
         let mut after = before.clone();
         let report = apply("", &[0, 1], &mut after, &mut stats).unwrap();
         assert!(report.sites[0].events.contains(&Event::DeadColumns { count: 1 }));
@@ -352,7 +356,7 @@ mod tests {
         let mut rng = Rng::new(45);
         let (before, x) = (state(&mut rng), inputs(&mut rng));
         let [h, a, _] = forward(&before, &x);
-        let fresh = || BlockStats { inputs: vec![statistics(&h), statistics(&a)] };
+        let fresh = || BlockStats { inputs: vec![statistics(&h), statistics(&a)], gradients: None };
         let mut after = before.clone();
         apply("", &[1], &mut after, &mut fresh()).unwrap();
         assert_eq!(after, before, "only the value projection reads the norm, and it was kept");

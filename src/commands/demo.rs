@@ -91,6 +91,7 @@ pub(crate) fn demo(args: &Demo) -> Result<bool, Error> {
         }
         let what = What {
             checkpoint: source.clone(),
+            base: None,
             recipe: None,
             preset: Some(preset.to_owned()),
             group: 128,

@@ -403,7 +403,8 @@ fn whole_model(record: &Record) -> (Vec<String>, Vec<String>) {
                 }
                 None => format!("{what} {before} -> {after}"),
             };
-            lines.push(format!("{}, before all steps on blocks: {did}", entry.step));
+            let when = if entry.what == "scales" { "behind" } else { "before" };
+            lines.push(format!("{}, {when} all steps on blocks: {did}", entry.step));
         }
     }
     (labels, lines)
@@ -599,6 +600,7 @@ fn event(event: &Event) -> String {
             format!("dampening raised to {percdamp} after {failures} failed factorizations")
         }
         Event::DeadColumns { count } => format!("{count} dead columns"),
+        Event::LeftAlone { reason } => format!("left as it was: {reason}"),
         Event::Learned { steps, before, after } => {
             format!("loss of the block from {before:.4} to {after:.4} in {steps} steps")
         }

@@ -229,6 +229,7 @@ impl Recorded {
         Ok(What {
             checkpoint,
             recipe: Some(recipe),
+            base: hints.recipe,
             text,
             ids,
             imatrix,

@@ -10,7 +10,12 @@ use attar_ir::{
 use attar_model::{Decoder, DecoderSpec};
 use attar_tensor::BlockType;
 
-use super::{Job, Measure, reshape::Base, settle::Decided, shim};
+use super::{
+    Job, Measure,
+    reshape::{Base, Steps},
+    settle::Decided,
+    shim,
+};
 use crate::{Error, args::What, contract, importance::Importances, measure, registry};
 
 fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
@@ -18,7 +23,8 @@ fn recipe_of(what: &What) -> Result<(Recipe, PathBuf), Error> {
     let mut recipe = if let Some(path) = &what.recipe {
         let text = std::fs::read_to_string(path)
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        base = path.parent().map(Path::to_path_buf).unwrap_or_default();
+        let own = || path.parent().map(Path::to_path_buf).unwrap_or_default();
+        base = what.base.clone().unwrap_or_else(own);
         Recipe::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?
     } else {
         Recipe::preset(what.preset.as_deref().unwrap_or_default(), what.group)?
@@ -123,7 +129,7 @@ pub(super) fn prepare_with(
     for mut variant in plan::variants(&recipe)? {
         let passes = variant.recipe.resolve(registry::known().as_known())?;
         let steps = (&variant.recipe, variant.steps.as_slice());
-        let (base, model, mut passes) =
+        let Steps { base, model, blocks: mut passes, last } =
             match Base::of(&checkpoint, &decoder, steps, passes, &folder)? {
                 Ok(found) => found,
                 Err(found) => {
@@ -166,6 +172,7 @@ pub(super) fn prepare_with(
             tokens,
         )
         .after(model)
+        .before(last)
         .numbered(&variant)
         .with_given(given)
         .with_budget(budget)
@@ -201,7 +208,18 @@ pub(super) fn prepare_with(
     }
     let warnings = contract::judge(&variants, &checkpoint, &what.promise)?;
     let promise = what.promise.clone();
-    Ok(Job { checkpoint, decoder, recipe, variants, bases, corpus, imatrix, promise, warnings })
+    Ok(Job {
+        checkpoint,
+        decoder,
+        recipe,
+        folder,
+        variants,
+        bases,
+        corpus,
+        imatrix,
+        promise,
+        warnings,
+    })
 }
 
 /// Whatever a GGUF file cannot say of this model is told before any work is done.

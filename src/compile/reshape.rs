@@ -68,9 +68,9 @@ impl Base {
         (recipe, numbers): (&Recipe, &[usize]),
         passes: Vec<AnyPass>,
         folder: &Path,
-    ) -> Result<Result<(Self, Vec<ModelStep>, Vec<Box<dyn attar_ir::Pass>>), Vec<PlanError>>, Error>
-    {
+    ) -> Result<Result<Steps, Vec<PlanError>>, Error> {
         let (mut model, mut blocks, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+        let mut last = None;
         let mut base = Self {
             decoder: decoder.clone(),
             config: checkpoint.config().clone(),
@@ -88,7 +88,14 @@ impl Base {
                 }
                 AnyPass::Model(pass) => pass,
             };
-            if let Some(first) = base.recipe.steps.first() {
+            let scales = matches!(pass.work(), Work::Train(train) if train.trains_scales());
+            if scales && (blocks.is_empty() || at + 1 < recipe.steps.len()) {
+                let reason = "trains the scales of what was quantized before it: it is the last step, behind one that \
+                              quantizes";
+                errors.push(PlanError::Reshape { step: label, reason: reason.to_owned() });
+                continue;
+            }
+            if let Some(first) = base.recipe.steps.first().filter(|_| !scales) {
                 let at = recipe.steps.iter().position(|step| step == first).unwrap_or(0);
                 let after = first.label(numbers.get(at).copied().unwrap_or(at));
                 errors.push(PlanError::ModelLate { step: label, after });
@@ -131,7 +138,7 @@ impl Base {
             let kept: Vec<usize> = (0..sizes.layers).collect();
             let config = resized(&base.config, &base.decoder.spec, &sizes, &kept)?;
             let next = Decoder::read(&config, &Promised(headers.clone()))?;
-            model.push(ModelStep {
+            let step = ModelStep {
                 label,
                 of_chain: step.label(at),
                 number,
@@ -143,11 +150,26 @@ impl Base {
                 sizes,
                 teacher: teacher.map(|teacher| teacher.display().to_string()),
                 teacher_graph,
-            });
+            };
+            if scales {
+                last = Some(step);
+                continue;
+            }
+            model.push(step);
             (base.decoder, base.config) = (next, config);
         }
-        Ok(if errors.is_empty() { Ok((base, model, blocks)) } else { Err(errors) })
+        let steps = Steps { base, model, blocks, last };
+        Ok(if errors.is_empty() { Ok(steps) } else { Err(errors) })
     }
+}
+
+/// The steps of a variant by the time at which they run.
+pub(super) struct Steps {
+    pub(super) base: Base,
+    pub(super) model: Vec<ModelStep>,
+    pub(super) blocks: Vec<Box<dyn attar_ir::Pass>>,
+    /// Training of scales, behind all others.
+    pub(super) last: Option<ModelStep>,
 }
 
 /// Why streams of student and teacher cannot be compared number by number.

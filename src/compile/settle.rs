@@ -9,7 +9,7 @@ use attar_formats::Windows;
 use attar_ir::{BlockStats, Needs, Pass, Site};
 use attar_model::{BlockRun, Stream, embed};
 
-use super::{Job, Measure, prepare::prepare_with, read_windows, scratch_of};
+use super::{Job, Measure, prepare::prepare_with, read_windows, scratch_of, walk::sweep};
 use crate::{Error, args::What, measure, progress, trace::Trace};
 
 /// Passes whose ranks were chosen, by the number of their step.
@@ -49,10 +49,37 @@ fn survey(
     windows: Option<&Windows>,
 ) -> Result<Decided, Error> {
     let (decoder, checkpoint) = (&job.decoder, &job.checkpoint);
+    let (back, steps): (Vec<_>, Vec<_>) =
+        steps.iter().partition(|(_, needs)| needs.contains(Needs::GRADIENTS));
     let needs = steps.iter().fold(Needs::empty(), |all, (_, needs)| all | *needs);
     let spill = measure::spill(&plan.limits, &scratch_of(None));
     let trace = Trace::new(false);
     let begun = trace.begin(Phase::Calibrate, "ranks");
+    let mut decided = Decided::new();
+    if !back.is_empty() {
+        let windows = windows.ok_or("the plan counted on calibration data")?;
+        // Blocks come last first; spectra go in their order.
+        let mut found: BTreeMap<(usize, usize), Vec<(Site, Vec<f64>)>> = BTreeMap::new();
+        sweep(decoder, checkpoint, windows, &spill, &mut |block, state, stats| {
+            for &(at, _) in &back {
+                let (step, pass): (_, &dyn Pass) = (&plan.steps[at], &*plan.passes[at]);
+                for target in &step.targets[block.index] {
+                    let weight = state.linears[target.site].weight.values();
+                    let values = pass.spectrum(block, target.site, &weight, stats)?;
+                    let site = block.sites[target.site].clone();
+                    found.entry((step.number, block.index)).or_default().push((site, values));
+                }
+            }
+            Ok(())
+        })?;
+        for ((number, _), sites) in found {
+            decided.entry(number).or_default().extend(sites);
+        }
+    }
+    if steps.is_empty() {
+        trace.end(Phase::Calibrate, "ranks", begun);
+        return Ok(decided);
+    }
     let mut stream = None;
     if !needs.is_empty() {
         let windows = windows.ok_or("the plan counted on calibration data")?;
@@ -63,7 +90,6 @@ fn survey(
         }
         stream = Some(embedded);
     }
-    let mut decided = Decided::new();
     let bar = progress::bar(decoder.graph.blocks.len(), "choosing ranks");
     for block in &decoder.graph.blocks {
         let state = decoder.load_block(block.index, checkpoint)?;
@@ -79,7 +105,7 @@ fn survey(
             if let Some(run) = &mut run {
                 stats.inputs[input] = Some(run.observe(input, &state, needs)?);
             }
-            for &(at, _) in steps {
+            for &(at, _) in &steps {
                 let (step, pass): (_, &dyn Pass) = (&plan.steps[at], &*plan.passes[at]);
                 let targets = &step.targets[block.index];
                 for target in targets.iter().filter(|t| block.input_of(t.site) == input) {

@@ -13,13 +13,18 @@ use attar_formats::{
     safetensors::{SafetensorsFile, SafetensorsWriter},
     stage::{ObjectInfo, Stage},
 };
-use attar_ir::{ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession};
+use attar_ir::{
+    ModelContext, ModelEntry, PassError, Saved, Train, TrainProgress, TrainSession, plan::ModelStep,
+};
 use attar_model::Decoder;
-use attar_tensor::{DType, TensorHeader, TensorSource, TensorView};
+use attar_tensor::{DType, QuantizedLinear, TensorHeader, TensorSource, TensorView};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::{keys, reshape::Making};
+use super::{
+    keys,
+    reshape::{Around, Making},
+};
 use crate::{Error, progress, trace::Trace};
 
 /// Why a checkpoint cannot teach another; they have to put out the same tokens.
@@ -75,9 +80,12 @@ pub(super) fn teacher_hash(folder: &str) -> Result<String, Error> {
 
 /// One training at work.
 struct Session<'a> {
-    making: &'a Making<'a>,
+    around: &'a Around<'a>,
+    student: (&'a Value, &'a dyn TensorSource),
     teacher: &'a Checkpoint,
     windows: &'a Windows,
+    codes: &'a dyn Fn(&str) -> Option<QuantizedLinear>,
+    write: &'a dyn Fn(&str, &[f32]) -> Result<(), PassError>,
     label: &'a str,
     /// Names of the state, by turns, and the one that was taken last.
     names: [String; 2],
@@ -87,8 +95,6 @@ struct Session<'a> {
     told: RefCell<Instant>,
     bar: ProgressBar,
     trace: &'a Trace,
-    writer: RefCell<&'a mut SafetensorsWriter>,
-    written: RefCell<Vec<String>>,
 }
 
 /// Names of the state of a training whose result has this key.
@@ -109,11 +115,11 @@ const TELL: Duration = Duration::from_secs(5);
 
 impl Session<'_> {
     fn stage(&self) -> &Stage {
-        self.making.around.stage
+        self.around.stage
     }
 
     fn fail(&self, error: impl std::fmt::Display) -> PassError {
-        PassError::Numeric { site: self.label.to_owned(), reason: error.to_string() }
+        failed(self.label, error)
     }
 
     /// The state of a name, when it is whole.
@@ -122,9 +128,17 @@ impl Session<'_> {
     }
 }
 
+fn failed(label: &str, error: impl std::fmt::Display) -> PassError {
+    PassError::Numeric { site: label.to_owned(), reason: error.to_string() }
+}
+
 impl TrainSession for Session<'_> {
     fn student(&self) -> (&Value, &dyn TensorSource) {
-        (self.making.checkpoint.config(), self.making.checkpoint)
+        self.student
+    }
+
+    fn codes(&self, weight: &str) -> Option<QuantizedLinear> {
+        (self.codes)(weight)
     }
 
     fn teacher(&self) -> (&Value, &dyn TensorSource) {
@@ -136,7 +150,7 @@ impl TrainSession for Session<'_> {
     }
 
     fn stream_bytes(&self) -> usize {
-        self.making.around.limits.stream
+        self.around.limits.stream
     }
 
     fn saved(&self) -> Result<Option<Saved>, PassError> {
@@ -161,7 +175,7 @@ impl TrainSession for Session<'_> {
     }
 
     fn due(&self) -> bool {
-        self.saved.borrow().elapsed() >= self.making.around.checkpoint_every
+        self.saved.borrow().elapsed() >= self.around.checkpoint_every
     }
 
     fn save(&self, facts: Value, lists: &[(String, &[f32])]) -> Result<(), PassError> {
@@ -207,20 +221,64 @@ impl TrainSession for Session<'_> {
     }
 
     fn write(&self, tensor: &str, values: &[f32]) -> Result<(), PassError> {
-        let mut written = self.written.borrow_mut();
-        // A tied table may stand in the file twice.
-        for header in self.making.headers() {
-            if self.making.origin(&header.name) != tensor {
-                continue;
-            }
-            let bytes = bytemuck::cast_slice(values);
-            let view = TensorView::new(DType::F32, header.shape.clone(), bytes)
-                .map_err(|error| self.fail(error))?;
-            let done = self.writer.borrow_mut().write_view(&header.name, &view);
-            done.map_err(|error| self.fail(error))?;
-            written.push(header.name);
-        }
-        Ok(())
+        (self.write)(tensor, values)
+    }
+}
+
+/// A training, its model and its teacher, and where what it learns goes.
+pub(super) struct Job<'a> {
+    pub(super) step: &'a ModelStep,
+    pub(super) around: &'a Around<'a>,
+    /// The original model.
+    pub(super) source: &'a Checkpoint,
+    pub(super) context: ModelContext<'a>,
+    pub(super) student: (&'a Value, &'a dyn TensorSource),
+    pub(super) codes: &'a dyn Fn(&str) -> Option<QuantizedLinear>,
+    pub(super) write: &'a dyn Fn(&str, &[f32]) -> Result<(), PassError>,
+}
+
+impl Job<'_> {
+    /// Trains; `key` names the result, and with it the states until it is there.
+    pub(super) fn train(
+        &self,
+        train: &dyn Train,
+        key: &str,
+        trace: &Trace,
+    ) -> Result<ModelEntry, Error> {
+        let Self { step, around, source, context, student, codes, write } = *self;
+        let label = step.label.as_str();
+        let windows = around.windows.ok_or("the plan counted on calibration data")?;
+        let other = step.teacher.as_ref();
+        let other = other
+            .map(|folder| check_teacher(Path::new(folder), source))
+            .transpose()?
+            .map(|(teacher, _)| teacher);
+        let session = Session {
+            around,
+            student,
+            teacher: other.as_ref().unwrap_or(source),
+            windows,
+            codes,
+            write,
+            label,
+            names: names(key),
+            turn: RefCell::new(0),
+            saved: RefCell::new(Instant::now()),
+            begun: Instant::now(),
+            told: RefCell::new(Instant::now()),
+            bar: progress::bar(0, step.pass.name()),
+            trace,
+        };
+        let training = train.train(&context, &session)?;
+        session.bar.finish_and_clear();
+        let values = context.graph.sizes().layers;
+        Ok(ModelEntry {
+            what: "training".into(),
+            before: values,
+            after: values,
+            training: Some(training),
+            ..ModelEntry::default()
+        })
     }
 }
 
@@ -232,32 +290,34 @@ pub(super) fn run(
     trace: &Trace,
     writer: &mut SafetensorsWriter,
 ) -> Result<Vec<ModelEntry>, Error> {
-    let label = making.step.label.as_str();
-    let windows = making.around.windows.ok_or("the plan counted on calibration data")?;
-    let other = making.step.teacher.as_ref();
-    let other = other
-        .map(|folder| check_teacher(Path::new(folder), making.source))
-        .transpose()?
-        .map(|(teacher, _)| teacher);
-    let session = Session {
-        making,
-        teacher: other.as_ref().unwrap_or(making.source),
-        windows,
-        label,
-        names: names(key),
-        turn: RefCell::new(0),
-        saved: RefCell::new(Instant::now()),
-        begun: Instant::now(),
-        told: RefCell::new(Instant::now()),
-        bar: progress::bar(0, making.step.pass.name()),
-        trace,
-        writer: RefCell::new(writer),
-        written: RefCell::default(),
+    let (writer, written) = (RefCell::new(writer), RefCell::new(Vec::new()));
+    let write = |tensor: &str, values: &[f32]| {
+        // A tied table may stand in the file twice.
+        for header in making.headers() {
+            if making.origin(&header.name) != tensor {
+                continue;
+            }
+            let bytes = bytemuck::cast_slice(values);
+            let fail = |error: &dyn std::fmt::Display| failed(&making.step.label, error);
+            let view = TensorView::new(DType::F32, header.shape.clone(), bytes)
+                .map_err(|error| fail(&error))?;
+            let done = writer.borrow_mut().write_view(&header.name, &view);
+            done.map_err(|error| fail(&error))?;
+            written.borrow_mut().push(header.name);
+        }
+        Ok(())
     };
-    let training = train.train(&making.context(), &session)?;
-    session.bar.finish_and_clear();
-    let Session { written, writer, .. } = session;
-    let (written, writer) = (written.into_inner(), writer.into_inner());
+    let job = Job {
+        step: making.step,
+        around: making.around,
+        source: making.source,
+        context: making.context(),
+        student: (making.checkpoint.config(), making.checkpoint),
+        codes: &|_| None,
+        write: &write,
+    };
+    let entry = job.train(train, key, trace)?;
+    let (writer, written) = (writer.into_inner(), written.into_inner());
     for header in making.headers() {
         if written.contains(&header.name) {
             continue;
@@ -266,12 +326,5 @@ pub(super) fn run(
         writer.write_view(&header.name, &making.checkpoint.read(&origin)?)?;
         making.checkpoint.release(&origin);
     }
-    let values = making.decoder.graph.sizes().layers;
-    Ok(vec![ModelEntry {
-        what: "training".into(),
-        before: values,
-        after: values,
-        training: Some(training),
-        ..ModelEntry::default()
-    }])
+    Ok(vec![entry])
 }

@@ -14,7 +14,9 @@ use attar_ir::{
     Block, BlockState, BlockStats, BlockValues, InputStats, Needs, PassContext, Teacher, Upstream,
     plan::Plan, recipe::Recipe,
 };
-use attar_model::{BlockRun, Decoder, Lesson, Spill, Stream, embed, observe_block};
+use attar_model::{
+    BlockRun, Decoder, Lesson, Spill, Stream, embed, observe_block, sweep_gradients,
+};
 use attar_tensor::{DType, Mat, QuantScheme, Tensor, TensorHeader};
 use serde_json::json;
 
@@ -22,7 +24,7 @@ use super::{
     keys::{BlockKeys, Ground, RoundKeys, Statistic, Unit},
     scratch_of,
 };
-use crate::{Error, importance::Importances, measure, trace::Trace};
+use crate::{Error, importance::Importances, measure, progress, trace::Trace};
 
 /// Activations on their way through the blocks.
 #[derive(Default)]
@@ -58,7 +60,7 @@ pub(super) struct Walk<'a> {
     /// Where activations and sums go that do not fit.
     spill: Spill,
     /// What steps found in all blocks before any was worked on, by step.
-    surveys: BTreeMap<usize, Vec<f64>>,
+    surveys: BTreeMap<usize, Vec<Vec<f64>>>,
 }
 
 const fn lane_of(upstream: Upstream) -> usize {
@@ -124,7 +126,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Takes the numbers of all blocks that steps with work to do ask for: one forward of the original model.
+    /// Takes the numbers of all blocks that steps with work to do ask for: one forward of the original model, and a sweep
+    /// back through it where gradients are asked for.
     pub(super) fn survey(&mut self) -> Result<(), Error> {
         let (decoder, checkpoint, plan) = (self.decoder, self.checkpoint, self.plan);
         let works = |step: usize| {
@@ -136,6 +139,23 @@ impl<'a> Walk<'a> {
             .filter_map(|step| Some((step, plan.passes[step].surveys()?)))
             .filter(|(step, _)| works(*step))
             .collect();
+        let (back, steps): (Vec<_>, Vec<_>) =
+            steps.into_iter().partition(|(_, needs)| needs.contains(Needs::GRADIENTS));
+        if !back.is_empty() {
+            let windows = self.windows.ok_or("the plan counted on data")?;
+            let begun = self.trace.begin(Phase::Calibrate, "gradients");
+            sweep(decoder, checkpoint, windows, &self.spill, &mut |block, state, stats| {
+                for &(step, _) in &back {
+                    let targets = &plan.steps[step].targets[block.index];
+                    let numbers = plan.passes[step].survey(block, targets, state, stats);
+                    let all = self.surveys.entry(step).or_default();
+                    all.resize(decoder.graph.blocks.len(), Vec::new());
+                    all[block.index] = numbers;
+                }
+                Ok(())
+            })?;
+            self.time.statistics += self.trace.end(Phase::Calibrate, "gradients", begun);
+        }
         if steps.is_empty() {
             return Ok(());
         }
@@ -530,6 +550,13 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    /// Gives back the memory of all streams; nothing more is observed.
+    pub(super) fn drop_streams(&mut self) {
+        for lane in &mut self.lanes {
+            lane.stream = None;
+        }
+    }
+
     /// Takes the stored streams away: the walk is over.
     pub(super) fn finish(mut self) -> Result<Vec<SiteEntry>, Error> {
         if let Some(stage) = self.stage {
@@ -724,6 +751,25 @@ impl<'a> Walk<'a> {
         self.time.store += self.trace.end(Phase::Store, name_of(block), begun);
         Ok(object.info.facts)
     }
+}
+
+/// Hands every decoder block, the last one first, to `visit` with what the next-token loss says of its weights
+/// ([`BlockStats::gradients`]).
+pub(super) fn sweep(
+    decoder: &Decoder,
+    checkpoint: &Checkpoint,
+    windows: &Windows,
+    spill: &Spill,
+    visit: &mut dyn FnMut(&Block, &BlockState, &BlockStats) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let bar = progress::bar(decoder.graph.blocks.len(), "gradients");
+    sweep_gradients(decoder, checkpoint, &windows.ids, Some(spill), &mut |block, state, found| {
+        let stats = BlockStats { gradients: Some(found), ..BlockStats::empty(block.inputs.len()) };
+        bar.inc(1);
+        visit(block, state, &stats)
+    })?;
+    bar.finish_and_clear();
+    Ok(())
 }
 
 /// `model.layers.3`, or `head`.

@@ -129,7 +129,7 @@ fn ours(steps: usize) -> (Vec<f64>, Vec<f64>, usize) {
     let source = Memory(headers, tensors);
     let decoder = Decoder::read(&config, &source).expect("the config is whole");
     let mut learner =
-        Learner::read(&decoder, &source, Trained::All, None, 0).expect("values are finite");
+        Learner::read(&decoder, &source, &|_| None, Trained::All, None, 0).expect("values are finite");
     drop(source);
     let (ids, targets) = data();
     let windows: Vec<&[u32]> = ids.chunks(LENGTH).collect();

@@ -15,6 +15,8 @@ pub(super) enum What {
     All,
     /// Weights of norms, and biases.
     Norms,
+    /// Scales of what the steps before have quantized: the codes stay. The step is then the last one, behind them.
+    Scales,
     /// Low-rank adapters beside the linears of the blocks, merged when it is done.
     Adapters,
 }
@@ -41,6 +43,51 @@ fn yes() -> bool {
     true
 }
 
+/// Blocks at which streams are compared.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub(super) enum At {
+    /// A word.
+    Word(Word),
+    /// Blocks of the student, counted from 0.
+    Blocks(Vec<usize>),
+}
+
+/// What can be said of blocks in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Word {
+    /// The last one.
+    Last,
+    /// Every one.
+    All,
+}
+
+impl At {
+    /// The blocks of a student of so many, rising.
+    ///
+    /// # Errors
+    /// A block that it does not have, or one named twice.
+    pub(super) fn blocks(&self, layers: usize) -> Result<Vec<usize>, String> {
+        let mut blocks = match self {
+            Self::Word(Word::Last) => layers.checked_sub(1).into_iter().collect(),
+            Self::Word(Word::All) => (0..layers).collect(),
+            Self::Blocks(blocks) => blocks.clone(),
+        };
+        blocks.sort_unstable();
+        if let Some(none) = blocks.iter().find(|&&block| block >= layers) {
+            return Err(format!(
+                "hidden_at: there is no block {none}; the student's are 0 to {}",
+                layers - 1
+            ));
+        }
+        if let Some(twice) = blocks.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("hidden_at: block {} is named twice", twice[0]));
+        }
+        Ok(blocks)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Options {
@@ -54,9 +101,12 @@ pub(super) struct Options {
     pub(super) temperature: f32,
     /// Share of the cross-entropy with the text, 0 to 1.
     pub(super) text: f32,
-    /// Weight of the relative squared distance between the streams that leave the last blocks.
+    /// Weight of the relative squared distance between the streams that leave the blocks of `hidden_at`, their mean.
     pub(super) hidden: f32,
-    /// Which values are trained: all (when absent), norms (with biases) or adapters.
+    /// At which blocks of the student streams are compared: `last` (when absent), `all`, or a list counted from 0. Of a
+    /// student with fewer blocks each stands for as many of the teacher's.
+    pub(super) hidden_at: At,
+    /// Which values are trained: all (when absent), norms (with biases), adapters, or scales (of the codes that the steps before have made).
     pub(super) train: What,
     /// Of adapters: their rank.
     pub(super) rank: usize,
@@ -72,7 +122,7 @@ pub(super) struct Options {
     pub(super) batch: usize,
     /// Batches per step of the optimizer.
     pub(super) accumulate: usize,
-    /// Largest learning rate; 5e-4, for norms and adapters 2e-3, when absent.
+    /// Largest learning rate; 5e-4, for norms, scales and adapters 2e-3, when absent.
     pub(super) rate: Option<f32>,
     /// Fraction of the steps in which the rate rises.
     pub(super) warmup: f64,
@@ -95,6 +145,7 @@ impl Default for Options {
             temperature: 1.0,
             text: 0.0,
             hidden: 0.0,
+            hidden_at: At::Word(Word::Last),
             train: What::default(),
             rank: 16,
             alpha: None,
@@ -144,6 +195,21 @@ impl Options {
             if !(1..=1 << 20).contains(&value) {
                 return fail(key, format!("expected 1 to {}, got {value}", 1 << 20));
             }
+        }
+        if o.hidden_at != At::Word(Word::Last) && o.hidden <= 0.0 {
+            return fail(
+                "hidden_at",
+                "streams have no weight; give `hidden` one, or leave it away".into(),
+            );
+        }
+        if o.hidden_at == At::Blocks(Vec::new()) {
+            return fail("hidden_at", "expected `last`, `all` or some blocks, got none".into());
+        }
+        if o.train == What::Scales && o.rounding.is_some() {
+            return fail(
+                "rounding",
+                "the codes are there already where `scales` are trained; leave it away".into(),
+            );
         }
         if o.text >= 1.0 && o.teacher.is_some() && o.hidden <= 0.0 {
             return fail("teacher", "has no share of the loss where `text` has all of it".into());

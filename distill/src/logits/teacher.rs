@@ -6,14 +6,16 @@ use attar_ir::PassError;
 use attar_model::{BlockOps, Decoder, ModelError, Stream, embed, run_block};
 use attar_tensor::{SourceError, TensorHeader, TensorSource, TensorView};
 
-/// A teacher's final norm and head, and the stream that leaves its last block for some windows.
+/// A teacher's final norm and head, and the streams that leave its last block (and some before) for some windows.
 pub(super) struct Teacher<'a> {
     pub(super) decoder: Decoder,
     pub(super) source: &'a dyn TensorSource,
     pub(super) norm: Vec<f32>,
     pub(super) head: Vec<f32>,
-    /// By window.
-    pub(super) streams: BTreeMap<usize, Vec<f32>>,
+    /// Blocks before the last whose streams are kept too, rising.
+    pub(super) taps: Vec<usize>,
+    /// By window: what leaves each of the taps, then what leaves the last block.
+    pub(super) streams: BTreeMap<usize, Vec<Vec<f32>>>,
 }
 
 /// A source behind a reference, for what asks for a type of known size.
@@ -52,7 +54,7 @@ impl<'a> Teacher<'a> {
         let state = decoder.load_block(decoder.spec.layers, source).map_err(of)?;
         let norm = state.norms[0].clone();
         let head = state.linears[0].weight.values().iter().copied().collect();
-        Ok(Self { decoder, source, norm, head, streams: BTreeMap::new() })
+        Ok(Self { decoder, source, norm, head, taps: Vec::new(), streams: BTreeMap::new() })
     }
 
     /// Runs the windows that are not there yet through all blocks, in place of those that were.
@@ -73,9 +75,12 @@ impl<'a> Teacher<'a> {
         for index in 0..self.decoder.spec.layers {
             let ops = BlockOps::load(&self.decoder, index, &Tensors(self.source)).map_err(of)?;
             run_block(&self.decoder, index, &ops, &mut stream).map_err(of)?;
-        }
-        for (place, &at) in wanted.iter().enumerate() {
-            self.streams.insert(at, stream.read(place).map_err(io)?);
+            if self.taps.contains(&index) || index + 1 == self.decoder.spec.layers {
+                for (place, &at) in wanted.iter().enumerate() {
+                    let left = stream.read(place).map_err(io)?;
+                    self.streams.entry(at).or_default().push(left);
+                }
+            }
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ pub(super) type Place = (usize, usize);
 
 pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let PassGraph { graph, passes, recipe, numbers, layouts, source, .. } = input;
-    let PassGraph { calibration_tokens, given, budget, model, .. } = input;
+    let PassGraph { calibration_tokens, given, budget, model, last, .. } = input;
     let mut errors = Vec::new();
     // Steps and emits are called by their places in the recipe as it was written.
     let place = |list: &[usize], at: usize| list.get(at).copied().unwrap_or(at);
@@ -29,7 +29,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     if recipe.steps.is_empty() && model.is_empty() {
         errors.push(PlanError::NoSteps);
     }
-    for step in &model {
+    for step in model.iter().chain(&last) {
         if step.calibrates() && calibration_tokens == 0 {
             let (step, needs) = (step.label.clone(), "activations of every block".to_owned());
             errors.push(PlanError::CalibrationMissing { step, needs });
@@ -129,6 +129,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         let mut no_ahead = Vec::new();
         let mut unable: BTreeMap<(String, &'static str), Vec<String>> = BTreeMap::new();
         let (mut uneven, mut broken) = (Vec::new(), Vec::new());
+        let mut chosen = None;
         let mut folded: BTreeMap<(usize, bool), Vec<String>> = BTreeMap::new();
         let mut unranked: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut targets = vec![Vec::new(); graph.blocks.len() + 1];
@@ -144,6 +145,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                     && scheme.groups(rank).is_none()
                 {
                     uneven.push((format!("{}.up", site.name), rank));
+                    // A rank that stands in the recipe is the writer's own.
+                    let by = sites[&place].ranked_by;
+                    chosen = by.filter(|by| !recipe.steps[*by].options.contains_key("rank"));
                 }
                 scheme
             } else if contract.looks_ahead {
@@ -219,7 +223,9 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
                     check_rank(site, rank, factors).map(|()| rank)
                 });
                 match asked {
-                    Ok(rank) if factors => state.rank = Some(rank),
+                    Ok(rank) if factors => {
+                        (state.rank, state.ranked_by) = (Some(rank), Some(index));
+                    }
                     Ok(rank) => state.correction = Some(rank),
                     Err(reason) => {
                         unranked.entry(reason).or_default().push(site.name.clone());
@@ -244,7 +250,8 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         if !uneven.is_empty() {
             let granularity = recipe.steps[index].scheme.map(|s| s.granularity.as_config());
             let group_size = granularity.unwrap_or_default().unsigned_abs() as usize;
-            errors.push(PlanError::GroupSize { step: step(), group_size, sites: uneven });
+            let chosen = chosen.map(|by| labels[by].clone());
+            errors.push(PlanError::GroupSize { step: step(), group_size, sites: uneven, chosen });
         }
         if let (false, Some(Sparsity::NM { n, m })) =
             (broken.is_empty(), contract.produces.sparsity)
@@ -291,6 +298,10 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     }
 
     check_siblings(&graph, &sites, &emits, &mut errors);
+    if let Some(reason) = last.as_ref().and_then(|_| untrainable(&graph, &sites)) {
+        let step = last.as_ref().map(|step| step.label.clone()).unwrap_or_default();
+        errors.push(PlanError::Reshape { step, reason });
+    }
     if !(recipe.steps.is_empty() && model.is_empty())
         && quantizes.iter().all(|quantizes| !quantizes)
     {
@@ -326,7 +337,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let needs_data = contracts.iter().any(|c| !c.needs.is_empty() && c.upstream != Upstream::Given)
         || passes.iter().any(|pass| pass.surveys().is_some())
         || passes.iter().any(|pass| pass.chooses_ranks().is_some_and(|needs| !needs.is_empty()))
-        || model.iter().any(ModelStep::calibrates);
+        || model.iter().chain(&last).any(ModelStep::calibrates);
     let calibration_tokens = if needs_data { calibration_tokens } else { 0 };
     let context = recipe.calibration.context.min(graph.context);
     let source_bytes = source.iter().map(attar_tensor::TensorHeader::bytes).sum();
@@ -354,6 +365,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
     let facts = predict::Facts {
         graph: &graph,
         model: &model,
+        last: last.as_ref(),
         steps: &steps,
         passes: &passes,
         source,
@@ -367,6 +379,7 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
         graph,
         passes,
         model,
+        last,
         steps,
         sites: table,
         emits: planned,
@@ -393,6 +406,8 @@ pub(super) struct SiteState {
     pub(super) density: Option<f64>,
     /// Of the factors.
     pub(super) rank: Option<usize>,
+    /// The step that made them.
+    pub(super) ranked_by: Option<usize>,
     /// Of the correction.
     pub(super) correction: Option<usize>,
 }
@@ -408,6 +423,7 @@ impl Default for SiteState {
             scheme: None,
             density: None,
             rank: None,
+            ranked_by: None,
             correction: None,
         }
     }
@@ -547,6 +563,29 @@ fn needs_text(needs: Needs) -> String {
         .map(|(name, _)| name.to_lowercase().replace('_', " "))
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+/// Why the scales of what was quantized cannot be trained together.
+fn untrainable(graph: &ModelGraph, sites: &BTreeMap<Place, SiteState>) -> Option<String> {
+    let quantized = || sites.iter().filter(|(_, state)| state.scheme.is_some());
+    let why = |(place, state): (&Place, &SiteState)| {
+        let reason = if place.0 == graph.blocks.len() {
+            "the output head is not trained; `keep` it"
+        } else if state.scheme.and_then(QuantScheme::block).is_some() {
+            "scales of block types lie on two levels and are not trained; emit an affine layout"
+        } else if state.rank.is_some() || state.correction.is_some() {
+            "scales of factors, or beside corrections, are not trained; leave one of the two out"
+        } else {
+            return None;
+        };
+        Some(format!("{}: {reason}", block_at(graph, place.0).sites[place.1].name))
+    };
+    if quantized().next().is_none() {
+        return Some(
+            "trains the scales of codes, and no step before it makes any; put it behind one that quantizes".into(),
+        );
+    }
+    quantized().find_map(why)
 }
 
 fn check_siblings(

@@ -49,8 +49,11 @@ pub enum PlanError {
     /// Groups that do not fill the rows.
     #[error(
         "{step}: group_size {group_size} does not divide in_features of {}; choose a divisor, \
-         -1 (per row), or `keep` them",
-        .sites.iter().map(|(site, n)| format!("{site} ({n})")).collect::<Vec<_>>().join(", ")
+         -1 (per row), or `keep` them{}",
+        .sites.iter().map(|(site, n)| format!("{site} ({n})")).collect::<Vec<_>>().join(", "),
+        .chosen.as_ref().map_or_else(String::new, |by| format!(
+            "; or give {by}, which chose these ranks, `multiple_of = {group_size}`"
+        ))
     )]
     GroupSize {
         /// The step.
@@ -59,6 +62,8 @@ pub enum PlanError {
         group_size: usize,
         /// All such sites with their `in_features`.
         sites: Vec<(String, usize)>,
+        /// The step that chose the rank of a site's factors, where that is what is not divided.
+        chosen: Option<String>,
     },
     /// Groups of n:m that do not fill the rows.
     #[error(

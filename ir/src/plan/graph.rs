@@ -49,7 +49,7 @@ impl Node<'_> {
     }
 
     fn model(&self) -> Option<&super::ModelStep> {
-        self.plan.model.iter().find(|step| step.number == self.number)
+        self.plan.model.iter().chain(&self.plan.last).find(|step| step.number == self.number)
     }
 
     /// `step[1] (gptq), w4 g128 sym, 224 sites`.

@@ -10,6 +10,8 @@
 //! Work, floating-point operations: forwards of blocks, `n² · tokens` per symmetric Hessian update, and
 //! what the passes say of themselves.
 
+mod gradients;
+
 use attar_tensor::{
     TensorHeader,
     linalg::{GramAccumulator, PackedRows, Packing},
@@ -151,6 +153,7 @@ impl Work {
 pub(super) struct Facts<'a> {
     pub(super) graph: &'a ModelGraph,
     pub(super) model: &'a [ModelStep],
+    pub(super) last: Option<&'a ModelStep>,
     pub(super) steps: &'a [PlanStep],
     pub(super) passes: &'a [Box<dyn Pass>],
     pub(super) source: &'a [TensorHeader],
@@ -186,7 +189,13 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
         }
         let (own, scratch) = Walk::new(facts, limits).run();
         own.moments.into_iter().for_each(|moment| memory.add(moment));
-        (limits, memory, scratch_bytes.max(made + scratch))
+        scratch_bytes = scratch_bytes.max(made + scratch);
+        if let Some(step) = facts.last {
+            let (own, scratch) = Walk::new(facts, limits).model(step);
+            own.moments.into_iter().for_each(|moment| memory.add(moment));
+            scratch_bytes = scratch_bytes.max(made + scratch);
+        }
+        (limits, memory, scratch_bytes)
     };
     let (limits, memory, scratch_bytes) = match facts.budget.memory {
         None => predict(free),
@@ -229,7 +238,7 @@ fn schedule(facts: &Facts<'_>) -> (Vec<Vec<Round>>, Option<usize>) {
 fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     let Facts { graph, steps, passes, tokens, context, .. } = *facts;
     let mut work = Work::default();
-    for step in facts.model {
+    for step in facts.model.iter().chain(facts.last) {
         work.solve += step.pass.cost(&step.graph, tokens).flops;
         for block in step.graph.blocks.iter().filter(|_| step.calibrates()) {
             if let crate::Work::Train(_) = step.pass.work() {
@@ -244,8 +253,12 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
         }
     }
     let chosen = passes.iter().filter_map(|pass| pass.chooses_ranks());
-    let surveyed = chosen.chain(passes.iter().filter_map(|pass| pass.surveys()));
-    if surveyed.into_iter().any(|needs| !needs.is_empty()) {
+    let surveyed: Vec<Needs> =
+        chosen.chain(passes.iter().filter_map(|pass| pass.surveys())).collect();
+    if surveyed.contains(&Needs::GRADIENTS) {
+        work.forward += gradients::work(facts);
+    }
+    if surveyed.iter().any(|needs| !(*needs - Needs::GRADIENTS).is_empty()) {
         let each = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
         work.forward += each.sum::<f64>();
     }
@@ -443,7 +456,8 @@ impl<'a> Walk<'a> {
         let corpus = corpus_bytes(self.facts.budget.corpus);
         self.add(Moment { what: "read corpus".into(), tensors: corpus, ..Moment::default() });
         if let crate::Work::Train(train) = step.pass.work() {
-            let original = step.teacher_graph.as_ref().unwrap_or(&self.facts.model[0].graph);
+            let original = self.facts.model.first().map_or(&step.graph, |first| &first.graph);
+            let original = step.teacher_graph.as_ref().unwrap_or(original);
             let solver =
                 train.peak_bytes(&step.graph, original, (tokens, context), self.limits.stream);
             self.add(Moment {
@@ -516,6 +530,11 @@ impl<'a> Walk<'a> {
                 ..Moment::default()
             });
         }
+        for (step, pass) in self.facts.steps.iter().zip(self.facts.passes) {
+            if pass.surveys().is_some_and(|needs| needs.contains(Needs::GRADIENTS)) {
+                self.sweep(&step.label);
+            }
+        }
         self.choose();
         for (block, rounds) in graph.all_blocks().zip(&block_rounds) {
             let feeds = |later: &Vec<Round>| later.iter().any(Round::feeds);
@@ -538,6 +557,8 @@ impl<'a> Walk<'a> {
         let Facts { graph, steps, passes, .. } = *self.facts;
         for (step, pass) in steps.iter().zip(passes) {
             let Some(needs) = pass.chooses_ranks() else { continue };
+            // Of gradients only what a survey keeps of them is there.
+            let needs = needs - Needs::GRADIENTS;
             for block in &graph.blocks {
                 if !needs.is_empty() {
                     self.observe_original(block, &vec![needs; block.inputs.len()]);

@@ -37,15 +37,15 @@ fn write_plan(out: &mut String, plan: &Plan) -> std::fmt::Result {
     for step in &plan.model {
         writeln!(out, "  {}: {}", step.label, step.does)?;
     }
-    for step in &plan.steps {
-        let needs: Vec<_> = step
-            .contract
-            .needs
-            .iter_names()
-            .map(|(name, _)| name.to_lowercase().replace('_', " "))
-            .collect();
+    for (step, pass) in plan.steps.iter().zip(&plan.passes) {
+        let needs = step.contract.needs | pass.surveys().unwrap_or_default();
+        let needs: Vec<_> =
+            needs.iter_names().map(|(name, _)| name.to_lowercase().replace('_', " ")).collect();
         let needs = if needs.is_empty() { "no statistics".to_owned() } else { needs.join(", ") };
         writeln!(out, "  {}: {} sites, {needs}", step.label, step.sites)?;
+    }
+    if let Some(step) = &plan.last {
+        writeln!(out, "  {}: {}", step.label, step.does)?;
     }
     writeln!(out)?;
     write_sites(out, plan)?;

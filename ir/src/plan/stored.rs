@@ -32,10 +32,9 @@ impl Plan {
             results: self.model.iter().map(super::ModelStep::made_bytes).sum(),
             ..Stored::default()
         };
-        if self.steps.iter().all(|step| step.contract.needs.is_empty()) {
-            return stored;
-        }
-        if !self.calibrates() {
+        let reads = self.steps.iter().any(|step| !step.contract.needs.is_empty());
+        let surveys = self.passes.iter().any(|pass| pass.surveys().is_some());
+        if !(reads || surveys || self.last.is_some()) || !self.calibrates() {
             return stored;
         }
         for block in self.graph.all_blocks() {
@@ -67,6 +66,13 @@ impl Plan {
                 }
             }
             stored.statistics += self.stored_statistics(block);
+        }
+        if let Some(crate::Work::Train(train)) = self.last.as_ref().map(|step| step.pass.work()) {
+            // The scales, and two states while it works.
+            stored.results += train.state_bytes(&self.graph) / 3;
+        }
+        if !reads {
+            return stored;
         }
         stored.streams = 2 * 4 * self.calibration_tokens * self.graph.hidden;
         stored
