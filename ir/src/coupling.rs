@@ -81,6 +81,11 @@ pub struct Member {
 }
 
 impl Member {
+    /// The index that an element of the axis belongs to, for a dimension of `size`.
+    pub const fn index(&self, element: usize, size: usize) -> usize {
+        element / self.stride % size
+    }
+
     /// Places along the axis of the indices `kept`, in the axis's own order, for a dimension of `size`.
     pub fn places(&self, size: usize, kept: &[usize]) -> Vec<usize> {
         let mut places = Vec::with_capacity(self.outer * kept.len() * self.stride);
@@ -264,5 +269,11 @@ mod tests {
         assert_eq!(heads.places(3, &[0, 2]), [0, 1, 4, 5]);
         let channels = member("v".into(), 0, (2, 1), Side::Makes);
         assert_eq!(channels.places(3, &[0, 2]), [0, 2, 3, 5]);
+        for member in [heads, channels] {
+            for index in 0..3 {
+                let places = member.places(3, &[index]);
+                assert!(places.iter().all(|&place| member.index(place, 3) == index));
+            }
+        }
     }
 }

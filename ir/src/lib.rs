@@ -15,6 +15,7 @@ pub mod model_pass;
 pub mod pass;
 pub mod plan;
 pub mod recipe;
+pub mod slopes;
 pub mod state;
 pub mod stats;
 pub mod target;
@@ -37,6 +38,7 @@ pub use pass::{
     Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
+pub use slopes::{SlopeBy, SlopeQuery, Slopes};
 pub use state::{BlockState, LinearState};
 pub use stats::{BlockStats, Given, InputStats, Needs};
 pub use train::{Saved, Train, TrainProgress, TrainSession, TrainingReport};

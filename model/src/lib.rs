@@ -12,6 +12,7 @@ mod evaluate;
 mod generate;
 mod lesson;
 mod rope;
+mod slopes;
 pub mod spec;
 mod stream;
 mod training;
@@ -25,6 +26,7 @@ pub use evaluate::{
 };
 pub use generate::{Generator, Sampling};
 pub use lesson::{LANES, Lesson};
+pub use slopes::loss_slopes;
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
 pub use training::{Objective, StepMemory, Student, training_step};

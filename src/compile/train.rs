@@ -254,7 +254,7 @@ pub(super) fn run(
         writer: RefCell::new(writer),
         written: RefCell::default(),
     };
-    let training = train.train(&making.context(), &session)?;
+    let training = train.train(&making.context(&attar_ir::Slopes::new()), &session)?;
     session.bar.finish_and_clear();
     let Session { written, writer, .. } = session;
     let (written, writer) = (written.into_inner(), writer.into_inner());
