@@ -23,7 +23,7 @@ pub mod train;
 pub mod training;
 pub mod weight;
 
-pub use coupling::{Dim, DimName, Member, Side, Sizes};
+pub use coupling::{Dim, DimName, Member, Side, Sizes, Split};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
 pub use graph::{
     AttentionShape, Block, ChannelMap, Fold, InputGroup, ModelGraph, Norm, Producer, Role, Site,

@@ -8,7 +8,7 @@
 
 use attar_ir::{
     Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
-    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, SlopeQuery, Weight, Work,
+    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Sizes, SlopeQuery, Weight, Work,
     recipe::options,
 };
 use serde::Deserialize;
@@ -69,15 +69,14 @@ impl Ffn {
     }
 }
 
-/// Places of the sites of a role.
-fn of_role(block: &Block, role: Role) -> usize {
-    let found = block.sites.iter().position(|site| site.role == role);
-    found.expect("decoder blocks have a gated MLP")
+/// The linear that reads the channels.
+fn down(block: &Block) -> usize {
+    block.reader_of(DimName::Ffn(block.index)).expect("decoder blocks have an MLP")
 }
 
 impl CutBlocks for Ffn {
     fn stops(&self, block: &Block) -> Vec<(usize, Needs)> {
-        vec![(block.input_of(of_role(block, Role::Down)), Needs::HESSIAN)]
+        vec![(block.input_of(down(block)), Needs::HESSIAN)]
     }
 
     fn cut(
@@ -88,7 +87,7 @@ impl CutBlocks for Ffn {
         state: &mut BlockState,
         stats: &mut InputStats,
     ) -> Result<(Cut, ModelEntry), PassError> {
-        let down = of_role(block, Role::Down);
+        let down = down(block);
         let n = block.sites[down].in_features;
         let keep = self.keep(context.graph).expect("the plan checked the ratio");
         let places: Vec<Vec<usize>> = (0..n).map(|channel| vec![channel]).collect();
@@ -127,18 +126,20 @@ impl CutBlocks for Ffn {
 
 /// Product of the norms of each channel's rows of gate and up and column of down.
 fn magnitudes(block: &Block, state: &BlockState) -> Vec<f64> {
-    let weight = |role| state.linears[of_role(block, role)].weight.values();
-    let (gate, up, down) = (weight(Role::Gate), weight(Role::Up), weight(Role::Down));
+    let weight = |site: usize| state.linears[site].weight.values();
     let norm = |values: &mut dyn Iterator<Item = f32>| {
         values.map(|v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
     };
-    (0..down.ncols())
-        .map(|j| {
-            norm(&mut gate.row(j).iter().copied())
-                * norm(&mut up.row(j).iter().copied())
-                * norm(&mut down.column(j).iter().copied())
-        })
-        .collect()
+    let down = weight(down(block));
+    let mut products: Vec<f64> =
+        (0..down.ncols()).map(|j| norm(&mut down.column(j).iter().copied())).collect();
+    for site in block.makers_of(DimName::Ffn(block.index)) {
+        let made = weight(site);
+        for (product, row) in products.iter_mut().zip(made.rows()) {
+            *product *= norm(&mut row.iter().copied());
+        }
+    }
+    products
 }
 
 impl ModelPass for Ffn {

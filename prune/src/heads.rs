@@ -8,7 +8,7 @@
 
 use attar_ir::{
     Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
-    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, SlopeQuery, Weight, Work,
+    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Side, Sizes, SlopeQuery, Weight, Work,
     recipe::{RecipeError, options},
 };
 use serde::Deserialize;
@@ -99,8 +99,7 @@ impl Heads {
 }
 
 fn output(block: &Block) -> usize {
-    let found = block.sites.iter().position(|site| site.role == Role::AttentionOutput);
-    found.expect("decoder blocks have attention")
+    block.reader_of(DimName::Head(block.index)).expect("decoder blocks have attention")
 }
 
 impl CutBlocks for Heads {
@@ -120,9 +119,8 @@ impl CutBlocks for Heads {
         let keep = self.keep(context.graph).expect("the plan checked the ratio");
         let dim =
             if self.groups { DimName::KvGroup(block.index) } else { DimName::Head(block.index) };
-        let name = format!("{}.weight", block.sites[site].name);
         let table = context.graph.dim(dim).expect("decoder blocks have heads");
-        let member = table.members.iter().find(|member| member.tensor == name);
+        let member = table.members.iter().find(|member| member.side == Side::Reads);
         let member = member.expect("the attention output reads every head");
         let places: Vec<Vec<usize>> =
             (0..table.size).map(|index| member.places(table.size, &[index])).collect();
