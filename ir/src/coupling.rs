@@ -380,8 +380,12 @@ impl ModelGraph {
                     Kind::Head => own[2].extend(members),
                     Kind::ValueChannel => own[3].extend(members),
                 };
-                rows.iter().for_each(|seen| put(seen.kind, made(block, at, seen.repeat)));
-                columns.iter().for_each(|seen| put(seen.kind, vec![read(block, at, seen.repeat)]));
+                for seen in rows {
+                    put(seen.kind, made(block, at, seen.repeat));
+                }
+                for seen in columns {
+                    put(seen.kind, vec![read(block, at, seen.repeat)]);
+                }
             }
             let Some(shape) = block.attention else { continue };
             let [ffn, groups, heads, values] = own;

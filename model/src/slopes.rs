@@ -141,7 +141,9 @@ pub fn loss_slopes(
     let (mut x, mut of_input) = (Vec::new(), Vec::new());
     for window in (0..windows.len()).filter(|_| whole) {
         let pair = (inputs[0].window(window, &mut x)?, d.window(window, &mut of_input)?);
-        over_all.iter_mut().for_each(|sums| sums.add_channels(window, pair));
+        for sums in &mut over_all {
+            sums.add_channels(window, pair);
+        }
     }
     slopes.extend(over_all.into_iter().map(Sums::finish));
     if !loss.is_finite() || slopes.values().flatten().any(|slope| !slope.is_finite()) {
@@ -277,7 +279,9 @@ impl Backward<'_> {
             }
         }
         if by == SlopeBy::Elements {
-            own.iter_mut().for_each(|sums| sums.add(0, block, &state, &gradient));
+            for sums in own {
+                sums.add(0, block, &state, &gradient);
+            }
         }
         Ok(())
     }
@@ -296,7 +300,9 @@ fn next_token(logits: &mut [f32], next: &[u32], vocab: usize, scale: f32) -> f64
             let logit = z[next as usize];
             let log_sum = softmax_row_log_sum(z);
             z[next as usize] -= 1.0;
-            z.iter_mut().for_each(|z| *z *= scale);
+            for z in z.iter_mut() {
+                *z *= scale;
+            }
             f64::from(log_sum) - f64::from(logit)
         })
         .collect();

@@ -142,7 +142,7 @@ fn a_slope_is_what_scaling_all_coupled_weights_does_to_the_loss() {
                 let of: Vec<f64> = (0..2)
                     .map(|at| difference(&model, &ids[at..=at], (&dim, index, None)))
                     .collect();
-                let mean = ((of[0] * of[0] + of[1] * of[1]) / 2.0).sqrt();
+                let mean = f64::midpoint(of[0] * of[0], of[1] * of[1]).sqrt();
                 let (first, all) = (one[&name][index], both[&name][index]);
                 let close = |a: f64, b: f64| (a - b).abs() < 2e-3 * largest + 1e-4;
                 assert!(close(first, of[0].abs()), "{tied} {name} {index}: {first} {}", of[0]);

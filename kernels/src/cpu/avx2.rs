@@ -162,7 +162,8 @@ impl Sparse {
         let word = unsafe { self.words.add(8 * quad).cast::<i64>().read_unaligned() };
         let kept = _mm256_srlv_epi32(_mm256_set1_epi64x(word), self.shifts);
         let from = _mm256_or_si256(_mm256_permutevar8x32_epi32(self.places, kept), self.base);
-        let from = if quad % 2 == 0 { from } else { _mm256_or_si256(from, _mm256_set1_epi8(8)) };
+        let from =
+            if quad.is_multiple_of(2) { from } else { _mm256_or_si256(from, _mm256_set1_epi8(8)) };
         _mm256_xor_si256(_mm256_shuffle_epi8(stored, from), self.filling)
     }
 }
