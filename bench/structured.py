@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""structured.py --attar BINARY --model DIR --calib FILE --text FILE [--context 256] [--samples 128] [--work DIR] [--results DIR] [--peer-python PYTHON]
+"""structured.py --attar BINARY --model DIR --calib FILE --text FILE [--context 256] [--samples 128] [--work DIR] [--results DIR] [--peer-python PYTHON] [--only PART]
 
 Structured pruning and rotations on one trained model: every row is one recipe, compressed and measured by `attar eval` on the
 held-out text (perplexity, KL divergence original || compressed in nats). With --peer-python (the interpreter of the interop
@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--attar", required=True); p.add_argument("--model", required=True); p.add_argument("--calib", required=True); p.add_argument("--text", required=True)
 p.add_argument("--context", type=int, default=256); p.add_argument("--samples", type=int, default=128)
-p.add_argument("--work"); p.add_argument("--results"); p.add_argument("--peer-python"); p.add_argument("--only"); a = p.parse_args()
+p.add_argument("--work"); p.add_argument("--results"); p.add_argument("--peer-python"); p.add_argument("--only", action="append", help="rows whose name holds it; the others stay as they are in --results"); a = p.parse_args()
 work = Path(a.work or tempfile.mkdtemp(prefix="attar-structured-")); work.mkdir(parents=True, exist_ok=True)
 model = Path(a.model); config = json.loads((model / "config.json").read_text())
 hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
@@ -28,10 +28,10 @@ fraction = 0.25; groups = 1 - 1 / kv if kv > 1 else 0
 RECIPES = [
     ("depth, 1 block, influence", step("prune_depth", blocks=1)),
     ("depth, 1 block, loss", step("prune_depth", blocks=1, by="loss")),
-    *[(f"ffn 0.25, {i}, {'update' if u else 'no update'}", step("prune_ffn", ratio=fraction, importance=i, update=u)) for i in ("output", "activation", "magnitude") for u in (True, False)],
-    *[(f"kv groups {groups:.2f}, {i}, {'update' if u else 'no update'}", step("prune_kv_groups", ratio=groups, importance=i, update=u)) for i in ("output", "activation") for u in (True, False)],
-    *[(f"query heads 0.5, output, {'update' if u else 'no update'}", step("prune_heads", ratio=0.5, update=u)) for u in (True, False)],
-    ("hidden 0.125", step("prune_hidden", ratio=0.125, multiple_of=16)),
+    *[(f"ffn 0.25, {i}, {'update' if u else 'no update'}", step("prune_ffn", ratio=fraction, importance=i, update=u)) for i in ("output", "activation", "magnitude", "taylor", "taylor_elements") for u in (True, False)],
+    *[(f"kv groups {groups:.2f}, {i}, {'update' if u else 'no update'}", step("prune_kv_groups", ratio=groups, importance=i, update=u)) for i in ("output", "activation", "magnitude", "taylor", "taylor_elements") for u in (True, False)],
+    *[(f"query heads 0.5, {i}, {'update' if u else 'no update'}", step("prune_heads", ratio=0.5, importance=i, update=u)) for i in ("output", "activation", "magnitude", "taylor", "taylor_elements") for u in (True, False)],
+    *[(f"hidden 0.125, {i}", step("prune_hidden", ratio=0.125, importance=i, multiple_of=16)) for i in ("activation", "taylor")],
     ("rotate", step("rotate")),
     ("gptq w3 g128", step("gptq") + scheme(3, 128)),
     ("rotate, gptq w3 g128", step("rotate") + step("gptq") + scheme(3, 128)),
@@ -53,7 +53,7 @@ measure = ["--text", a.text, "--context", a.context, "--json"]
 base = json.loads(run(a.attar, "eval", a.model, *measure)); rows, worst = [], 0.0
 print(f"original: perplexity {base['perplexity']:.3f}", flush=True)
 for number, (name, recipe) in enumerate(RECIPES):
-    if a.only and a.only not in name: continue
+    if a.only and not any(part in name for part in a.only): continue
     file, out = work / f"{number}.toml", work / f"{number}"; file.write_text(recipe)
     if out.exists(): run("rm", "-r", out)
     run(a.attar, "compress", a.model, "--recipe", file, "--text", a.calib, "--context", a.context, "--samples", a.samples, "--out", out)
@@ -71,6 +71,11 @@ for number, (name, recipe) in enumerate(RECIPES):
         row["transformers"] = json.loads(line[-1])["relative_error"]; worst = max(worst, row["transformers"])
     rows.append(row); print(json.dumps(row), flush=True)
 
+if a.only and a.results:
+    kept = Path(a.results) / f"structured-{model.name}.json"
+    known = {r["recipe"]: r for r in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
+    known.update({r["recipe"]: r for r in rows})
+    rows = [known[name] for name, _ in RECIPES if name in known]
 cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
 def cell(v, f): return "-" if v is None else format(v, f)
 table = ["| recipe | block parameters removed | perplexity | KL, nats | top-1 | mean output error | bytes | transformers, logits |", "|---|---|---|---|---|---|---|---|",

@@ -49,6 +49,8 @@ pub(crate) struct Opened {
 #[derive(Debug, Default, Clone, Copy, Serialize)]
 pub(crate) struct Taken {
     pub(crate) linears: usize,
+    /// Those of them whose zeros are left away.
+    pub(crate) without_zeros: usize,
     /// In memory; a token reads all of them.
     pub(crate) bytes: usize,
 }
@@ -250,10 +252,11 @@ impl Opened {
         }))
     }
 
-    fn took(&self, kernel: &'static str, bytes: usize) {
+    fn took(&self, kernel: &'static str, form: &str, bytes: usize) {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = kernels.entry(kernel).or_default();
         taken.linears += 1;
+        taken.without_zeros += usize::from(form == "2:4");
         taken.bytes += bytes;
     }
 
@@ -407,7 +410,7 @@ impl Opened {
         let dense = Dense::new(view).ok_or_else(|| {
             fail(format!("has dtype {}, no float that a kernel reads", view.dtype()))
         })?;
-        self.took(dense.name(), dense.resident_bytes());
+        self.took(dense.name(), "", dense.resident_bytes());
         Ok(Box::new(Kernel(Box::new(dense))))
     }
 
@@ -423,7 +426,7 @@ impl Opened {
                 };
                 let (name, kernel) = attar_kernels::select_kernel(&packed, activations)
                     .map_err(|error| fail(error.to_string()))?;
-                self.took(name, kernel.resident_bytes());
+                self.took(name, kernel.form(), kernel.resident_bytes());
                 Ok(Box::new(Kernel(kernel)))
             }
             None if self.resident => {

@@ -106,6 +106,60 @@ fn a_pruned_model_has_the_shapes_that_were_planned_and_the_update_lowers_its_err
 }
 
 #[test]
+fn what_is_ranked_by_slopes_of_the_loss_is_planned_and_does_not_depend_on_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut removed = Vec::new();
+    for (at, (pass, options)) in [
+        ("prune_ffn", "importance = \"taylor\"\nmultiple_of = 32"),
+        ("prune_ffn", "importance = \"taylor_elements\"\nmultiple_of = 32"),
+        ("prune_ffn", "multiple_of = 32"),
+        ("prune_kv_groups", "ratio = 0.25\nimportance = \"taylor\""),
+        ("prune_heads", "ratio = 0.5\nimportance = \"taylor_elements\""),
+        ("prune_hidden", "importance = \"taylor\"\nmultiple_of = 16"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let recipe = format!("[[step]]\npass = \"{pass}\"\n{options}\n");
+        let run = |threads: &str| {
+            let out = dir.path().join(format!("{at}-{threads}"));
+            let (code, _, error) = compress(&recipe, &out, &["--threads", threads]);
+            assert_eq!(code, 0, "{recipe}: {error}");
+            out
+        };
+        let (one, two) = (run("1"), run("2"));
+        let bytes = |out: &Path| fs::read(out.join("model.safetensors")).unwrap();
+        assert!(bytes(&one) == bytes(&two), "{recipe}");
+        let report = json(&one.join("report.json"));
+        removed.push(report["model"][0]["removed"].clone());
+        let (code, stdout, error) =
+            attar(&["verify", &one.display().to_string(), "--source", &model()]);
+        assert_eq!(code, 0, "{recipe}: {stdout}{error}");
+    }
+    // Each ranking has its own answer.
+    assert!(removed[0] != removed[1] && removed[0] != removed[2] && removed[1] != removed[2]);
+    let file = dir.path().join("r.toml");
+    let recipe = "[[step]]\npass = \"prune_ffn\"\nimportance = \"taylor\"\n";
+    fs::write(&file, recipe).unwrap();
+    let plan = |recipe: &str, extra: &[&str]| {
+        fs::write(&file, recipe).unwrap();
+        let text = data("tinystories_calib.txt").display().to_string();
+        let file = file.display().to_string();
+        let model = model();
+        let mut args = vec!["plan", &model, "--recipe", &file, "--text", &text, "--samples", "16"];
+        args.extend(extra);
+        attar(&args)
+    };
+    let (code, with, error) = plan(recipe, &["--context", "64"]);
+    assert!(code == 0 && with.contains("ranked by slopes of the loss"), "{with}{error}");
+    let (code, _, error) = plan(recipe, &["--context", "1"]);
+    assert!(
+        code == 2 && error.contains("slopes of the loss need windows of two tokens"),
+        "{error}"
+    );
+}
+
+#[test]
 fn blocks_and_channels_of_the_whole_model_go() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("depth");
@@ -167,6 +221,11 @@ fn what_cannot_be_reshaped_is_refused_before_any_work() {
         ("[[step]]\npass = \"rotate\"\nstream = false\nvalues = false\n".into(), "neither"),
         ("[[step]]\npass = \"rotate\"\n[[emit]]\nlayout = \"gptq\"\n".into(), "layout gptq"),
         ("[[step]]\npass = \"prune_ffn\"\npercdamp = -1.0\n".into(), "percdamp"),
+        ("[[step]]\npass = \"prune_ffn\"\nimportance = \"slope\"\n".into(), "taylor_elements"),
+        (
+            "[[step]]\npass = \"prune_hidden\"\nimportance = \"taylor_elements\"\n".into(),
+            "`activation` or `taylor`",
+        ),
     ]
     .into_iter()
     .enumerate()

@@ -15,6 +15,7 @@ pub mod model_pass;
 pub mod pass;
 pub mod plan;
 pub mod recipe;
+pub mod slopes;
 pub mod state;
 pub mod stats;
 pub mod target;
@@ -22,7 +23,7 @@ pub mod train;
 pub mod training;
 pub mod weight;
 
-pub use coupling::{Dim, DimName, Member, Side, Sizes};
+pub use coupling::{Dim, DimName, Member, Side, Sizes, Split};
 pub use form::{Form, FormChange, FormSet, Numeric, Rank, Sparsity};
 pub use graph::{
     AttentionShape, Block, ChannelMap, Fold, InputGroup, ModelGraph, Norm, Producer, Role, Site,
@@ -37,6 +38,7 @@ pub use pass::{
     Touches, Upstream, check_finite, relative,
 };
 pub use plan::{PassGraph, Plan, PlanErrors};
+pub use slopes::{SlopeBy, SlopeQuery, Slopes};
 pub use state::{BlockState, LinearState};
 pub use stats::{BlockGradients, BlockStats, Given, InputStats, Needs, SiteGradient};
 pub use train::{Saved, Train, TrainProgress, TrainSession, TrainingReport};

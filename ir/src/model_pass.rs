@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Block, BlockState, BlockStats, Cost, DimName, InputStats, ModelGraph, Needs, PassError, Sizes,
-    Train, TrainingReport, recipe::RecipeError,
+    SlopeQuery, Slopes, Train, TrainingReport, recipe::RecipeError,
 };
 
 /// What a pass on the whole model gets beside tensors.
@@ -21,6 +21,8 @@ pub struct ModelContext<'a> {
     pub graph: &'a ModelGraph,
     /// Seed of the run.
     pub seed: u64,
+    /// What [`ModelPass::slopes`] asked for, of the model as it was read.
+    pub slopes: &'a Slopes,
 }
 
 /// One step of a pass on the whole model, for the report.
@@ -176,6 +178,13 @@ pub trait ModelPass: Debug + Send + Sync {
 
     /// What it costs, forward passes excluded.
     fn cost(&self, graph: &ModelGraph, tokens: usize) -> Cost;
+
+    /// Slopes of the loss that its choices rest on: the calibration text runs forward and backward through the model before
+    /// the pass does its work.
+    fn slopes(&self, graph: &ModelGraph) -> Option<SlopeQuery> {
+        let _ = graph;
+        None
+    }
 
     /// True when the stream between blocks comes out in another basis, the same for all of them.
     fn turns_stream(&self) -> bool {

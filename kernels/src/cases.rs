@@ -72,6 +72,8 @@ pub struct Case {
     pub out_features: usize,
     /// Columns.
     pub in_features: usize,
+    /// Of four neighbouring columns two have the zero point's code.
+    pub pruned: bool,
     /// What the values are.
     pub values: Values,
     /// Type of the tensor in the source checkpoint; its scales lie on that grid.
@@ -85,6 +87,7 @@ pub fn all() -> Vec<Case> {
         group: 128,
         symmetric: true,
         act_order: false,
+        pruned: false,
         out_features: 96,
         in_features: 256,
         values: Values::Plain,
@@ -115,6 +118,21 @@ pub fn all() -> Vec<Case> {
             cases.push(Case { source, ..asymmetric });
         }
     }
+    // 4-bit weights at 2:4, with the tails and the numbers that hurt.
+    let pruned = Case { pruned: true, ..plain };
+    for group in [32, 128, 0] {
+        for symmetric in [true, false] {
+            cases.push(Case { group, symmetric, ..pruned });
+        }
+    }
+    let asymmetric = Case { symmetric: false, ..pruned };
+    cases.push(Case { out_features: 37, in_features: 384, ..asymmetric });
+    cases.push(Case { out_features: 17, in_features: 72, group: 24, ..asymmetric });
+    cases.push(Case { out_features: 1, in_features: 128, ..pruned });
+    cases.push(Case { out_features: 33, in_features: 1024, group: 64, ..pruned });
+    cases.push(Case { values: Values::ZeroScales, group: 32, ..asymmetric });
+    cases.push(Case { values: Values::Ends, group: 32, ..asymmetric });
+    cases.push(Case { source: DType::F32, ..asymmetric });
     cases
 }
 
@@ -123,7 +141,8 @@ impl std::fmt::Display for Case {
         let order = if self.act_order { " act-order" } else { "" };
         let (rows, columns) = (self.out_features, self.in_features);
         let (label, values, source) = (self.scheme().label(), self.values, self.source);
-        write!(f, "{rows}x{columns} {label}{order} {values:?} {source} scales")
+        let pruned = if self.pruned { " 2:4" } else { "" };
+        write!(f, "{rows}x{columns} {label}{order}{pruned} {values:?} {source} scales")
     }
 }
 
@@ -162,7 +181,7 @@ impl Case {
             2 => scheme.max_code(),
             _ => rng.below(levels) as u8,
         };
-        let codes = (0..rows * columns).map(|_| code(&mut rng)).collect();
+        let codes: Vec<u8> = (0..rows * columns).map(|_| code(&mut rng)).collect();
         let zeros = (0..rows * groups).map(|_| match (self.symmetric, ends) {
             (true, _) => u16::from(scheme.mid_code()),
             (false, true) => [scheme.zero_min.into(), scheme.max_code().into()][rng.below(2)],
@@ -179,7 +198,7 @@ impl Case {
             }
             g_idx = Some(order);
         }
-        QuantizedLinear {
+        let mut weight = QuantizedLinear {
             scheme,
             out_features: rows,
             in_features: columns,
@@ -187,7 +206,20 @@ impl Case {
             scales,
             zeros,
             g_idx,
+        };
+        if self.pruned {
+            let groups = weight.groups();
+            for at in 0..rows * columns {
+                // Two of each four, any of the six pairs.
+                let (row, column) = (at / columns, at % columns);
+                let pair = [3u8, 5, 6, 9, 10, 12][(row * 31 + column / 4 * 7) % 6];
+                if pair >> (column % 4) & 1 == 0 {
+                    let zero = weight.zeros[row * groups + weight.group_of(column)];
+                    weight.codes[at] = zero as u8;
+                }
+            }
         }
+        weight
     }
 
     fn scale(&self, rng: &mut Rng) -> f32 {

@@ -123,6 +123,16 @@ pub trait Prepared: std::fmt::Debug + Send + Sync {
     /// Bytes held in memory; one token reads all of them once.
     fn resident_bytes(&self) -> usize;
 
+    /// What is special about how the weights lie, e.g. `2:4` where zeros are left away; empty where nothing is.
+    fn form(&self) -> &'static str {
+        ""
+    }
+
+    /// The same weight with the zeros that this form leaves away: what the choice is measured against.
+    fn other_form(&self) -> Option<Box<dyn Prepared>> {
+        None
+    }
+
     /// The same in other memory, so that a measurement can be kept from reading caches; `None` when the
     /// kernel offers none.
     fn duplicate(&self) -> Option<Box<dyn Prepared>> {

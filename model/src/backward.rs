@@ -10,7 +10,10 @@
 
 use std::ops::Range;
 
-use attar_ir::{Block, BlockState, Weight};
+use attar_ir::{
+    Block, BlockState, Weight,
+    slopes::{space_bytes, tape_bytes},
+};
 use attar_tensor::linalg::{
     Packing, add_in_place, rms_norm_row, rms_norm_row_backward, silu_mul, silu_mul_backward,
 };
@@ -108,8 +111,7 @@ pub struct Tape {
 impl Tape {
     /// Bytes that a tape of `tokens` tokens of such a block takes.
     pub fn bytes(block: &Block, tokens: usize) -> usize {
-        let out = |site: usize| block.sites[site].out_features;
-        4 * tokens * (2 * out(0) + out(1) + out(2) + out(3) + out(4) + out(5))
+        tape_bytes(block, tokens)
     }
 }
 
@@ -134,12 +136,7 @@ pub struct Space {
 impl Space {
     /// Bytes taken at most by work on `tokens` tokens of such a block, tape excluded.
     pub fn bytes(block: &Block, tokens: usize) -> usize {
-        let out = |site: usize| block.sites[site].out_features;
-        let (hidden, wide) = (out(3), out(4));
-        let packed = |n: usize, k: usize| Packing::bytes(n, k);
-        // The operand packed is a weight, or the inputs of a linear.
-        let packing = packed(wide, hidden.max(tokens)).max(packed(hidden, wide));
-        packing + 4 * tokens * (2 * hidden + wide + 2 * out(0) + 2 * out(1) + out(2))
+        space_bytes(block, tokens)
     }
 }
 

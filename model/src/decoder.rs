@@ -1,8 +1,7 @@
 //! A checkpoint's decoder: its description, its graph, and its blocks' weights.
 
 use attar_ir::{
-    AttentionShape, Block, BlockState, ChannelMap, Fold, InputGroup, LinearState, ModelGraph, Norm,
-    Producer, Role, Site, Weight,
+    AttentionShape, Block, BlockState, LinearState, ModelGraph, Norm, Role, Site, Weight,
 };
 use attar_tensor::{DType, Mat, TensorSource, linalg::first_non_finite};
 use serde_json::Value;
@@ -103,36 +102,12 @@ impl Decoder {
                     shape_is(source, &name(part), &[spec.head_dim])?;
                 }
             }
-            let input =
-                |name, width, sites: &[usize]| InputGroup { name, width, sites: sites.into() };
-            let heads = ChannelMap::GroupedHeads {
+            let attention = AttentionShape {
+                heads: spec.heads,
+                kv_heads: spec.kv_heads,
                 head_dim: spec.head_dim,
-                repeat: spec.heads / spec.kv_heads,
             };
-            let fold = |producer, input, map| Fold { producer, input, map };
-            blocks.push(Block {
-                index,
-                sites,
-                norms,
-                inputs: vec![
-                    input("attention input", hidden, &[0, 1, 2]),
-                    input("attention output", q, &[3]),
-                    input("mlp input", hidden, &[4, 5]),
-                    input("mlp activation", inner, &[6]),
-                ],
-                folds: vec![
-                    fold(Producer::Norm(0), 0, ChannelMap::Identity),
-                    fold(Producer::Rows(2), 1, heads),
-                    fold(Producer::Norm(1), 2, ChannelMap::Identity),
-                    fold(Producer::Rows(5), 3, ChannelMap::Identity),
-                ],
-                attention: Some(AttentionShape {
-                    heads: spec.heads,
-                    kv_heads: spec.kv_heads,
-                    head_dim: spec.head_dim,
-                }),
-                prefix,
-            });
+            blocks.push(Block::coupled(index, prefix, (sites, norms), Some(attention), true));
         }
         shape_is(source, "model.norm.weight", &[hidden])?;
         let embed = "model.embed_tokens.weight";
@@ -148,27 +123,18 @@ impl Decoder {
         if !spec.tied && !quantized("lm_head") {
             shape_is(source, "lm_head.weight", &[spec.vocab, hidden])?;
         }
-        let epilogue = Block {
-            index: spec.layers,
-            prefix: String::new(),
-            sites: vec![Site {
-                name: "lm_head".into(),
-                role: Role::Head,
-                out_features: spec.vocab,
-                in_features: hidden,
-                bias: false,
-                dtype,
-            }],
-            norms: vec![Norm { tensor: "model.norm.weight".into(), width: hidden }],
-            inputs: vec![InputGroup { name: "head input", width: hidden, sites: vec![0] }],
-            // A scale folded into a tied head would reach the embedding.
-            folds: if spec.tied {
-                Vec::new()
-            } else {
-                vec![Fold { producer: Producer::Norm(0), input: 0, map: ChannelMap::Identity }]
-            },
-            attention: None,
+        let head = Site {
+            name: "lm_head".into(),
+            role: Role::Head,
+            out_features: spec.vocab,
+            in_features: hidden,
+            bias: false,
+            dtype,
         };
+        let norm = Norm { tensor: "model.norm.weight".into(), width: hidden };
+        let parts = (vec![head], vec![norm]);
+        // A scale folded into a tied head would reach the embedding.
+        let epilogue = Block::coupled(spec.layers, String::new(), parts, None, !spec.tied);
         let graph = ModelGraph {
             family: spec.family.clone(),
             hidden,

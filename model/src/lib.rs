@@ -13,6 +13,7 @@ mod generate;
 mod gradients;
 mod lesson;
 mod rope;
+mod slopes;
 pub mod spec;
 mod stream;
 mod training;
@@ -27,6 +28,7 @@ pub use evaluate::{
 pub use generate::{Generator, Sampling};
 pub use gradients::sweep_gradients;
 pub use lesson::{LANES, Lesson};
+pub use slopes::loss_slopes;
 pub use spec::{DecoderSpec, RopeKind, RopeSpec};
 pub use stream::{Spill, Stream};
 pub use training::{Objective, StepMemory, Student, training_step};

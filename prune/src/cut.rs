@@ -9,7 +9,9 @@
 //!
 //! Deliberate difference: groups go in rounds, several at once where there are many, scores renewed between.
 
-use attar_ir::{Cost, InputStats, PassError, recipe::RecipeError};
+use attar_ir::{
+    Cost, DimName, InputStats, ModelGraph, PassError, SlopeBy, SlopeQuery, recipe::RecipeError,
+};
 use attar_tensor::{
     Mat,
     linalg::double::{gemm, inverse_spd},
@@ -30,6 +32,36 @@ pub(crate) enum Importance {
     Activation,
     /// Norms of the coupled weights alone.
     Magnitude,
+    /// First-order Taylor: what scaling all coupled weights does to the loss of the calibration text, root mean square over
+    /// windows (Molchanov et al. 2019, arXiv:1906.10771).
+    Taylor,
+    /// First-order Taylor by element: `Σ |w g|` over the coupled weights, g the mean gradient of the loss (LLM-Pruner, Ma
+    /// et al. 2023, arXiv:2305.11627).
+    TaylorElements,
+}
+
+impl Importance {
+    /// The slopes of the loss along a dimension of every block that it ranks by.
+    pub(crate) fn slopes(
+        self,
+        graph: &ModelGraph,
+        dim: fn(usize) -> DimName,
+    ) -> Option<SlopeQuery> {
+        let by = match self {
+            Self::Taylor => SlopeBy::Groups,
+            Self::TaylorElements => SlopeBy::Elements,
+            Self::Output | Self::Activation | Self::Magnitude => return None,
+        };
+        Some(SlopeQuery { dims: graph.blocks.iter().map(|block| dim(block.index)).collect(), by })
+    }
+
+    /// Words for the plan.
+    pub(crate) const fn words(self) -> &'static str {
+        match self {
+            Self::Taylor | Self::TaylorElements => ", ranked by slopes of the loss",
+            Self::Output | Self::Activation | Self::Magnitude => "",
+        }
+    }
 }
 
 /// What is asked for.
@@ -42,8 +74,8 @@ pub(crate) struct Asked<'a> {
     /// Groups fall into classes of which equally many stay: `classes` consecutive runs.
     pub(crate) classes: usize,
     pub(crate) importance: Importance,
-    /// Norm of the coupled weights by group, for [`Importance::Magnitude`].
-    pub(crate) magnitude: &'a [f64],
+    /// Scores by group where [`Importance`] does not come from the statistics: norms of the coupled weights, or slopes.
+    pub(crate) given: &'a [f64],
     /// Moves what stays to make up for what goes.
     pub(crate) update: bool,
     /// Dampening as a fraction of the Hessian's mean diagonal.
@@ -134,7 +166,9 @@ pub(crate) fn remove(
                     // What cannot be solved for stays; infinities are not written to reports.
                     Importance::Output => cost_of(w, inverse, n, places).min(f64::MAX),
                     Importance::Activation => places.iter().map(|&j| norms[j]).sum(),
-                    Importance::Magnitude => asked.magnitude[group],
+                    Importance::Magnitude | Importance::Taylor | Importance::TaylorElements => {
+                        asked.given[group]
+                    }
                 }
             })
             .collect()
@@ -332,7 +366,7 @@ mod tests {
             keep,
             classes: 1,
             importance,
-            magnitude: &magnitude,
+            given: &magnitude,
             update,
             percdamp: 1e-8,
         };
@@ -378,7 +412,7 @@ mod tests {
             keep: 4,
             classes: 2,
             importance: Importance::Output,
-            magnitude: &[],
+            given: &[],
             update: true,
             percdamp: 0.01,
         };
@@ -402,7 +436,7 @@ mod tests {
             keep: 22,
             classes: 1,
             importance: Importance::Output,
-            magnitude: &[],
+            given: &[],
             update: true,
             percdamp: 0.01,
         };

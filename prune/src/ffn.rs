@@ -2,12 +2,13 @@
 //!
 //! A channel's cost is the output error of `down` when the others have made up for it (see `cut`; OSSCAR, Meng et
 //! al. 2024, arXiv:2403.12983, states the same problem); or `‖W_down,j‖ ‖X_j‖`; or the product of the norms of its
-//! three weight vectors (LLM-Pruner's coupled group, Ma et al. 2023, arXiv:2305.11627). Each block sees what
-//! the pruned former ones put out. `down [hidden, ffn]`.
+//! three weight vectors; or how the loss answers to scaling them (first-order Taylor on LLM-Pruner's coupled group, Ma et al.
+//! 2023, arXiv:2305.11627; slopes of the model as it was read, see [`attar_ir::slopes`]). Each block sees what the
+//! pruned former ones put out. `down [hidden, ffn]`.
 
 use attar_ir::{
     Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
-    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, Weight, Work,
+    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Sizes, SlopeQuery, Weight, Work,
     recipe::options,
 };
 use serde::Deserialize;
@@ -18,7 +19,7 @@ use crate::cut::{self, Asked, Importance};
 pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "prune_ffn",
     summary: "take whole FFN channels away, equally many in every block",
-    paper: "Ling et al. 2024, arXiv:2412.18110; Meng et al. 2024, arXiv:2403.12983",
+    paper: "Ling et al. 2024, arXiv:2412.18110; Meng et al. 2024, arXiv:2403.12983; Ma et al. 2023, arXiv:2305.11627",
     example: "\
 [[step]]\n\
 pass = \"prune_ffn\"\n\
@@ -41,7 +42,8 @@ scheme = { bits = 4, group_size = 32 }\n\
 struct Options {
     /// Fraction of the channels that goes.
     ratio: f64,
-    /// How channels are ranked.
+    /// How channels are ranked: `output` (error after the update), `activation`, `magnitude`, or by slopes of the loss:
+    /// `taylor`, `taylor_elements`.
     importance: Importance,
     /// Moves what is left of `down` to make up for what goes.
     update: bool,
@@ -67,15 +69,14 @@ impl Ffn {
     }
 }
 
-/// Places of the sites of a role.
-fn of_role(block: &Block, role: Role) -> usize {
-    let found = block.sites.iter().position(|site| site.role == role);
-    found.expect("decoder blocks have a gated MLP")
+/// The linear that reads the channels.
+fn down(block: &Block) -> usize {
+    block.reader_of(DimName::Ffn(block.index)).expect("decoder blocks have an MLP")
 }
 
 impl CutBlocks for Ffn {
     fn stops(&self, block: &Block) -> Vec<(usize, Needs)> {
-        vec![(block.input_of(of_role(block, Role::Down)), Needs::HESSIAN)]
+        vec![(block.input_of(down(block)), Needs::HESSIAN)]
     }
 
     fn cut(
@@ -86,21 +87,22 @@ impl CutBlocks for Ffn {
         state: &mut BlockState,
         stats: &mut InputStats,
     ) -> Result<(Cut, ModelEntry), PassError> {
-        let down = of_role(block, Role::Down);
+        let down = down(block);
         let n = block.sites[down].in_features;
         let keep = self.keep(context.graph).expect("the plan checked the ratio");
         let places: Vec<Vec<usize>> = (0..n).map(|channel| vec![channel]).collect();
-        let magnitude = if self.0.importance == Importance::Magnitude {
+        let dim = DimName::Ffn(block.index);
+        let given = if self.0.importance == Importance::Magnitude {
             magnitudes(block, state)
         } else {
-            Vec::new()
+            context.slopes.get(&dim).cloned().unwrap_or_default()
         };
         let asked = Asked {
             places: &places,
             keep,
             classes: 1,
             importance: self.0.importance,
-            magnitude: &magnitude,
+            given: &given,
             update: self.0.update,
             percdamp: self.0.percdamp,
         };
@@ -108,7 +110,6 @@ impl CutBlocks for Ffn {
             unreachable!("passes on the whole model see floats")
         };
         let found = cut::remove(&block.sites[down].name, weight, stats, asked)?;
-        let dim = DimName::Ffn(block.index);
         let entry = ModelEntry {
             step: String::new(),
             what: dim.to_string(),
@@ -125,18 +126,20 @@ impl CutBlocks for Ffn {
 
 /// Product of the norms of each channel's rows of gate and up and column of down.
 fn magnitudes(block: &Block, state: &BlockState) -> Vec<f64> {
-    let weight = |role| state.linears[of_role(block, role)].weight.values();
-    let (gate, up, down) = (weight(Role::Gate), weight(Role::Up), weight(Role::Down));
+    let weight = |site: usize| state.linears[site].weight.values();
     let norm = |values: &mut dyn Iterator<Item = f32>| {
         values.map(|v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
     };
-    (0..down.ncols())
-        .map(|j| {
-            norm(&mut gate.row(j).iter().copied())
-                * norm(&mut up.row(j).iter().copied())
-                * norm(&mut down.column(j).iter().copied())
-        })
-        .collect()
+    let down = weight(down(block));
+    let mut products: Vec<f64> =
+        (0..down.ncols()).map(|j| norm(&mut down.column(j).iter().copied())).collect();
+    for site in block.makers_of(DimName::Ffn(block.index)) {
+        let made = weight(site);
+        for (product, row) in products.iter_mut().zip(made.rows()) {
+            *product *= norm(&mut row.iter().copied());
+        }
+    }
+    products
 }
 
 impl ModelPass for Ffn {
@@ -150,7 +153,11 @@ impl ModelPass for Ffn {
 
     fn describe(&self, graph: &ModelGraph) -> String {
         let kept = self.keep(graph).unwrap_or(0);
-        format!("ffn {} -> {kept} channels in every block", graph.sizes().ffn)
+        format!(
+            "ffn {} -> {kept} channels in every block{}",
+            graph.sizes().ffn,
+            self.0.importance.words()
+        )
     }
 
     fn cost(&self, graph: &ModelGraph, _: usize) -> Cost {
@@ -158,6 +165,10 @@ impl ModelPass for Ffn {
         let removed = sizes.ffn - self.keep(graph).unwrap_or(sizes.ffn);
         let one = cut::cost(sizes.hidden, sizes.ffn, removed);
         Cost { flops: one.flops * sizes.layers as f64, ..one }
+    }
+
+    fn slopes(&self, graph: &ModelGraph) -> Option<SlopeQuery> {
+        self.0.importance.slopes(graph, DimName::Ffn)
     }
 
     fn work(&self) -> Work<'_> {

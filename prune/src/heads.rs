@@ -2,12 +2,13 @@
 //! `prune_heads` takes query heads, equally many of every group, so that grouped-query attention stays uniform.
 //!
 //! A head's cost is the output error of `o_proj` when the other heads have made up for it (see `cut`: optimal
-//! brain surgeon on groups, ZipLM, Kurtic et al. 2023, arXiv:2302.04089), one head after the other.
+//! brain surgeon on groups, ZipLM, Kurtic et al. 2023, arXiv:2302.04089), one head after the other; or how the loss
+//! answers to scaling all that belongs to it (first-order Taylor, see [`attar_ir::slopes`]).
 //! `o_proj [hidden, heads · head_dim]`.
 
 use attar_ir::{
     Block, BlockState, Cost, Cut, CutBlocks, DimName, InputStats, ModelContext, ModelEntry,
-    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Role, Sizes, Weight, Work,
+    ModelGraph, ModelPass, ModelPassDef, Needs, PassError, Side, Sizes, SlopeQuery, Weight, Work,
     recipe::{RecipeError, options},
 };
 use serde::Deserialize;
@@ -47,7 +48,8 @@ ratio = 0.5\n\
 struct Options {
     /// Fraction of the heads that goes.
     ratio: f64,
-    /// How heads are ranked.
+    /// How heads are ranked: `output` (error after the update), `activation`, `magnitude`, or by slopes of the loss:
+    /// `taylor`, `taylor_elements`.
     importance: Importance,
     /// Moves what is left of `o_proj` to make up for what goes.
     update: bool,
@@ -97,8 +99,7 @@ impl Heads {
 }
 
 fn output(block: &Block) -> usize {
-    let found = block.sites.iter().position(|site| site.role == Role::AttentionOutput);
-    found.expect("decoder blocks have attention")
+    block.reader_of(DimName::Head(block.index)).expect("decoder blocks have attention")
 }
 
 impl CutBlocks for Heads {
@@ -118,28 +119,26 @@ impl CutBlocks for Heads {
         let keep = self.keep(context.graph).expect("the plan checked the ratio");
         let dim =
             if self.groups { DimName::KvGroup(block.index) } else { DimName::Head(block.index) };
-        let name = format!("{}.weight", block.sites[site].name);
         let table = context.graph.dim(dim).expect("decoder blocks have heads");
-        let member = table.members.iter().find(|member| member.tensor == name);
+        let member = table.members.iter().find(|member| member.side == Side::Reads);
         let member = member.expect("the attention output reads every head");
         let places: Vec<Vec<usize>> =
             (0..table.size).map(|index| member.places(table.size, &[index])).collect();
         let Weight::Dense(weight) = &mut state.linears[site].weight else {
             unreachable!("passes on the whole model see floats")
         };
-        let magnitude: Vec<f64> = places
-            .iter()
-            .map(|places| {
-                let squares = places.iter().flat_map(|&j| weight.column(j).to_vec());
-                squares.map(|v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
-            })
-            .collect();
+        let magnitude = |places: &Vec<usize>| {
+            let squares = places.iter().flat_map(|&j| weight.column(j).to_vec());
+            squares.map(|v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
+        };
+        let slopes = context.slopes.get(&dim).cloned();
+        let given = slopes.unwrap_or_else(|| places.iter().map(magnitude).collect());
         let asked = Asked {
             places: &places,
             keep,
             classes: if self.groups { 1 } else { context.graph.sizes().kv_heads },
             importance: self.options.importance,
-            magnitude: &magnitude,
+            given: &given,
             update: self.options.update,
             percdamp: self.options.percdamp,
         };
@@ -175,13 +174,14 @@ impl ModelPass for Heads {
 
     fn describe(&self, graph: &ModelGraph) -> String {
         let (sizes, kept) = (graph.sizes(), self.keep(graph).unwrap_or(0));
+        let words = self.options.importance.words();
         if self.groups {
             format!(
-                "{} -> {kept} key/value heads in every block, with their query heads",
-                sizes.kv_heads
+                "{} -> {kept} key/value heads in every block, with their query heads{}",
+                sizes.kv_heads, words
             )
         } else {
-            format!("{} -> {kept} query heads in every block", sizes.heads)
+            format!("{} -> {kept} query heads in every block{words}", sizes.heads)
         }
     }
 
@@ -192,6 +192,11 @@ impl ModelPass for Heads {
         let removed = width - self.keep(graph).map_or(width, |kept| width / of.max(1) * kept);
         let one = cut::cost(sizes.hidden, width, removed);
         Cost { flops: one.flops * sizes.layers as f64, ..one }
+    }
+
+    fn slopes(&self, graph: &ModelGraph) -> Option<SlopeQuery> {
+        let dim = if self.groups { DimName::KvGroup } else { DimName::Head };
+        self.options.importance.slopes(graph, dim)
     }
 
     fn work(&self) -> Work<'_> {

@@ -1,6 +1,7 @@
 //! Hidden width: channels of the residual stream that normed activations use least, over all blocks and tokens
 //! (Minitron's width pruning, Muralidharan et al. 2024, arXiv:2407.14679): the score of channel j is the sum over
-//! norms of `E |norm(x)_j|`. Heads keep their width, so stock runtimes load the result.
+//! norms of `E |norm(x)_j|`, or how the loss answers to scaling all that belongs to the channel ([`attar_ir::slopes`]).
+//! Heads keep their width, so stock runtimes load the result.
 //!
 //! Beyond the paper: an RMS norm divides by the mean square of the channels that are there. With
 //! `r² = n Σ_kept E[(x_j/rms)²] / (|kept| Σ_all E[(x_j/rms)²])` known from calibration, each norm's weight is
@@ -10,7 +11,8 @@ use std::collections::BTreeMap;
 
 use attar_ir::{
     Choose, Cost, Cut, DimName, Loss, ModelContext, ModelEntry, ModelGraph, ModelPass,
-    ModelPassDef, Needs, PassError, Producer, Selection, Sizes, Survey, Work, recipe::options,
+    ModelPassDef, Needs, PassError, Producer, Selection, Sizes, SlopeBy, SlopeQuery, Survey, Work,
+    recipe::options,
 };
 use serde::Deserialize;
 
@@ -30,18 +32,32 @@ ratio = 0.25\n\
     schema: || schemars::schema_for!(Options),
 };
 
+/// How channels of the stream are ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Ranking {
+    /// Mean absolute value of what the norms put out.
+    #[default]
+    Activation,
+    /// First-order Taylor: what scaling all weights that make, scale or read a channel does to the loss of the calibration
+    /// text, root mean square over windows (Molchanov et al. 2019, arXiv:1906.10771).
+    Taylor,
+}
+
 #[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Options {
     /// Fraction of the channels that goes.
     ratio: f64,
+    /// How channels are ranked: `activation`, or `taylor` by slopes of the loss.
+    importance: Ranking,
     /// The width that is left is a multiple of this.
     multiple_of: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ratio: 0.125, multiple_of: 32 }
+        Self { ratio: 0.125, importance: Ranking::Activation, multiple_of: 32 }
     }
 }
 
@@ -93,6 +109,9 @@ impl Choose for Hidden {
                 normed.push((block.norms[norm].tensor.clone(), plain.collect()));
             }
         }
+        if let Some(slopes) = context.slopes.get(&DimName::Hidden) {
+            scores.clone_from(slopes);
+        }
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
         let mut kept = order[..self.keep(graph).expect("the plan checked the ratio")].to_vec();
@@ -130,11 +149,20 @@ impl ModelPass for Hidden {
     }
 
     fn describe(&self, graph: &ModelGraph) -> String {
-        format!("hidden {} -> {} channels", graph.hidden, self.keep(graph).unwrap_or(0))
+        let words = match self.0.importance {
+            Ranking::Activation => "",
+            Ranking::Taylor => ", ranked by slopes of the loss",
+        };
+        format!("hidden {} -> {} channels{words}", graph.hidden, self.keep(graph).unwrap_or(0))
     }
 
     fn cost(&self, graph: &ModelGraph, _: usize) -> Cost {
         Cost { flops: (graph.hidden * graph.blocks.len()) as f64, ..Cost::default() }
+    }
+
+    fn slopes(&self, _: &ModelGraph) -> Option<SlopeQuery> {
+        let query = SlopeQuery { dims: vec![DimName::Hidden], by: SlopeBy::Groups };
+        (self.0.importance == Ranking::Taylor).then_some(query)
     }
 
     fn work(&self) -> Work<'_> {
@@ -205,10 +233,10 @@ mod tests {
             embedding: "embed".into(),
             tied: true,
         };
-        let context = ModelContext { graph: &graph, seed: 0 };
+        let context = ModelContext { graph: &graph, seed: 0, slopes: &attar_ir::Slopes::new() };
         // Channel 0 has most of the energy, and its weight in the norms is small.
         let surveys = [survey([0.01, 1.0, 1.0, 1.0]), survey([0.02, 2.0, 2.0, 2.0])];
-        let pass = Hidden(Options { ratio: 0.25, multiple_of: 1 });
+        let pass = Hidden(Options { ratio: 0.25, multiple_of: 1, ..Options::default() });
         let mut loss = |_: &[usize]| Ok(0.0);
         let (found, entries) = pass.choose(&context, &surveys, &mut loss).unwrap();
         assert_eq!((&found.cuts[0].kept[..], &entries[0].removed[..]), (&[1, 2, 3][..], &[0][..]));

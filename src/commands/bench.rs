@@ -25,6 +25,12 @@ struct Line {
     scheme: String,
     m: usize,
     kernel: &'static str,
+    /// How the weights lie, where that is special: `2:4` without the zeros, `zeros` with those that the chosen form leaves
+    /// away.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    form: &'static str,
+    /// Bytes that one token reads.
+    resident_bytes: usize,
     activations: Activations,
     /// True when `select` takes it for these activations.
     chosen: bool,
@@ -80,34 +86,41 @@ fn lines(
         if !usable || tokens.is_empty() {
             continue;
         }
-        let mut copies = vec![kernel.prepare(packed)?];
-        // Without copies a small weight would be read from a cache.
-        let wanted = (args.rotate as usize).div_ceil(copies[0].resident_bytes().max(1));
-        while copies.len() < wanted {
-            let Some(copy) = copies[0].duplicate() else { break };
-            copies.push(copy);
-        }
+        let prepared = kernel.prepare(packed)?;
         let chosen = choose(kernels, packed, kernel.activations())
             .is_some_and(|chosen| chosen.name() == kernel.name());
-        for m in tokens {
-            // Many tokens are not bound by memory, and the plain kernels are slow.
-            let count = if m <= 16 && !kernel.name().contains("scalar") { copies.len() } else { 1 };
-            let copies = &copies[..count];
-            let seconds = time(copies, m, args.seconds);
-            let operations = 2 * m * packed.out_features * packed.in_features;
-            lines.push(Line {
-                out_features: packed.out_features,
-                in_features: packed.in_features,
-                scheme: packed.scheme.label(),
-                m,
-                kernel: kernel.name(),
-                activations: kernel.activations(),
-                chosen,
-                microseconds: seconds * 1e6,
-                gb_per_s: copies[0].resident_bytes() as f64 / seconds / 1e9,
-                gflop_per_s: operations as f64 / seconds / 1e9,
-                roofline: least(&*copies[0], m, kernel.activations(), peak) / seconds,
-            });
+        let other = prepared.other_form().map(|other| ("zeros", false, other));
+        let own = (prepared.form(), chosen, prepared);
+        for (form, chosen, prepared) in std::iter::once(own).chain(other) {
+            let mut copies = vec![prepared];
+            // Without copies a small weight would be read from a cache.
+            let wanted = (args.rotate as usize).div_ceil(copies[0].resident_bytes().max(1));
+            while copies.len() < wanted {
+                let Some(copy) = copies[0].duplicate() else { break };
+                copies.push(copy);
+            }
+            for &m in &tokens {
+                // Many tokens are not bound by memory, and the plain kernels are slow.
+                let all = m <= 16 && !kernel.name().contains("scalar");
+                let copies = &copies[..if all { copies.len() } else { 1 }];
+                let seconds = time(copies, m, args.seconds);
+                let operations = 2 * m * packed.out_features * packed.in_features;
+                lines.push(Line {
+                    out_features: packed.out_features,
+                    in_features: packed.in_features,
+                    scheme: packed.scheme.label(),
+                    m,
+                    kernel: kernel.name(),
+                    form,
+                    resident_bytes: copies[0].resident_bytes(),
+                    activations: kernel.activations(),
+                    chosen,
+                    microseconds: seconds * 1e6,
+                    gb_per_s: copies[0].resident_bytes() as f64 / seconds / 1e9,
+                    gflop_per_s: operations as f64 / seconds / 1e9,
+                    roofline: least(&*copies[0], m, kernel.activations(), peak) / seconds,
+                });
+            }
         }
     }
     Ok(lines)
@@ -188,7 +201,7 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
             peak.int8_gop_per_s
         );
         say!(
-            "{:>14} {:<18} {:>4} {:<22} {:>12} {:>8} {:>9} {:>9}",
+            "{:>14} {:<18} {:>4} {:<26} {:>12} {:>8} {:>9} {:>9}",
             "shape",
             "scheme",
             "m",
@@ -200,9 +213,11 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
         );
         for line in &all {
             let shape = format!("{}x{}", line.out_features, line.in_features);
-            let name = format!("{}{}", if line.chosen { "*" } else { " " }, line.kernel);
+            let (mark, gap) =
+                (if line.chosen { "*" } else { " " }, if line.form.is_empty() { "" } else { " " });
+            let name = format!("{mark}{}{gap}{}", line.kernel, line.form);
             say!(
-                "{shape:>14} {:<18} {:>4} {name:<22} {:>12.1} {:>8.2} {:>9.1} {:>7.1} %",
+                "{shape:>14} {:<18} {:>4} {name:<26} {:>12.1} {:>8.2} {:>9.1} {:>7.1} %",
                 line.scheme,
                 line.m,
                 line.microseconds,
@@ -212,6 +227,9 @@ pub(crate) fn bench(args: &Bench) -> Result<bool, Error> {
             );
         }
         say!("* taken for its activations");
+        if all.iter().any(|line| line.form == "2:4") {
+            say!("2:4: zeros are left away; zeros: the same weight with them, for comparison");
+        }
     }
     for line in &beaten {
         eprintln!("BEATEN {line}");

@@ -148,7 +148,12 @@ fn measure(model: &Opened, what: Measured, repeat: usize) -> Result<(Speed, Spee
 /// What was multiplied with, for people.
 fn kernels(taken: &BTreeMap<&'static str, Taken>) -> String {
     let one = |(name, taken): (&&str, &Taken)| {
-        format!("{name} ({} linears, {:.1} MB)", taken.linears, taken.bytes as f64 / 1e6)
+        let sparse = match taken.without_zeros {
+            0 => String::new(),
+            n => format!(", {n} of them 2:4 without the zeros"),
+        };
+        let megabytes = taken.bytes as f64 / 1e6;
+        format!("{name} ({} linears{sparse}, {megabytes:.1} MB)", taken.linears)
     };
     taken.iter().map(one).collect::<Vec<_>>().join(", ")
 }

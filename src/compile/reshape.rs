@@ -12,13 +12,14 @@ use attar_eval::{
 use attar_formats::{Checkpoint, Windows, safetensors::SafetensorsWriter, stage::Stage};
 use attar_ir::{
     Block, BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, Member, ModelContext,
-    ModelEntry, PassError, Selection, Side, Survey, Transform, Work,
+    ModelEntry, PassError, Selection, Side, SlopeQuery, Slopes, Survey, Transform, Work,
     model_pass::reshaped_headers,
     plan::{ModelStep, PIECE_ELEMENTS, PlanError},
     recipe::{AnyPass, Recipe},
 };
 use attar_model::{
-    BlockOps, BlockRun, Decoder, Spill, Stream, embed, final_logits, run_block, spec::resized,
+    BlockOps, BlockRun, Decoder, Spill, Stream, embed, final_logits, loss_slopes, run_block,
+    spec::resized,
 };
 use attar_tensor::{
     DType, Mat, SourceError, Tensor, TensorHeader, TensorSource, TensorView, linalg::dot,
@@ -342,8 +343,24 @@ impl Making<'_> {
         headers
     }
 
-    pub(super) fn context(&self) -> ModelContext<'_> {
-        ModelContext { graph: &self.decoder.graph, seed: self.around.seed }
+    pub(super) fn context<'b>(&'b self, slopes: &'b Slopes) -> ModelContext<'b> {
+        ModelContext { graph: &self.decoder.graph, seed: self.around.seed, slopes }
+    }
+
+    /// Slopes of the loss that the pass asks for.
+    fn slopes(&self) -> Result<Slopes, Error> {
+        let graph = &self.decoder.graph;
+        let Some(query) = self.step.pass.slopes(graph) else { return Ok(Slopes::new()) };
+        let windows = self.around.windows.ok_or("the plan counted on calibration data")?;
+        // All streams share what one may take.
+        let mut spill = self.spill();
+        spill.limit /= SlopeQuery::streams(graph);
+        let bar = progress::bar(2 * graph.blocks.len(), "slopes of the loss");
+        let source = self.checkpoint;
+        let (_, slopes) =
+            loss_slopes(self.decoder, source, &windows.ids, &query, &spill, &|| bar.inc(1))?;
+        bar.finish_and_clear();
+        Ok(slopes)
     }
 
     /// Writes every tensor; returns the facts of the object.
@@ -391,7 +408,8 @@ impl Making<'_> {
         transform: &dyn Transform,
         writer: &mut SafetensorsWriter,
     ) -> Result<Vec<ModelEntry>, Error> {
-        let context = self.context();
+        let none = Slopes::new();
+        let context = self.context(&none);
         let read = |name: &str| self.read(name);
         let headers = self.headers();
         let bar = progress::bar(headers.len(), self.step.pass.name());
@@ -452,6 +470,7 @@ impl Making<'_> {
         pass: &dyn CutBlocks,
         writer: &mut SafetensorsWriter,
     ) -> Result<Vec<ModelEntry>, Error> {
+        let slopes = self.slopes()?;
         let spill = self.spill();
         let mut stream = self.embedded(&spill)?;
         let graph = &self.decoder.graph;
@@ -473,7 +492,7 @@ impl Making<'_> {
             for (input, needs) in pass.stops(block) {
                 let mut stats = run.observe(input, &state, needs)?;
                 let (cut, entry) =
-                    pass.cut(&self.context(), block, input, &mut state, &mut stats)?;
+                    pass.cut(&self.context(&slopes), block, input, &mut state, &mut stats)?;
                 cuts.push(cut);
                 entries.push(entry);
             }
@@ -527,6 +546,7 @@ impl Making<'_> {
         pass: &dyn Choose,
         writer: &mut SafetensorsWriter,
     ) -> Result<(Vec<usize>, Vec<ModelEntry>), Error> {
+        let slopes = self.slopes()?;
         let surveys = self.survey(pass)?;
         let mut failed = None;
         let mut loss = |kept: &[usize]| {
@@ -536,7 +556,7 @@ impl Making<'_> {
                 PassError::Numeric { site: "the model".into(), reason }
             })
         };
-        let chosen = pass.choose(&self.context(), &surveys, &mut loss);
+        let chosen = pass.choose(&self.context(&slopes), &surveys, &mut loss);
         let (Selection { layers, cuts, scales }, entries) = match (chosen, failed) {
             (Ok(chosen), _) => chosen,
             (Err(_), Some(error)) => return Err(error),

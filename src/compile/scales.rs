@@ -104,12 +104,13 @@ pub(super) fn run(
     if stage.open_object(key)?.is_none() {
         let student = Compressed::of(checkpoint, decoder, states)?;
         let codes = quantized(decoder, states);
+        let slopes = attar_ir::Slopes::new();
         let learned = RefCell::new(BTreeMap::new());
         let job = Job {
             step,
             around,
             source,
-            context: ModelContext { graph: &decoder.graph, seed: around.seed },
+            context: ModelContext { graph: &decoder.graph, seed: around.seed, slopes: &slopes },
             student: (checkpoint.config(), &student),
             codes: &|name| codes.get(name).map(|codes| (**codes).clone()),
             write: &|name, scales| {

@@ -307,11 +307,12 @@ pub(super) fn run(
         }
         Ok(())
     };
+    let slopes = attar_ir::Slopes::new();
     let job = Job {
         step: making.step,
         around: making.around,
         source: making.source,
-        context: making.context(),
+        context: making.context(&slopes),
         student: (making.checkpoint.config(), making.checkpoint),
         codes: &|_| None,
         write: &write,

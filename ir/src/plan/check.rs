@@ -34,6 +34,12 @@ pub(super) fn check(input: PassGraph<'_>) -> Result<Plan, PlanErrors> {
             let (step, needs) = (step.label.clone(), "activations of every block".to_owned());
             errors.push(PlanError::CalibrationMissing { step, needs });
         }
+        let context = recipe.calibration.context.min(step.graph.context);
+        if step.pass.slopes(&step.graph).is_some() && context < 2 {
+            let reason = "slopes of the loss need windows of two tokens at least, the calibration has 1; raise `context`";
+            let step = step.label.clone();
+            errors.push(PlanError::Reshape { step, reason: reason.into() });
+        }
     }
     if recipe.emits.is_empty() && !labels.is_empty() {
         errors.push(PlanError::NeverEmitted { steps: labels.join(", ") });

@@ -20,8 +20,8 @@ use serde::Serialize;
 
 use super::{ModelStep, PlanError, PlanErrors, PlanStep, Round, rounds};
 use crate::{
-    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Rank, Target, Touches,
-    Training, Upstream,
+    Block, Budget, Fold, Limits, ModelGraph, Needs, Numeric, Pass, Producer, Rank, SlopeQuery,
+    Target, Touches, Training, Upstream,
 };
 
 /// Bytes while `corpus` bytes of tokenizer and text are read; token ids need no tokenizer.
@@ -240,6 +240,9 @@ fn work(facts: &Facts<'_>, limits: Limits) -> Work {
     let mut work = Work::default();
     for step in facts.model.iter().chain(facts.last) {
         work.solve += step.pass.cost(&step.graph, tokens).flops;
+        if step.pass.slopes(&step.graph).is_some() {
+            work.solve += SlopeQuery::flops(&step.graph, tokens, context);
+        }
         for block in step.graph.blocks.iter().filter(|_| step.calibrates()) {
             if let crate::Work::Train(_) = step.pass.work() {
                 break;
@@ -469,6 +472,7 @@ impl<'a> Walk<'a> {
             // The next state is written before the former one goes.
             return (self.memory, 2 * train.state_bytes(&step.graph));
         }
+        let slopes_on_scratch = self.slopes(step, piece);
         // The stream, and a copy of it where blocks are compared with what enters them.
         let stream = 8 * tokens * step.graph.hidden;
         let kept = if stream / 2 <= self.limits.stream { stream } else { 0 };
@@ -492,7 +496,43 @@ impl<'a> Walk<'a> {
             });
             self.scratch_beside(block, 0);
         }
-        (self.memory, self.scratch + stream - kept)
+        (self.memory, slopes_on_scratch.max(self.scratch + stream - kept))
+    }
+
+    /// Slopes of the loss that a pass on the whole model asks for: a block with its gradient and its activations, or the
+    /// head; returns the bytes of the streams on scratch.
+    fn slopes(&mut self, step: &ModelStep, piece: usize) -> usize {
+        let graph = &step.graph;
+        if step.pass.slopes(graph).is_none() {
+            return 0;
+        }
+        let Facts { tokens, context, .. } = *self.facts;
+        let context = context.min(tokens.max(1));
+        let streams = SlopeQuery::streams(graph);
+        let each = 4 * tokens * graph.hidden;
+        let kept = if each <= self.limits.stream / streams { streams * each } else { 0 };
+        let what = format!("{}: slopes", step.label);
+        let window = 4 * context * graph.hidden;
+        let head = graph.epilogue.sites[0].weights();
+        let rows = SlopeQuery::LOGIT_ROWS.min(context);
+        let mut add = |block: &Block, activations: usize| {
+            let weights = self.weights(block, &vec![false; block.sites.len()]);
+            self.add(Moment {
+                what: what.clone(),
+                block_index: Some(block.index),
+                block: weights,
+                stream: kept,
+                activations: activations + 3 * window,
+                tensors: piece,
+                ..Moment::default()
+            });
+        };
+        // The head lies packed beside its own rows.
+        add(&graph.epilogue, 4 * head + 4 * rows * (graph.vocab + 2 * graph.hidden));
+        for block in &graph.blocks {
+            add(block, SlopeQuery::bytes(block, context));
+        }
+        streams * each - kept
     }
 
     fn run(mut self) -> (Memory, usize) {

@@ -9,8 +9,8 @@ use attar_tensor::ScaleGrid::{Bf16, F16, F16AndBf16};
 use super::*;
 use crate::recipe::Step;
 use crate::{
-    AttentionShape, Block, BlockState, BlockStats, ChannelMap, Cost, Fold, FormChange, FormSet,
-    InputGroup, Norm, PassContext, PassError, PassReport, Producer, Site, Sparsity,
+    AttentionShape, Block, BlockState, BlockStats, Cost, FormChange, FormSet, Norm, PassContext,
+    PassError, PassReport, Site, Sparsity,
 };
 
 #[derive(Debug)]
@@ -171,35 +171,18 @@ fn block(index: usize) -> Block {
         dtype: DType::BF16,
     };
     let norm = |name: &str| Norm { tensor: format!("{prefix}{name}.weight"), width: HIDDEN };
-    let input = |name, width, sites| InputGroup { name, width, sites };
-    let fold = |producer, input| Fold { producer, input, map: ChannelMap::Identity };
-    Block {
-        sites: vec![
-            site("self_attn.q_proj", Role::Query, HIDDEN, HIDDEN),
-            site("self_attn.k_proj", Role::Key, HIDDEN, HIDDEN),
-            site("self_attn.v_proj", Role::Value, HIDDEN, HIDDEN),
-            site("self_attn.o_proj", Role::AttentionOutput, HIDDEN, HIDDEN),
-            site("mlp.gate_proj", Role::Gate, MLP, HIDDEN),
-            site("mlp.up_proj", Role::Up, MLP, HIDDEN),
-            site("mlp.down_proj", Role::Down, HIDDEN, MLP),
-        ],
-        norms: vec![norm("input_layernorm"), norm("post_attention_layernorm")],
-        inputs: vec![
-            input("attention input", HIDDEN, vec![0, 1, 2]),
-            input("attention output", HIDDEN, vec![3]),
-            input("mlp input", HIDDEN, vec![4, 5]),
-            input("mlp activation", MLP, vec![6]),
-        ],
-        folds: vec![
-            fold(Producer::Norm(0), 0),
-            fold(Producer::Rows(2), 1),
-            fold(Producer::Norm(1), 2),
-            fold(Producer::Rows(5), 3),
-        ],
-        attention: Some(AttentionShape { heads: 4, kv_heads: 4, head_dim: 16 }),
-        index,
-        prefix,
-    }
+    let sites = vec![
+        site("self_attn.q_proj", Role::Query, HIDDEN, HIDDEN),
+        site("self_attn.k_proj", Role::Key, HIDDEN, HIDDEN),
+        site("self_attn.v_proj", Role::Value, HIDDEN, HIDDEN),
+        site("self_attn.o_proj", Role::AttentionOutput, HIDDEN, HIDDEN),
+        site("mlp.gate_proj", Role::Gate, MLP, HIDDEN),
+        site("mlp.up_proj", Role::Up, MLP, HIDDEN),
+        site("mlp.down_proj", Role::Down, HIDDEN, MLP),
+    ];
+    let norms = vec![norm("input_layernorm"), norm("post_attention_layernorm")];
+    let attention = Some(AttentionShape { heads: 4, kv_heads: 4, head_dim: 16 });
+    Block::coupled(index, prefix.clone(), (sites, norms), attention, true)
 }
 
 fn graph() -> ModelGraph {
@@ -209,22 +192,23 @@ fn graph() -> ModelGraph {
         hidden: HIDDEN,
         vocab: 512,
         context: 256,
-        epilogue: Block {
-            index: blocks.len(),
-            prefix: String::new(),
-            sites: vec![Site {
-                name: "lm_head".to_owned(),
-                role: Role::Head,
-                out_features: 512,
-                in_features: HIDDEN,
-                bias: false,
-                dtype: DType::BF16,
-            }],
-            norms: vec![Norm { tensor: "model.norm.weight".to_owned(), width: HIDDEN }],
-            inputs: vec![InputGroup { name: "head input", width: HIDDEN, sites: vec![0] }],
-            folds: Vec::new(),
-            attention: None,
-        },
+        epilogue: Block::coupled(
+            blocks.len(),
+            String::new(),
+            (
+                vec![Site {
+                    name: "lm_head".to_owned(),
+                    role: Role::Head,
+                    out_features: 512,
+                    in_features: HIDDEN,
+                    bias: false,
+                    dtype: DType::BF16,
+                }],
+                vec![Norm { tensor: "model.norm.weight".to_owned(), width: HIDDEN }],
+            ),
+            None,
+            false,
+        ),
         blocks,
         embedding: "lm_head.weight".to_owned(),
         tied: true,

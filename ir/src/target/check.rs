@@ -5,7 +5,7 @@ use attar_tensor::{Granularity, QuantScheme};
 use super::{
     Axis, Check, Level, Linear, Place, Profile, Repeat, Rule, Subject, TargetSpec, Violation,
 };
-use crate::Role;
+use crate::{Role, Split};
 
 /// Everything that breaks a rule of the profile, in the order of its rules.
 pub fn check(subject: &Subject, profile: &Profile, target: &TargetSpec) -> Vec<Violation> {
@@ -129,9 +129,9 @@ fn places(subject: &Subject, rule: &Rule, tp: usize) -> Vec<Place> {
         }
         Check::Even(_) => {
             for linear in subject.linears.iter().filter(|linear| linear.role != Role::Head) {
-                let (axis, size) = match split_axis(linear.role) {
-                    Axis::Input => ("columns", linear.in_features),
-                    Axis::Output => ("rows", linear.out_features),
+                let (axis, size) = match Split::of(linear.role) {
+                    Split::Columns => ("columns", linear.in_features),
+                    _ => ("rows", linear.out_features),
                 };
                 if shard(subject, linear, tp).is_none() {
                     found.push(place(&linear.name, format!("{size} {axis} / {tp} is not even")));
@@ -308,28 +308,18 @@ fn per_word(bits: u8) -> usize {
     32 / a
 }
 
-/// The axis that tensor parallelism splits: rows of q/k/v and gate/up, columns of o and down.
-fn split_axis(role: Role) -> Axis {
-    match role {
-        Role::AttentionOutput | Role::Down => Axis::Input,
-        _ => Axis::Output,
-    }
-}
-
 /// Rows and columns of one rank's part; `None` when the linear does not split evenly. Key/value heads
 /// fewer than ranks are repeated. The output head splits by vocabulary, which runtimes pad.
 fn shard(subject: &Subject, linear: &Linear, tp: usize) -> Option<(usize, usize)> {
     let (rows, columns) = (linear.out_features, linear.in_features);
     let even = |size: usize| size.is_multiple_of(tp).then(|| size / tp);
-    match (linear.role, subject.attention) {
-        (Role::Head, _) => Some((rows.div_ceil(tp), columns)),
-        (Role::Key | Role::Value, Some(attention)) if attention.kv_heads < tp => {
+    match (Split::of(linear.role), subject.attention) {
+        (Split::Vocab, _) => Some((rows.div_ceil(tp), columns)),
+        (Split::KvRows, Some(attention)) if attention.kv_heads < tp => {
             Some((attention.head_dim, columns))
         }
-        (role, _) => match split_axis(role) {
-            Axis::Input => even(columns).map(|columns| (rows, columns)),
-            Axis::Output => even(rows).map(|rows| (rows, columns)),
-        },
+        (Split::Columns, _) => even(columns).map(|columns| (rows, columns)),
+        (Split::Rows | Split::KvRows, _) => even(rows).map(|rows| (rows, columns)),
     }
 }
 

@@ -8,14 +8,15 @@ use std::arch::x86_64::{
     _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
     _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_fmsub_ps,
     _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi16, _mm256_slli_epi32,
-    _mm256_srai_epi16, _mm256_srai_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
-    _mm256_xor_si256,
+    _mm256_mul_ps, _mm256_mullo_epi32, _mm256_or_si256, _mm256_permutevar8x32_epi32,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps,
+    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8,
+    _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi16, _mm256_srai_epi32, _mm256_srli_epi16,
+    _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_xor_si256,
 };
 
 use super::input::{ByteChunk, FloatChunk};
-use super::tiles::{BLOCK, Offset, QUAD, ROWS, ScaleType, Shape};
+use super::tiles::{BLOCK, KEPT, Offset, QUAD, ROWS, SPARSE, ScaleType, Shape, block_bytes};
 
 /// Rows of a half tile.
 const HALF: usize = ROWS / 2;
@@ -41,8 +42,8 @@ fn ask(at: *const u8, bytes: usize) {
 }
 
 /// Checks once what the loops below rely on.
-fn check(shape: &Shape, tile: &[u8], bits: u8) {
-    assert_eq!(shape.bits, bits, "the kernel is for this width");
+fn check(shape: &Shape, tile: &[u8], form: u8) {
+    assert_eq!(shape.form(), form, "the kernel is for this form");
     assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
 }
 
@@ -89,10 +90,88 @@ unsafe fn scales(shape: &Shape, at: *const u8, row: usize) -> (__m256, __m256) {
     }
 }
 
+/// For each lane the zero points of a row in four bytes, rows from `row` on: what codes that are not stored are, and what
+/// those that are stored were exclusive-ored with. Zero where every code is stored.
+///
+/// # Safety
+/// `at` is where the scales of a group begin, and `row + 8` is at most 16.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn filling<const BITS: u8>(shape: &Shape, at: *const u8, row: usize) -> __m256i {
+    if BITS != SPARSE {
+        return _mm256_setzero_si256();
+    }
+    if shape.offset == Offset::Middle {
+        return _mm256_set1_epi8(8);
+    }
+    // SAFETY: sixteen bytes stand behind the scales: codes of which few are stored have zero points.
+    let zeros = unsafe { _mm_loadl_epi64(at.add(shape.scale_bytes() + row).cast()) };
+    _mm256_mullo_epi32(_mm256_cvtepu8_epi32(zeros), _mm256_set1_epi32(0x0101_0101))
+}
+
+/// Half a block of which two in four codes are stored.
+#[derive(Clone, Copy)]
+struct Sparse {
+    /// The word of quad 0.
+    words: *const u8,
+    /// What brings the four bits of a row to the low end of its lane.
+    shifts: __m256i,
+    /// Where in the two stored codes of a row its four columns are found, by the low three bits of which are kept.
+    places: __m256i,
+    /// Where the codes of a row begin in their half of a vector.
+    base: __m256i,
+    filling: __m256i,
+}
+
+impl Sparse {
+    /// The rows from `row` on of the block at `at`, which is not looked at yet.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn new(at: *const u8, row: usize, filling: __m256i) -> Self {
+        let first = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+        // Kept columns 3, 5, 6, 9, 10, 12 as bits.
+        let [a, b, c, d, e, f]: [u32; 6] =
+            [0x8080_0100, 0x8001_8000, 0x8001_0080, 0x0180_8000, 0x0180_0080, 0x0100_8080];
+        let [a, b, c, d, e, f] = [a, b, c, d, e, f].map(u32::cast_signed);
+        Self {
+            words: at.wrapping_add(KEPT),
+            shifts: _mm256_add_epi32(first, _mm256_set1_epi32(2 * row as i32)),
+            places: _mm256_setr_epi32(0, d, e, a, f, b, c, 0),
+            base: _mm256_setr_epi32(
+                0,
+                0x0202_0202,
+                0x0404_0404,
+                0x0606_0606,
+                0,
+                0x0202_0202,
+                0x0404_0404,
+                0x0606_0606,
+            ),
+            filling,
+        }
+    }
+
+    /// The codes of a quad out of the low halves of the bytes of `stored`.
+    ///
+    /// # Safety
+    /// The block is whole, and `quad` at most 7.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn quad(self, quad: usize, stored: __m256i) -> __m256i {
+        // SAFETY: a block has a word for each quad.
+        let word = unsafe { self.words.add(8 * quad).cast::<i64>().read_unaligned() };
+        let kept = _mm256_srlv_epi32(_mm256_set1_epi64x(word), self.shifts);
+        let from = _mm256_or_si256(_mm256_permutevar8x32_epi32(self.places, kept), self.base);
+        let from =
+            if quad.is_multiple_of(2) { from } else { _mm256_or_si256(from, _mm256_set1_epi8(8)) };
+        _mm256_xor_si256(_mm256_shuffle_epi8(stored, from), self.filling)
+    }
+}
+
 /// Calls macro `$each(quad, codes)` for the quads of the half block at `$at`; codes are bytes of at most
 /// 4 bits, four of each of eight rows.
 macro_rules! each_quad {
-    ($bits:ident, $at:expr, $each:ident) => {{
+    ($bits:ident, $at:expr, $sparse:expr, $each:ident) => {{
         let at = $at;
         macro_rules! load {
             ($vector:expr) => {
@@ -114,6 +193,17 @@ macro_rules! each_quad {
                 $each!(j + 2, _mm256_and_si256(_mm256_srli_epi16::<2>(v), mask));
                 $each!(j + 4, _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
                 $each!(j + 6, _mm256_and_si256(_mm256_srli_epi16::<6>(v), mask));
+            });
+        } else if $bits == SPARSE {
+            let (mask, sparse) = (_mm256_set1_epi8(15), $sparse);
+            unroll!(v in [0 1] {
+                let stored = load!(v);
+                let low = _mm256_and_si256(stored, mask);
+                $each!(2 * v, sparse.quad(2 * v, low));
+                $each!(2 * v + 1, sparse.quad(2 * v + 1, low));
+                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(stored), mask);
+                $each!(2 * v + 4, sparse.quad(2 * v + 4, high));
+                $each!(2 * v + 5, sparse.quad(2 * v + 5, high));
             });
         } else {
             let (mask, bit, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4), load!(2));
@@ -146,6 +236,7 @@ unsafe fn half_block<const BITS: u8, const M: usize>(
     at: *const u8,
     row: usize,
     q: *const i8,
+    filling: __m256i,
     dots: &mut [__m256i; M],
 ) {
     macro_rules! x {
@@ -155,6 +246,7 @@ unsafe fn half_block<const BITS: u8, const M: usize>(
     }
     // SAFETY: by the caller's promise all loads are within the block and the bytes of the tokens.
     unsafe {
+        let sparse = Sparse::new(at, row, filling);
         let at = at.add(4 * row);
         if BITS == 8 {
             let even = _mm256_set1_epi16(255);
@@ -182,7 +274,7 @@ unsafe fn half_block<const BITS: u8, const M: usize>(
                     } });
                 }};
             }
-            each_quad!(BITS, at, add);
+            each_quad!(BITS, at, sparse, add);
             let one = _mm256_set1_epi16(1);
             unroll!(t in [0 1 2 3] { if t < M {
                 dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs[t], one));
@@ -222,13 +314,20 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
     first: usize,
     out: &mut [[f32; ROWS]],
 ) {
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
     let mut totals = [[_mm256_setzero_ps(); M]; HALVES];
     for group in 0..shape.groups() {
         let mut sums = [[_mm256_setzero_ps(); M]; HALVES];
         let mut all = [[_mm256_setzero_si256(); M]; HALVES];
         let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        let mut fillings = [_mm256_setzero_si256(); HALVES];
+        unroll!(h in [0 1] { if h < HALVES {
+            // SAFETY: by the checks of the caller scales stand behind the blocks of the group.
+            fillings[h] = unsafe {
+                filling::<BITS>(shape, at.add(blocks as usize * block_bytes), first + h * HALF)
+            };
+        } });
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
@@ -239,7 +338,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
             unsafe {
                 unroll!(h in [0 1] { if h < HALVES {
                     let mut dots = if PER_TOKEN { all[h] } else { [_mm256_setzero_si256(); M] };
-                    half_block::<BITS, M>(at, first + h * HALF, q, &mut dots);
+                    half_block::<BITS, M>(at, first + h * HALF, q, fillings[h], &mut dots);
                     if PER_TOKEN {
                         all[h] = dots;
                     } else {
@@ -300,7 +399,7 @@ fn store<const M: usize, const HALVES: usize>(
 /// Calls macro `$each(place, weights)` for the 32 places of the half block at `$at`; weights are codes
 /// less their middle, of eight rows.
 macro_rules! each_place {
-    ($bits:ident, $at:expr, $each:ident) => {{
+    ($bits:ident, $at:expr, $sparse:expr, $each:ident) => {{
         let at = $at;
         macro_rules! signed {
             ($shift:literal, $top:literal, $v:expr) => {
@@ -355,6 +454,18 @@ macro_rules! each_place {
                 $each!(4 * (j + 4) + 3, signed!(2, 30, v));
                 $each!(4 * (j + 6) + 3, signed!(0, 30, v));
             });
+        } else if $bits == SPARSE {
+            let flip = _mm256_set1_epi8(8);
+            macro_rules! widen {
+                ($quad:expr, $codes:expr) => {{
+                    let v = _mm256_xor_si256($codes, flip);
+                    $each!(4 * $quad, signed!(28, 28, v));
+                    $each!(4 * $quad + 1, signed!(20, 28, v));
+                    $each!(4 * $quad + 2, signed!(12, 28, v));
+                    $each!(4 * $quad + 3, signed!(4, 28, v));
+                }};
+            }
+            each_quad!($bits, at, $sparse, widen);
         } else {
             let flip = _mm256_set1_epi8(4);
             macro_rules! widen {
@@ -366,7 +477,7 @@ macro_rules! each_place {
                     $each!(4 * $quad + 3, signed!(5, 29, v));
                 }};
             }
-            each_quad!($bits, at, widen);
+            each_quad!($bits, at, $sparse, widen);
         }
     }};
 }
@@ -381,7 +492,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
 ) {
     check(shape, tile, BITS);
     assert_eq!(input.x.len(), shape.places() * M);
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let middle = _mm256_set1_ps(shape.middle());
     let (mut at, mut x) = (tile.as_ptr(), input.x.as_ptr());
     let mut totals = [[_mm256_setzero_ps(); M]; 2];
@@ -391,6 +502,8 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
         // floats of each of the `M` tokens for each block.
         unsafe {
             let behind = at.add(blocks * block_bytes);
+            let fillings =
+                [filling::<BITS>(shape, behind, 0), filling::<BITS>(shape, behind, HALF)];
             let mut sums = [[[_mm256_setzero_ps(); 4]; M]; 2];
             let mut block = 0;
             while block < blocks {
@@ -409,7 +522,8 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                             } });
                         }};
                     }
-                    each_place!(BITS, at.add(4 * h * HALF), add);
+                    let sparse = Sparse::new(at, h * HALF, fillings[h]);
+                    each_place!(BITS, at.add(4 * h * HALF), sparse, add);
                 });
                 block += 1;
             }
@@ -455,7 +569,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
     stride: usize,
 ) {
     check(shape, tile, BITS);
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let middle = _mm256_set1_ps(shape.middle());
     let mut at = tile.as_ptr();
     for group in 0..shape.groups() {
@@ -466,6 +580,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
             let behind = at.add(blocks * block_bytes);
             unroll!(h in [0 1] {
                 let (scale, offset) = scales(shape, behind, h * HALF);
+                let filling = filling::<BITS>(shape, behind, h * HALF);
                 let shift = _mm256_sub_ps(offset, middle);
                 for block in 0..blocks {
                     let to = to.add(block * BLOCK * stride + h * HALF);
@@ -480,7 +595,9 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
                             _mm256_storeu_ps(to.add($place * stride), weight);
                         }};
                     }
-                    each_place!(BITS, at.add(block * block_bytes + 4 * h * HALF), write);
+                    let at = at.add(block * block_bytes);
+                    let sparse = Sparse::new(at, h * HALF, filling);
+                    each_place!(BITS, at.add(4 * h * HALF), sparse, write);
                 }
             });
             to = to.wrapping_add(blocks * BLOCK * stride);

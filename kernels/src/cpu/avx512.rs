@@ -7,15 +7,17 @@ use std::arch::x86_64::{
     __m512, __m512i, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
     _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
     _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fmsub_ps,
-    _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
-    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi32,
+    _mm512_or_si512, _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps, _mm512_set4_epi32, _mm512_setr_epi32,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16,
+    _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_srlv_epi32,
     _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
     _mm512_xor_si512,
 };
 
 use super::input::{ByteChunk, FloatChunk};
-use super::tiles::{BLOCK, Offset, QUAD, QUADS, ROWS, ScaleType, Shape};
+use super::tiles::{BLOCK, KEPT, Offset, QUAD, QUADS, ROWS, SPARSE, ScaleType, Shape, block_bytes};
 
 /// Writes a block once for each number, so that arrays of registers are indexed by constants.
 macro_rules! unroll {
@@ -39,9 +41,84 @@ fn ask(at: *const u8, bytes: usize) {
 }
 
 /// Checks once what the loops below rely on.
-fn check(shape: &Shape, tile: &[u8], bits: u8) {
-    assert_eq!(shape.bits, bits, "the kernel is for this width");
+fn check(shape: &Shape, tile: &[u8], form: u8) {
+    assert_eq!(shape.form(), form, "the kernel is for this form");
     assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
+}
+
+/// For each lane the zero points of a row in four bytes: what codes that are not stored are, and what those that are
+/// stored were exclusive-ored with. Zero where every code is stored.
+///
+/// # Safety
+/// `at` is where the scales of a group begin.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn filling<const BITS: u8>(shape: &Shape, at: *const u8) -> __m512i {
+    if BITS != SPARSE {
+        return _mm512_setzero_si512();
+    }
+    if shape.offset == Offset::Middle {
+        return _mm512_set1_epi8(8);
+    }
+    // SAFETY: sixteen bytes stand behind the scales: codes of which few are stored have zero points.
+    let zeros = unsafe { _mm_loadu_si128(at.add(shape.scale_bytes()).cast()) };
+    _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zeros), _mm512_set1_epi32(0x0101_0101))
+}
+
+/// Where in the two stored codes of a row its four columns are found, by which of them are kept; -128 where nowhere.
+const PLACES: [i32; 16] = {
+    let mut places = [0i32; 16];
+    let mut kept = 0;
+    while kept < 16 {
+        let (mut column, mut next) = (0, 0);
+        while column < 4 {
+            let there = kept >> column & 1 == 1;
+            places[kept] |= (if there { next } else { 0x80 }) << (8 * column);
+            next += if there { 1 } else { 0 };
+            column += 1;
+        }
+        kept += 1;
+    }
+    places
+};
+
+/// The codes of a block of which two in four are stored, as quads of unsigned bytes.
+///
+/// # Safety
+/// `at` begins a whole block.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn sparse_quads(at: *const u8, filling: __m512i) -> [__m512i; QUADS] {
+    let mask = _mm512_set1_epi8(15);
+    // Lanes are rows: the word of a quad has four bits of each, of even rows in its first half.
+    let shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    let base = _mm512_set4_epi32(0x0606_0606, 0x0404_0404, 0x0202_0202, 0);
+    let second = _mm512_set1_epi8(8);
+    let mut quads = [_mm512_setzero_si512(); QUADS];
+    // SAFETY: a block has two vectors of codes and eight words.
+    unsafe {
+        let places = _mm512_loadu_si512(PLACES.as_ptr().cast());
+        macro_rules! expand {
+            ($quad:expr, $codes:expr, $base:expr) => {{
+                let word = at.add(KEPT + 8 * $quad).cast::<i64>().read_unaligned();
+                let kept = _mm512_srlv_epi32(_mm512_set1_epi64(word), shifts);
+                // The low four bits of each lane choose.
+                let from = _mm512_or_si512(_mm512_permutexvar_epi32(kept, places), $base);
+                quads[$quad] = _mm512_xor_si512(_mm512_shuffle_epi8($codes, from), filling);
+            }};
+        }
+        let next = _mm512_or_si512(base, second);
+        unroll!(v in [0 1] {
+            let codes = _mm512_loadu_si512(at.add(v * QUAD).cast());
+            let low = _mm512_and_si512(codes, mask);
+            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask);
+            expand!(2 * v, low, base);
+            expand!(2 * v + 1, low, next);
+            expand!(2 * v + 4, high, base);
+            expand!(2 * v + 5, high, next);
+        });
+    }
+    quads
 }
 
 /// The codes of a block as quads of unsigned bytes.
@@ -50,7 +127,11 @@ fn check(shape: &Shape, tile: &[u8], bits: u8) {
 /// `at` begins a whole block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn quads<const BITS: u8>(at: *const u8) -> [__m512i; QUADS] {
+unsafe fn quads<const BITS: u8>(at: *const u8, filling: __m512i) -> [__m512i; QUADS] {
+    if BITS == SPARSE {
+        // SAFETY: the caller's promise.
+        return unsafe { sparse_quads(at, filling) };
+    }
     macro_rules! load {
         ($vector:expr) => {
             // SAFETY: a block of `BITS` is as many vectors of 64 bytes as are read here.
@@ -152,7 +233,7 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
     assert_eq!(input.q.len(), shape.places() * M);
     assert_eq!(input.scales.len(), shape.blocks() * M);
     assert_eq!(input.sums.len(), shape.groups() * M);
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let behind = shape.scale_bytes() + shape.offset_bytes();
     let middle = _mm512_set1_ps(shape.middle());
     let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
@@ -161,6 +242,8 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
         let mut sums = [_mm512_setzero_ps(); M];
         let mut dots = [_mm512_setzero_si512(); M];
         let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        // SAFETY: by the checks above scales stand behind the blocks of the group.
+        let filling = unsafe { filling::<BITS>(shape, at.add(blocks as usize * block_bytes)) };
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
@@ -169,7 +252,7 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
             // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `q` and
             // `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
             unsafe {
-                let weights = quads::<BITS>(at);
+                let weights = quads::<BITS>(at, filling);
                 unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
                     let mut dot = if PER_TOKEN { dots[t] } else { _mm512_setzero_si512() };
                     unroll!(quad in [0 1 2 3 4 5 6 7] {
@@ -227,8 +310,9 @@ fn centred<const BITS: u8>() -> __m512 {
     let mut table = [0.0f32; 16];
     let mut i = 0u8;
     while i < 16 {
-        let mask = if BITS == 8 { 0 } else { (1 << BITS) - 1 };
-        table[i as usize] = f32::from(i & mask) - f32::from(1u8 << (BITS - 1));
+        let bits = if BITS == SPARSE { 4 } else { BITS };
+        let mask = if BITS == 8 { 0 } else { (1 << bits) - 1 };
+        table[i as usize] = f32::from(i & mask) - f32::from(1u8 << (bits - 1));
         i += 1;
     }
     // SAFETY: the table has sixteen floats.
@@ -238,7 +322,7 @@ fn centred<const BITS: u8>() -> __m512 {
 /// Calls macro `$each(place, weights)` for the 32 places of the block at `$at`; weights are codes less
 /// their middle, sixteen rows of them.
 macro_rules! each_place {
-    ($bits:ident, $at:ident, $table:ident, $each:ident) => {{
+    ($bits:ident, $at:ident, $filling:ident, $table:ident, $each:ident) => {{
         macro_rules! load {
             ($vector:expr) => {
                 _mm512_loadu_si512($at.add($vector * QUAD).cast())
@@ -276,7 +360,7 @@ macro_rules! each_place {
                 $each!(4 * (j + 4) + 3, code!(_mm512_srli_epi32::<28>(v)));
             });
         } else {
-            let weights = quads::<$bits>($at);
+            let weights = quads::<$bits>($at, $filling);
             unroll!(quad in [0 1 2 3 4 5 6 7] {
                 let v = weights[quad];
                 $each!(4 * quad, code!(v));
@@ -298,7 +382,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
 ) {
     check(shape, tile, BITS);
     assert_eq!(input.x.len(), shape.places() * M);
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let behind = shape.scale_bytes() + shape.offset_bytes();
     let (middle, table) = (_mm512_set1_ps(shape.middle()), centred::<BITS>());
     let (mut at, mut x) = (tile.as_ptr(), input.x.as_ptr());
@@ -306,6 +390,8 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
     for group in 0..shape.groups() {
         let mut sums = [[_mm512_setzero_ps(); 4]; M];
         let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
+        // SAFETY: by the checks above scales stand behind the blocks of the group.
+        let filling = unsafe { filling::<BITS>(shape, at.add(blocks as usize * block_bytes)) };
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
@@ -324,7 +410,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                         } });
                     }};
                 }
-                each_place!(BITS, at, table, add);
+                each_place!(BITS, at, filling, table, add);
                 at = at.add(block_bytes);
                 x = x.add(BLOCK * M);
             }
@@ -364,7 +450,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
     stride: usize,
 ) {
     check(shape, tile, BITS);
-    let block_bytes = BLOCK * ROWS * BITS as usize / 8;
+    let block_bytes = block_bytes(BITS);
     let (middle, table) = (_mm512_set1_ps(shape.middle()), centred::<BITS>());
     let mut at = tile.as_ptr();
     for group in 0..shape.groups() {
@@ -372,7 +458,9 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
         // SAFETY: by the checks above a group is its blocks, its scales and its offsets; what is written is
         // the caller's promise.
         unsafe {
-            let (scale, offset) = scales(shape, middle, at.add(blocks * block_bytes));
+            let behind = at.add(blocks * block_bytes);
+            let (scale, offset) = scales(shape, middle, behind);
+            let filling = filling::<BITS>(shape, behind);
             let shift = _mm512_sub_ps(offset, middle);
             for _ in 0..blocks {
                 macro_rules! write {
@@ -386,7 +474,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
                         _mm512_storeu_ps(to.add($place * stride), weight);
                     }};
                 }
-                each_place!(BITS, at, table, write);
+                each_place!(BITS, at, filling, table, write);
                 at = at.add(block_bytes);
                 to = to.wrapping_add(BLOCK * stride);
             }
@@ -402,12 +490,16 @@ pub(crate) fn unpack<const BITS: u8>(shape: &Shape, tile: &[u8], to: &mut [u8]) 
     assert_eq!(to.len(), shape.places() * ROWS);
     let (mut at, mut to) = (0, to.as_chunks_mut::<{ QUADS * QUAD }>().0.iter_mut());
     for group in 0..shape.groups() {
-        for _ in shape.group_blocks[group]..shape.group_blocks[group + 1] {
+        let blocks = (shape.group_blocks[group + 1] - shape.group_blocks[group]) as usize;
+        // SAFETY: by the checks above scales stand behind the blocks of the group.
+        let filling =
+            unsafe { filling::<BITS>(shape, tile.as_ptr().add(at + blocks * shape.block_bytes())) };
+        for _ in 0..blocks {
             let to = to.next().expect("there is room for every block");
             // SAFETY: by the checks above a whole block begins at `at`, and eight stores of 64 bytes are
             // the room of a block.
             unsafe {
-                let codes = quads::<BITS>(tile.as_ptr().add(at));
+                let codes = quads::<BITS>(tile.as_ptr().add(at), filling);
                 unroll!(quad in [0 1 2 3 4 5 6 7] {
                     _mm512_storeu_si512(to.as_mut_ptr().add(quad * QUAD).cast(), codes[quad]);
                 });

@@ -63,6 +63,14 @@ pub struct CpuKernel {
     pub activations: Activations,
 }
 
+impl CpuKernel {
+    /// True when 4-bit weights of which two in four are zero are better read without the zeros: memory gets less to do and
+    /// the processor more. Timed at one token (`bench/results/2026-11-26-sparse`).
+    const fn leaves_zeros(self) -> bool {
+        true
+    }
+}
+
 /// The CPU kernels of this build, slowest first for each kind of activations.
 pub fn kernels() -> Vec<Box<dyn Kernel>> {
     let kinds = [Activations::F32, Activations::Int8, Activations::Int8PerToken];
@@ -75,7 +83,7 @@ pub fn kernels() -> Vec<Box<dyn Kernel>> {
 /// Prepares codes that were never packed with the exact kernel of the instruction set in use.
 pub fn prepare(weight: &QuantizedLinear) -> Box<dyn Prepared> {
     let kernel = CpuKernel { isa: isa_in_use(), activations: Activations::F32 };
-    Box::new(CpuLinear { tiles: Tiles::new(weight), kernel })
+    Box::new(CpuLinear { tiles: Tiles::new(weight, kernel.leaves_zeros()), kernel })
 }
 
 impl Kernel for CpuKernel {
@@ -109,7 +117,7 @@ impl Kernel for CpuKernel {
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
         // Every call below relies on this check.
         assert!(self.supported(), "{} does not run on this machine", self.name());
-        let tiles = Tiles::new(&layout::unpack(packed)?);
+        let tiles = Tiles::new(&layout::unpack(packed)?, self.leaves_zeros());
         Ok(Box::new(CpuLinear { tiles, kernel: *self }))
     }
 }
@@ -132,6 +140,15 @@ impl Prepared for CpuLinear {
 
     fn resident_bytes(&self) -> usize {
         self.tiles.resident_bytes()
+    }
+
+    fn form(&self) -> &'static str {
+        if self.tiles.shape.sparse { "2:4" } else { "" }
+    }
+
+    fn other_form(&self) -> Option<Box<dyn Prepared>> {
+        let tiles = self.tiles.other_form()?;
+        Some(Box::new(Self { tiles, kernel: self.kernel }))
     }
 
     fn duplicate(&self) -> Option<Box<dyn Prepared>> {
@@ -196,7 +213,7 @@ macro_rules! with_constants {
     ($bits:expr, $count:expr, $call:ident, [$($m:literal)*]) => {
         match ($bits, $count) {
             $((2, $m) => $call!(2, $m), (3, $m) => $call!(3, $m), (4, $m) => $call!(4, $m),
-              (8, $m) => $call!(8, $m),)*
+              (8, $m) => $call!(8, $m), (tiles::SPARSE, $m) => $call!(24, $m),)*
             _ => unreachable!("chunks and widths are those listed"),
         }
     };
@@ -310,7 +327,7 @@ impl CpuLinear {
                 unsafe { avx512::unpack::<$bits>(shape, tile, to) }
             };
         }
-        with_constants!(shape.bits, 1, call, [1]);
+        with_constants!(shape.form(), 1, call, [1]);
     }
 
     /// Many tokens: a panel of rows at a time becomes f32, `[places, panel rows]`.
@@ -349,7 +366,7 @@ impl CpuLinear {
                         unsafe { avx512::exact::<$bits, $m>(shape, tile, x, out) }
                     };
                 }
-                with_constants!(shape.bits, count, call, [1 2 4 8]);
+                with_constants!(shape.form(), count, call, [1 2 4 8]);
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
@@ -359,7 +376,7 @@ impl CpuLinear {
                         unsafe { avx2::exact::<$bits, $m>(shape, tile, x, out) }
                     };
                 }
-                with_constants!(shape.bits, count, call, [1 2 4]);
+                with_constants!(shape.form(), count, call, [1 2 4]);
             }
             _ => out[0] = scalar::exact(shape, tile, x),
         }
@@ -383,7 +400,7 @@ impl CpuLinear {
                         }
                     };
                 }
-                with_constants!(shape.bits, count, call, [1 2 4 8]);
+                with_constants!(shape.form(), count, call, [1 2 4 8]);
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
@@ -399,7 +416,7 @@ impl CpuLinear {
                         }
                     };
                 }
-                with_constants!(shape.bits, count, call, [1 2 4]);
+                with_constants!(shape.form(), count, call, [1 2 4]);
             }
             _ => out[0] = scalar::fast(shape, tile, x, per_token),
         }
@@ -422,7 +439,7 @@ impl CpuLinear {
                         unsafe { avx512::dequantize::<$bits>(shape, tile, to, stride) }
                     };
                 }
-                with_constants!(shape.bits, 1, call, [1]);
+                with_constants!(shape.form(), 1, call, [1]);
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
@@ -432,7 +449,7 @@ impl CpuLinear {
                         unsafe { avx2::dequantize::<$bits>(shape, tile, to, stride) }
                     };
                 }
-                with_constants!(shape.bits, 1, call, [1]);
+                with_constants!(shape.form(), 1, call, [1]);
             }
             // SAFETY: the caller's promise.
             _ => unsafe { scalar::dequantize(shape, tile, to, stride) },

@@ -1,7 +1,9 @@
 //! The plain kernels: what every other one is measured against for readability.
 
 use super::input::{ByteChunk, FloatChunk};
-use super::tiles::{BLOCK, Offset, QUAD, QUADS, ROWS, Shape, read_scales, unpack_block};
+use super::tiles::{
+    BLOCK, Offset, QUAD, QUADS, ROWS, Shape, read_scales, unpack_block, unpack_sparse,
+};
 
 /// Calls `block(codes, index of the block)` and `group(scales, offsets, index of the group)` in the order
 /// of the stream.
@@ -13,12 +15,17 @@ fn walk(
 ) {
     let mut quads = [[0u8; QUAD]; QUADS];
     for at in 0..shape.groups() {
-        for index in shape.group_blocks[at]..shape.group_blocks[at + 1] {
-            unpack_block(shape.bits, tile, &mut quads);
+        let blocks = shape.group_blocks[at]..shape.group_blocks[at + 1];
+        let (scales, offsets) = read_scales(shape, &tile[blocks.len() * shape.block_bytes()..]);
+        for index in blocks {
+            if shape.sparse {
+                unpack_sparse(&offsets, tile, &mut quads);
+            } else {
+                unpack_block(shape.bits, tile, &mut quads);
+            }
             block(&quads, index as usize);
             tile = &tile[shape.block_bytes()..];
         }
-        let (scales, offsets) = read_scales(shape, tile);
         group(&scales, &offsets, at);
         tile = &tile[shape.scale_bytes() + shape.offset_bytes()..];
     }

@@ -14,7 +14,7 @@ fn supported() -> Vec<CpuKernel> {
 }
 
 fn linear(kernel: CpuKernel, weight: &QuantizedLinear) -> CpuLinear {
-    CpuLinear { tiles: Tiles::new(weight), kernel }
+    CpuLinear { tiles: Tiles::new(weight, true), kernel }
 }
 
 #[test]
@@ -153,6 +153,7 @@ fn minima_are_subtracted() {
         let with_minima = CpuLinear {
             tiles: Tiles::from_affine(&tiles::Affine {
                 bits: case.bits,
+                sparse: true,
                 out_features: case.out_features,
                 in_features: case.in_features,
                 codes: &weight.codes,
@@ -186,4 +187,52 @@ fn act_order_reads_the_packed_file() {
     crate::select(&packed).unwrap().matmul(&x, 2, &mut a);
     prepare(&case.weight()).matmul(&x, 2, &mut b);
     assert_eq!(a, b);
+}
+
+#[test]
+fn fast_kernels_give_the_same_bits_without_the_zeros() {
+    let mut seen = 0;
+    for case in cases::all().into_iter().filter(|case| case.bits == 4 && !case.act_order) {
+        let weight = case.weight();
+        let x = Input::Outliers.activations(TILE_TOKENS + 3, case.in_features, 5);
+        for kernel in supported() {
+            if !kernel.supports(weight.scheme, case.in_features, 1) {
+                continue;
+            }
+            let linear = linear(kernel, &weight);
+            assert_eq!(linear.form() == "2:4", case.pruned, "{case}");
+            let Some(other) = linear.other_form() else { continue };
+            assert_eq!(other.form(), "");
+            // Three bits for four; scales stay.
+            let saved = other.resident_bytes() - linear.resident_bytes();
+            let shape = &linear.tiles.shape;
+            assert_eq!(8 * saved, shape.tiles() * ROWS * shape.places());
+            seen += 1;
+            for m in [1, 2, 4, 8, TILE_TOKENS + 3] {
+                let x = &x[..m * case.in_features];
+                let (mut a, mut b) =
+                    (vec![0.0; m * case.out_features], vec![1.0; m * case.out_features]);
+                linear.matmul(x, m, &mut a);
+                other.matmul(x, m, &mut b);
+                let bits = |y: &[f32]| y.iter().map(|y| y.to_bits()).collect::<Vec<_>>();
+                // Exact kernels take the places of a block in another order.
+                let exact = kernel.activations == Activations::F32;
+                let same = bits(&a) == bits(&b);
+                assert!(exact || same, "{} m {m} {case}", kernel.name());
+            }
+        }
+    }
+    assert!(seen >= 13 * 2, "{seen}");
+}
+
+#[test]
+fn three_of_four_and_another_order_keep_every_code() {
+    let case = cases::all().into_iter().find(|case| case.pruned).unwrap();
+    let mut weight = case.weight();
+    let zero = weight.zeros[0] as u8;
+    assert!(Tiles::new(&weight, true).shape.sparse && !Tiles::new(&weight, false).shape.sparse);
+    for code in &mut weight.codes[8..11] {
+        *code = zero ^ 1;
+    }
+    assert!(!Tiles::new(&weight, true).shape.sparse);
 }

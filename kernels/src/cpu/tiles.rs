@@ -13,6 +13,12 @@
 //! 2 bits      128 bytes: vector j of 2: quad[j] | quad[j + 2] << 2 | quad[j + 4] << 4 | quad[j + 6] << 6
 //! 3 bits      192 bytes: as 2 bits for the low bits, then one vector: bit q = high bit of quad[q]
 //!
+//! 2:4 of 4    192 bytes, 3 bits per weight: of the four codes of a row in a quad at most two differ from the zero point, and
+//!             only two are stored, each exclusive-ored with the zero point, and which two they are
+//!             vector v of 2: byte 16 l + 8 h + 2 r + k = kept code k of row 4 l + r in quad 2 v + h,
+//!                            | the same in quad 2 v + h + 4 << 4
+//!             8 words of 64 bits, one for each quad: bits 32 (row % 2) + 4 (row / 2) + c = column c is kept
+//!
 //! a group     its blocks, 16 scales (f16, bf16 or f32), 16 offsets
 //! a tile      its groups, nothing between them
 //! ```
@@ -35,6 +41,16 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) const QUADS: usize = BLOCK / 4;
 /// Bytes of a quad.
 pub(crate) const QUAD: usize = 4 * ROWS;
+
+/// Name of 4-bit codes of which two in four are stored, beside the widths of the other forms.
+pub(crate) const SPARSE: u8 = 24;
+/// Where the words that say which codes are kept begin in a block of [`SPARSE`].
+pub(crate) const KEPT: usize = 2 * QUAD;
+
+/// Bytes of a block of a form: a width, or [`SPARSE`].
+pub(crate) const fn block_bytes(form: u8) -> usize {
+    if form == SPARSE { KEPT + 8 * QUADS } else { BLOCK * ROWS * form as usize / 8 }
+}
 
 /// The type of scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +79,8 @@ pub(crate) struct Shape {
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     pub(crate) bits: u8,
+    /// Two of four codes are stored.
+    pub(crate) sparse: bool,
     pub(crate) scale: ScaleType,
     pub(crate) offset: Offset,
     /// First block of each group, and the number of blocks behind the last.
@@ -85,8 +103,13 @@ impl Shape {
         self.blocks() * BLOCK
     }
 
+    /// How codes lie: a width, or [`SPARSE`].
+    pub(crate) fn form(&self) -> u8 {
+        if self.sparse { SPARSE } else { self.bits }
+    }
+
     pub(crate) fn block_bytes(&self) -> usize {
-        BLOCK * ROWS * usize::from(self.bits) / 8
+        block_bytes(self.form())
     }
 
     pub(crate) fn scale_bytes(&self) -> usize {
@@ -127,6 +150,8 @@ pub(crate) struct Tiles {
 /// Weights `scale * code - minimum` before they are tiles; the minimum is a float or `scale * zero`.
 pub(crate) struct Affine<'a> {
     pub(crate) bits: u8,
+    /// Two of four codes may be left away where they are zero.
+    pub(crate) sparse: bool,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     /// `[out_features, in_features]`.
@@ -153,16 +178,19 @@ fn fits(scales: &[f32], narrow: impl Fn(f32) -> f32 + Sync) -> bool {
 }
 
 impl Tiles {
-    /// Rearranges a quantized linear whose lengths and indices have been checked.
-    pub(crate) fn new(weight: &QuantizedLinear) -> Self {
+    /// Rearranges a quantized linear whose lengths and indices have been checked. Where `sparse`, 4-bit codes of which two
+    /// in four are zero lie without them.
+    pub(crate) fn new(weight: &QuantizedLinear, sparse: bool) -> Self {
+        let group_of = |column| weight.group_of(column);
         Self::from_affine(&Affine {
+            sparse,
             bits: weight.scheme.bits,
             out_features: weight.out_features,
             in_features: weight.in_features,
             codes: &weight.codes,
             scales: &weight.scales,
             offsets: Offsets::Zeros(&weight.zeros),
-            group_of: &|column| weight.group_of(column),
+            group_of: &group_of,
         })
     }
 
@@ -191,10 +219,11 @@ impl Tiles {
                     Offsets::Minima(minima) => fits(minima, narrow),
                 }
         };
-        let shape = Shape {
+        let mut shape = Shape {
             out_features: rows,
             in_features: columns,
             bits: weight.bits,
+            sparse: false,
             scale: if all(&f16s) {
                 ScaleType::F16
             } else if all(&bf16s) {
@@ -213,11 +242,43 @@ impl Tiles {
             group_blocks,
             order: if identity { None } else { Some(order) },
         };
+        shape.sparse = weight.sparse && two_of_four(&shape, weight);
         let mut data = Buffer::new(shape.tiles() * shape.tile_bytes());
         data.par_chunks_mut(shape.tile_bytes().max(1))
             .enumerate()
             .for_each(|(tile, to)| fill_tile(&shape, weight, tile * ROWS, to));
         Self { shape, data }
+    }
+
+    /// The same with the zeros; `None` where they are there.
+    pub(crate) fn other_form(&self) -> Option<Self> {
+        if !self.shape.sparse {
+            return None;
+        }
+        let shape = Shape { sparse: false, ..self.shape.clone() };
+        let mut data = Buffer::new(shape.tiles() * shape.tile_bytes());
+        for tile in 0..shape.tiles() {
+            let mut from = self.tile(tile);
+            let mut to = &mut data[tile * shape.tile_bytes()..(tile + 1) * shape.tile_bytes()];
+            for group in shape.group_blocks.windows(2) {
+                let blocks = (group[1] - group[0]) as usize;
+                let (_, zeros) = read_scales(&shape, &from[blocks * self.shape.block_bytes()..]);
+                for _ in 0..blocks {
+                    let mut quads = [[0u8; QUAD]; QUADS];
+                    unpack_sparse(&zeros, from, &mut quads);
+                    let block;
+                    (block, to) = to.split_at_mut(shape.block_bytes());
+                    pack_block(shape.bits, &quads, block);
+                    from = &from[self.shape.block_bytes()..];
+                }
+                let behind = shape.scale_bytes() + shape.offset_bytes();
+                let scales;
+                (scales, to) = to.split_at_mut(behind);
+                scales.copy_from_slice(&from[..behind]);
+                from = &from[behind..];
+            }
+        }
+        Some(Self { shape, data })
     }
 
     pub(crate) fn tile(&self, tile: usize) -> &[u8] {
@@ -232,6 +293,40 @@ impl Tiles {
     }
 }
 
+/// True when of four neighbouring places at most two hold a code other than the zero point, in every row.
+fn two_of_four(shape: &Shape, weight: &Affine<'_>) -> bool {
+    let Offsets::Zeros(zeros) = weight.offsets else { return false };
+    let (columns, groups) = (shape.in_features, shape.groups());
+    weight.bits == 4
+        && (0..shape.out_features).into_par_iter().all(|row| {
+            let codes = &weight.codes[row * columns..(row + 1) * columns];
+            (0..groups).all(|group| {
+                let zero = zeros[row * groups + group] as u8;
+                let blocks = shape.group_blocks[group]..shape.group_blocks[group + 1];
+                blocks.into_iter().all(|block| {
+                    let placed = place(shape, codes, block as usize, zero);
+                    let fits = |quad: &[u8; 4]| quad.iter().filter(|&&c| c != zero).count() <= 2;
+                    placed.as_chunks::<4>().0.iter().all(fits)
+                })
+            })
+        })
+}
+
+/// The codes of a row in the places of a block; filling is `zero`.
+fn place(shape: &Shape, codes: &[u8], block: usize, zero: u8) -> [u8; BLOCK] {
+    let mut placed = [0u8; BLOCK];
+    let first = block * BLOCK;
+    match &shape.order {
+        None => placed.copy_from_slice(&codes[first..first + BLOCK]),
+        Some(order) => {
+            for (code, &column) in placed.iter_mut().zip(&order[first..first + BLOCK]) {
+                *code = codes.get(column as usize).copied().unwrap_or(zero);
+            }
+        }
+    }
+    placed
+}
+
 fn fill_tile(shape: &Shape, weight: &Affine<'_>, first: usize, to: &mut [u8]) {
     let groups = shape.groups();
     let count = ROWS.min(shape.out_features - first);
@@ -239,27 +334,28 @@ fn fill_tile(shape: &Shape, weight: &Affine<'_>, first: usize, to: &mut [u8]) {
     let mut at = 0;
     let mut quads = [[0u8; QUAD]; QUADS];
     for group in 0..groups {
+        let index = |row: usize| (first + row) * groups + group;
+        let zeros: [u8; ROWS] = std::array::from_fn(|row| match weight.offsets {
+            Offsets::Zeros(zeros) if row < count => zeros[index(row)] as u8,
+            _ => 0,
+        });
         for block in shape.group_blocks[group]..shape.group_blocks[group + 1] {
-            let place = block as usize * BLOCK;
             for row in 0..count {
                 let codes = &weight.codes[(first + row) * columns..(first + row + 1) * columns];
-                let mut placed = [0u8; BLOCK];
-                match &shape.order {
-                    None => placed.copy_from_slice(&codes[place..place + BLOCK]),
-                    Some(order) => {
-                        for (code, &column) in placed.iter_mut().zip(&order[place..place + BLOCK]) {
-                            *code = codes.get(column as usize).copied().unwrap_or(0);
-                        }
-                    }
-                }
+                let filling = if shape.sparse { zeros[row] } else { 0 };
+                let placed = place(shape, codes, block as usize, filling);
                 for (quad, codes) in quads.iter_mut().zip(placed.as_chunks::<4>().0) {
                     quad[4 * row..4 * row + 4].copy_from_slice(codes);
                 }
             }
-            pack_block(shape.bits, &quads, &mut to[at..at + block_bytes]);
+            let to = &mut to[at..at + block_bytes];
+            if shape.sparse {
+                pack_sparse(zeros, count, &quads, to);
+            } else {
+                pack_block(shape.bits, &quads, to);
+            }
             at += block_bytes;
         }
-        let index = |row: usize| (first + row) * groups + group;
         let mut put = |bytes: &[u8]| {
             to[at..at + bytes.len()].copy_from_slice(bytes);
             at += bytes.len();
@@ -318,6 +414,50 @@ fn pack_block(bits: u8, quads: &[[u8; QUAD]; QUADS], to: &mut [u8]) {
     }
 }
 
+/// The bytes of a block of quads of which two in four codes are the zero point of their row; rows from `count` on have no
+/// weights.
+fn pack_sparse(zeros: [u8; ROWS], count: usize, quads: &[[u8; QUAD]; QUADS], to: &mut [u8]) {
+    to.fill(0);
+    for (q, quad) in quads.iter().enumerate() {
+        let (base, shift) = (q % 4 / 2 * QUAD + q % 2 * 8, q / 4 * 4);
+        let mut word = 0u64;
+        for row in 0..ROWS {
+            let mut codes = [0u8; 4];
+            if row < count {
+                codes = std::array::from_fn(|c| quad[4 * row + c] ^ zeros[row]);
+            }
+            // Those that are there, then any others: always two.
+            let mut kept: Vec<usize> = (0..4).filter(|&c| codes[c] != 0).collect();
+            kept.extend((0..4).filter(|&c| codes[c] == 0));
+            kept.truncate(2);
+            kept.sort_unstable();
+            for (k, &c) in kept.iter().enumerate() {
+                to[base + row / 4 * 16 + row % 4 * 2 + k] |= codes[c] << shift;
+                word |= 1 << (32 * (row % 2) + 4 * (row / 2) + c);
+            }
+        }
+        to[KEPT + 8 * q..KEPT + 8 * q + 8].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// Inverse of [`pack_sparse`]; zero points come from behind the blocks of the group.
+pub(crate) fn unpack_sparse(zeros: &[f32; ROWS], from: &[u8], quads: &mut [[u8; QUAD]; QUADS]) {
+    for (q, quad) in quads.iter_mut().enumerate() {
+        let (base, shift) = (q % 4 / 2 * QUAD + q % 2 * 8, q / 4 * 4);
+        let word = from[KEPT + 8 * q..KEPT + 8 * q + 8].try_into().expect("eight bytes");
+        let word = u64::from_le_bytes(word);
+        for row in 0..ROWS {
+            let mut next = base + row / 4 * 16 + row % 4 * 2;
+            for c in 0..4 {
+                let kept = word >> (32 * (row % 2) + 4 * (row / 2) + c) & 1 == 1;
+                let code = if kept { from[next] >> shift & 15 } else { 0 };
+                next += usize::from(kept);
+                quad[4 * row + c] = code ^ zeros[row] as u8;
+            }
+        }
+    }
+}
+
 /// Inverse of [`pack_block`].
 pub(crate) fn unpack_block(bits: u8, from: &[u8], quads: &mut [[u8; QUAD]; QUADS]) {
     for (q, quad) in quads.iter_mut().enumerate() {
@@ -369,7 +509,13 @@ mod tests {
             for group in 0..groups {
                 for block in shape.group_blocks[group]..shape.group_blocks[group + 1] {
                     let mut quads = [[0u8; QUAD]; QUADS];
-                    unpack_block(shape.bits, stream, &mut quads);
+                    let blocks = shape.group_blocks[group + 1] - block;
+                    let behind = &stream[blocks as usize * shape.block_bytes()..];
+                    if shape.sparse {
+                        unpack_sparse(&read_scales(shape, behind).1, stream, &mut quads);
+                    } else {
+                        unpack_block(shape.bits, stream, &mut quads);
+                    }
                     stream = &stream[shape.block_bytes()..];
                     for row in 0..ROWS.min(rows - tile * ROWS) {
                         for within in 0..BLOCK {
@@ -398,7 +544,7 @@ mod tests {
     fn tiles_hold_exactly_what_was_packed_at_its_own_width() {
         for case in cases::all() {
             let weight = case.weight();
-            let tiles = Tiles::new(&weight);
+            let tiles = Tiles::new(&weight, true);
             let (codes, scales, offsets) = unpack(&tiles);
             assert_eq!(codes, weight.codes, "{case}");
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
@@ -406,7 +552,8 @@ mod tests {
             let zeros: Vec<f32> = weight.zeros.iter().map(|&zero| f32::from(zero)).collect();
             assert_eq!(offsets, zeros, "{case}");
             let shape = &tiles.shape;
-            assert_eq!(shape.block_bytes() * 8, usize::from(case.bits) * ROWS * BLOCK);
+            let bits = if case.pruned { 3 } else { usize::from(case.bits) };
+            assert_eq!(shape.block_bytes() * 8, bits * ROWS * BLOCK, "{case}");
             assert_eq!(shape.offset == Offset::Middle, case.symmetric, "{case}");
         }
     }
@@ -416,12 +563,12 @@ mod tests {
         let case = cases::Case { bits: 8, symmetric: false, ..cases::all()[0] };
         let mut weight = case.weight();
         weight.zeros[1] = 256;
-        assert_eq!(Tiles::new(&weight).shape.scale, ScaleType::F16);
-        assert!(unpack(&Tiles::new(&weight)).2[1] > 255.5);
+        assert_eq!(Tiles::new(&weight, true).shape.scale, ScaleType::F16);
+        assert!(unpack(&Tiles::new(&weight, true)).2[1] > 255.5);
         weight.scales[3] = 2f32.powi(-100);
-        assert_eq!(Tiles::new(&weight).shape.scale, ScaleType::F32);
+        assert_eq!(Tiles::new(&weight, true).shape.scale, ScaleType::F32);
         weight.scales.fill(2f32.powi(-100));
-        assert_eq!(Tiles::new(&weight).shape.scale, ScaleType::Bf16);
+        assert_eq!(Tiles::new(&weight, true).shape.scale, ScaleType::Bf16);
     }
 
     #[test]
@@ -431,6 +578,7 @@ mod tests {
         let minima: Vec<f32> = weight.scales.iter().map(|scale| scale * 3.0).collect();
         let tiles = Tiles::from_affine(&Affine {
             bits: 4,
+            sparse: true,
             out_features: weight.out_features,
             in_features: weight.in_features,
             codes: &weight.codes,
