@@ -35,9 +35,9 @@ impl SlopeQuery {
     /// Rows of logits that exist at once.
     pub const LOGIT_ROWS: usize = 128;
 
-    /// Streams of activations that exist at once: what enters each block, what leaves the last, and the gradient.
+    /// Streams of activations that exist at once: what enters each block, and what leaves the last or the gradient on it.
     pub const fn streams(graph: &ModelGraph) -> usize {
-        graph.blocks.len() + 2
+        graph.blocks.len() + 1
     }
 
     /// FLOPs on `tokens` tokens in windows of `context`: two forwards and a backward of every block, one of each of the

@@ -8,6 +8,7 @@ mod attention;
 mod backward;
 mod block;
 mod decoder;
+mod descent;
 mod evaluate;
 mod generate;
 mod gradients;

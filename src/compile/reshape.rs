@@ -12,7 +12,7 @@ use attar_eval::{
 use attar_formats::{Checkpoint, Windows, safetensors::SafetensorsWriter, stage::Stage};
 use attar_ir::{
     Block, BlockState, BlockStats, Choose, Cut, CutBlocks, Dim, Limits, Member, ModelContext,
-    ModelEntry, PassError, Selection, Side, SlopeQuery, Slopes, Survey, Transform, Work,
+    ModelEntry, PassError, Selection, Side, Slopes, Survey, Transform, Work,
     model_pass::reshaped_headers,
     plan::{ModelStep, PIECE_ELEMENTS, PlanError},
     recipe::{AnyPass, Recipe},
@@ -352,9 +352,7 @@ impl Making<'_> {
         let graph = &self.decoder.graph;
         let Some(query) = self.step.pass.slopes(graph) else { return Ok(Slopes::new()) };
         let windows = self.around.windows.ok_or("the plan counted on calibration data")?;
-        // All streams share what one may take.
-        let mut spill = self.spill();
-        spill.limit /= SlopeQuery::streams(graph);
+        let spill = self.spill();
         let bar = progress::bar(2 * graph.blocks.len(), "slopes of the loss");
         let source = self.checkpoint;
         let (_, slopes) =

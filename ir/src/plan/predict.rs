@@ -513,7 +513,7 @@ impl<'a> Walk<'a> {
         let kept = if each <= self.limits.stream / streams { streams * each } else { 0 };
         let what = format!("{}: slopes", step.label);
         let window = 4 * context * graph.hidden;
-        let head = graph.epilogue.sites[0].weights();
+        let head = Packing::bytes(graph.vocab, graph.hidden);
         let rows = SlopeQuery::LOGIT_ROWS.min(context);
         let mut add = |block: &Block, activations: usize| {
             let weights = self.weights(block, &vec![false; block.sites.len()]);
@@ -528,7 +528,7 @@ impl<'a> Walk<'a> {
             });
         };
         // The head lies packed beside its own rows.
-        add(&graph.epilogue, 4 * head + 4 * rows * (graph.vocab + 2 * graph.hidden));
+        add(&graph.epilogue, head + 4 * rows * (graph.vocab + 2 * graph.hidden));
         for block in &graph.blocks {
             add(block, SlopeQuery::bytes(block, context));
         }
