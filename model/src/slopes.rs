@@ -124,7 +124,9 @@ pub fn loss_slopes(
             }
         })?;
         if query.by == SlopeBy::Elements {
-            own.iter_mut().for_each(|sums| sums.add(0, block, &state, &gradient));
+            for sums in &mut own {
+                sums.add(0, block, &state, &gradient);
+            }
         }
         slopes.extend(own.into_iter().map(Sums::finish));
         progress();
@@ -132,7 +134,9 @@ pub fn loss_slopes(
     if whole {
         // Scaling a column of the embedding scales what enters the first block.
         descent.input(&mut |window, x, d| {
-            over_all.iter_mut().for_each(|sums| sums.add_channels(window, (x, d)));
+            for sums in &mut over_all {
+                sums.add_channels(window, (x, d));
+            }
         })?;
     }
     slopes.extend(over_all.into_iter().map(Sums::finish));

@@ -81,8 +81,8 @@ impl At {
                 layers - 1
             ));
         }
-        if let Some(twice) = blocks.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(format!("hidden_at: block {} is named twice", twice[0]));
+        if let Some([twice, _]) = blocks.array_windows().find(|[a, b]| a == b) {
+            return Err(format!("hidden_at: block {twice} is named twice"));
         }
         Ok(blocks)
     }
