@@ -18,7 +18,8 @@ fn compress(recipe: &str, out: &Path, extra: &[&str]) -> (i32, String, String) {
 }
 
 fn logits(path: &Path) -> Vec<f32> {
-    let dump = path.with_extension("logits");
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dir.path().join("first.logits");
     let (path, text) = (path.display().to_string(), data("tinystories_val.txt"));
     let (to, text) = (dump.display().to_string(), text.display().to_string());
     let mut args = vec!["eval", &path, "--text", &text, "--context", "256"];

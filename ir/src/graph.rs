@@ -42,6 +42,11 @@ pub struct Site {
 }
 
 impl Site {
+    /// True for the linear that makes logits.
+    pub fn is_head(&self) -> bool {
+        self.role == Role::Head
+    }
+
     /// Number of weights.
     pub const fn weights(&self) -> usize {
         self.out_features * self.in_features

@@ -14,7 +14,7 @@
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
-    PassContext, PassDef, PassError, PassReport, Role, Site, SiteGradient, Target, Touches,
+    PassContext, PassDef, PassError, PassReport, Site, SiteGradient, Target, Touches,
     Upstream, recipe::options,
 };
 use attar_tensor::{
@@ -208,7 +208,7 @@ impl Pass for Fwsvd {
     }
 
     fn rank(&self, site: &Site) -> Result<Option<usize>, String> {
-        if site.role == Role::Head {
+        if site.is_head() {
             return Err("gradients are taken of decoder blocks only; `keep` the output head".into());
         }
         self.size.rank(site).map(Some)

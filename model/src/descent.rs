@@ -74,7 +74,7 @@ impl<'a> Descent<'a> {
         })
     }
 
-    /// The mean loss of the tokens that are predicted, nats. `visit` is given each window's gradient on the final norm's
+    /// The mean over windows of the mean loss of their tokens, nats. `visit` is given each window's gradient on the final norm's
     /// weight, and the weight, if `norm`.
     ///
     /// # Errors
@@ -92,7 +92,7 @@ impl<'a> Descent<'a> {
         let mut stream = self.entering.pop().expect("what leaves the last block");
         let (mut x, mut d, mut of_norm) = (Vec::new(), Vec::new(), vec![0.0f32; hidden]);
         let (mut normed, mut logits) = (Vec::new(), Vec::new());
-        let (mut loss, mut counted) = (0.0, 0usize);
+        let mut loss = 0.0;
         for (window, ids) in self.windows.iter().enumerate() {
             stream.read_into(window, &mut x)?;
             d.clear();
@@ -101,7 +101,6 @@ impl<'a> Descent<'a> {
             // The last token has no successor.
             let predicted = ids.len().saturating_sub(1);
             let scale = 1.0 / predicted.max(1) as f32;
-            counted += predicted;
             for first in (0..predicted).step_by(SlopeQuery::LOGIT_ROWS) {
                 let end = (first + SlopeQuery::LOGIT_ROWS).min(predicted);
                 let part = first * hidden..end * hidden;
@@ -120,7 +119,7 @@ impl<'a> Descent<'a> {
                         whole - own
                     })
                     .collect();
-                loss += losses.iter().sum::<f64>();
+                loss += losses.iter().sum::<f64>() * f64::from(scale);
                 let mut places = BlockGradient {
                     norms: vec![norm.then_some(of_norm.as_mut_slice())],
                     ..BlockGradient::input_only(&self.decoder.graph.epilogue)
@@ -135,7 +134,7 @@ impl<'a> Descent<'a> {
             }
         }
         self.gradient = Some(stream);
-        Ok(loss / counted.max(1) as f64)
+        Ok(loss / self.windows.len().max(1) as f64)
     }
 
     /// The block that is next, from the last on, window by window: `each` is given the window and what makes its gradients

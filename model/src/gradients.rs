@@ -13,7 +13,8 @@ use crate::{BlockGradient, Decoder, ModelError, Spill, WeightSource, descent::De
 const PIECE: usize = 1 << 14;
 
 /// Runs all `windows` forward and backward through the model of `source` and hands each block to `visit`, the last one
-/// first, with its weights and what the loss says of them. Returns the mean loss of the tokens predicted, nats.
+/// first, with its weights and what the loss says of them. Returns the mean over windows of the mean loss of
+/// their tokens, nats.
 ///
 /// Windows of one token predict nothing and count as zeros.
 ///
