@@ -14,8 +14,8 @@
 
 use attar_ir::{
     Block, BlockState, BlockStats, Contract, Cost, FormChange, FormSet, Limits, Needs, Pass,
-    PassContext, PassDef, PassError, PassReport, Site, SiteGradient, Target, Touches,
-    Upstream, recipe::options,
+    PassContext, PassDef, PassError, PassReport, Site, SiteGradient, Target, Touches, Upstream,
+    recipe::options,
 };
 use attar_tensor::{
     Mat,
@@ -297,7 +297,9 @@ impl Pass for Fwsvd {
 
 #[cfg(test)]
 mod tests {
-    use attar_ir::{BlockGradients, ChannelMap, Fold, InputGroup, LinearState, Producer, Weight};
+    use attar_ir::{
+        BlockGradients, ChannelMap, Fold, InputGroup, LinearState, Producer, Role, Weight,
+    };
     use attar_tensor::{DType, rng::Rng};
 
     use super::*;
