@@ -128,14 +128,16 @@ fn masks_survive_quantization() {
         assert_eq!(code, 0, "{tail} {error}");
         let (code, stdout, _) = attar(&["verify", out.to_str().unwrap()]);
         assert!(code == 0 && stdout.contains("14 pruned linears"), "{tail} {stdout}");
-        // 4-bit codes lie in memory without their zeros.
+        // 4-bit codes lie in memory without their zeros where the kernel has time for it.
         let (code, stdout, error) =
             attar(&["run", out.to_str().unwrap(), "--bench", "2,2", "--json"]);
         assert_eq!(code, 0, "{tail} {error}");
         let run: Value = serde_json::from_str(&stdout).unwrap();
-        let kernels = run["kernels"].as_object().unwrap().values();
-        let without: u64 = kernels.map(|kernel| kernel["without_zeros"].as_u64().unwrap()).sum();
-        let packed = tail.contains("bits = 4");
+        let kernels = run["kernels"].as_object().unwrap();
+        let without = kernels.values().map(|kernel| kernel["without_zeros"].as_u64().unwrap());
+        let without: u64 = without.sum();
+        let fast = kernels.contains_key("cpu-avx512vnni-int8");
+        let packed = fast && tail.contains("bits = 4");
         assert_eq!(without, if packed { 14 } else { 0 }, "{tail} {stdout}");
         fs::remove_dir_all(&out).unwrap();
     }
