@@ -49,9 +49,12 @@ fn json(path: &Path) -> Value {
 fn a_rotated_model_computes_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let original = logits(&data("tinystories-656k"));
-    for (name, options) in
-        [("hadamard", ""), ("orthogonal", "kind = \"orthogonal\""), ("values", "stream = false")]
-    {
+    for (name, options) in [
+        ("hadamard", ""),
+        ("orthogonal", "kind = \"orthogonal\""),
+        ("values", "stream = false"),
+        ("axes", "kind = \"pca\""),
+    ] {
         let out = dir.path().join(name);
         let recipe = format!("[[step]]\npass = \"rotate\"\n{options}\n");
         let (code, _, error) = compress(&recipe, &out, &[]);
@@ -75,6 +78,35 @@ fn a_rotated_model_computes_the_same() {
     let one = bytes("one", &["--threads", "1"]);
     assert!(one == bytes("two", &["--threads", "2"]));
     assert!(one != bytes("other", &["--seed", "1"]));
+}
+
+#[test]
+fn the_least_principal_axes_of_the_stream_are_cut_better_than_channels() {
+    let dir = tempfile::tempdir().unwrap();
+    let cut = "[[step]]\npass = \"prune_hidden\"\nratio = 0.25\n[[emit]]\nlayout = \"dense\"\n";
+    let axes = format!("[[step]]\npass = \"rotate\"\nkind = \"pca\"\nvalues = false\n{cut}");
+    let original = logits(&data("tinystories-656k"));
+    let make = |name: &str, recipe: &str, threads: &str| {
+        let out = dir.path().join(name);
+        let (code, _, error) = compress(recipe, &out, &["--threads", threads]);
+        assert_eq!(code, 0, "{error}");
+        out
+    };
+    let (plain, turned) = (make("plain", cut, "2"), make("turned", &axes, "2"));
+    let (far, near) = (distance(&logits(&plain), &original), distance(&logits(&turned), &original));
+    assert!(near < 0.8 * far, "{far} -> {near}");
+    let report = json(&turned.join("report.json"));
+    let peak = |key: &str| report[key].as_u64().unwrap();
+    assert!(peak("measured_peak_bytes") <= peak("predicted_peak_bytes"));
+    // Axes come in the order of their energy.
+    let removed: Vec<u64> = (96..128).collect();
+    assert_eq!(report["model"][1]["removed"], Value::from(removed));
+    let bytes = |out: &Path| fs::read(out.join("model.safetensors")).unwrap();
+    assert!(bytes(&turned) == bytes(&make("one", &axes, "1")));
+    let recipe = dir.path().join("recipe.toml");
+    fs::write(&recipe, &axes).unwrap();
+    let (code, _, error) = attar(&["plan", &model(), "--recipe", &recipe.display().to_string()]);
+    assert!(code == 2 && error.contains("calibration"), "{error}");
 }
 
 #[test]

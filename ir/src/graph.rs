@@ -175,6 +175,18 @@ pub struct Block {
 }
 
 impl Block {
+    /// The norm whose output the input group reads as it is. The head reads the final norm, whether a scale may be folded
+    /// into it or not.
+    pub fn norm_of(&self, input: usize) -> Option<usize> {
+        if self.attention.is_none() {
+            return (input == 0 && !self.norms.is_empty()).then_some(0);
+        }
+        self.folds.iter().find_map(|fold| match fold.producer {
+            Producer::Norm(norm) if fold.input == input => Some(norm),
+            _ => None,
+        })
+    }
+
     /// Index of the input group that a site reads.
     pub fn input_of(&self, site: usize) -> usize {
         self.inputs

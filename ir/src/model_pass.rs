@@ -1,8 +1,8 @@
 //! Passes on the model as a whole: checkpoint in, checkpoint out, before any block is worked on.
 //!
 //! What such a pass changes is told beforehand by [`ModelPass::reshape`], so that everything behind it is
-//! proven on the shapes that will be. Four kinds of work cover them: tensor by tensor without data
-//! ([`Transform`]), block by block with statistics ([`CutBlocks`]), one choice after all blocks
+//! proven on the shapes that will be. Four kinds of work cover them: tensor by tensor, after a look at statistics or
+//! without data ([`Transform`]), block by block with statistics ([`CutBlocks`]), one choice after all blocks
 //! were seen ([`Choose`]), and training ([`Train`]).
 
 use std::{collections::BTreeMap, fmt::Debug};
@@ -61,8 +61,28 @@ pub struct Cut {
 /// Values of the tensors of the checkpoint as f32, by name.
 pub type ReadTensor<'a> = dyn Fn(&str) -> Result<Vec<f32>, PassError> + Sync + 'a;
 
-/// Every tensor by itself, without data.
+/// Every tensor by itself, without data but what it was shown of the blocks before.
 pub trait Transform: Sync {
+    /// Statistics of what norms put out that it wants to see ([`Block::norm_of`]).
+    fn needs(&self) -> Needs {
+        Needs::empty()
+    }
+
+    /// Is shown what was seen of a block of the model as it was read; blocks come in order, the epilogue last, before any
+    /// tensor is worked on.
+    ///
+    /// # Errors
+    /// Numerics.
+    fn see(
+        &self,
+        context: &ModelContext<'_>,
+        block: &Block,
+        survey: &Survey,
+    ) -> Result<(), PassError> {
+        let _ = (context, block, survey);
+        Ok(())
+    }
+
     /// What it does to the model, for the report.
     fn entries(&self, graph: &ModelGraph) -> Vec<ModelEntry>;
 

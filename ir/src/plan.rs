@@ -167,6 +167,9 @@ impl ModelStep {
     /// Statistics of an input group of a block that it reads, and whether activations run at all.
     pub fn needs(&self, block: &crate::Block, input: usize) -> Needs {
         match self.pass.work() {
+            crate::Work::Transform(transform) if block.norm_of(input).is_some() => {
+                transform.needs()
+            }
             crate::Work::Transform(_) | crate::Work::Train(_) => Needs::empty(),
             crate::Work::Blocks(blocks) => {
                 let stops = blocks.stops(block);
@@ -184,7 +187,10 @@ impl ModelStep {
 
     /// True when activations run through the model.
     pub fn calibrates(&self) -> bool {
-        !matches!(self.pass.work(), crate::Work::Transform(_))
+        match self.pass.work() {
+            crate::Work::Transform(transform) => !transform.needs().is_empty(),
+            _ => true,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use attar_ir::{
     Choose, Cost, Cut, DimName, Loss, ModelContext, ModelEntry, ModelGraph, ModelPass,
-    ModelPassDef, Needs, PassError, Producer, Selection, Sizes, SlopeBy, SlopeQuery, Survey, Work,
+    ModelPassDef, Needs, PassError, Selection, Sizes, SlopeBy, SlopeQuery, Survey, Work,
     recipe::options,
 };
 use serde::Deserialize;
@@ -87,15 +87,8 @@ impl Choose for Hidden {
         // Statistics of what each norm puts out.
         let mut normed: Vec<(String, Vec<f64>)> = Vec::new();
         for (block, survey) in graph.all_blocks().zip(surveys) {
-            let of_norm = |fold: &attar_ir::Fold| match fold.producer {
-                Producer::Norm(norm) => Some((norm, fold.input)),
-                Producer::Rows(_) => None,
-            };
-            let mut norms: Vec<(usize, usize)> = block.folds.iter().filter_map(of_norm).collect();
-            if block.attention.is_none() {
-                // The final norm, whether a scale may be folded into it or not.
-                norms = vec![(0, 0)];
-            }
+            let inputs = 0..block.inputs.len();
+            let norms = inputs.filter_map(|input| Some((block.norm_of(input)?, input)));
             for (norm, input) in norms {
                 let Some(stats) = survey.stats.input(input) else { continue };
                 let mean = stats.abs_mean.as_ref().expect("the pass asks for it");
@@ -174,7 +167,7 @@ impl ModelPass for Hidden {
 mod tests {
     use super::*;
     use attar_ir::{
-        AttentionShape, Block, BlockStats, ChannelMap, Fold, InputGroup, InputStats, Norm,
+        AttentionShape, Block, BlockStats, ChannelMap, Fold, InputGroup, InputStats, Norm, Producer,
     };
 
     fn block(index: usize, attention: bool) -> Block {

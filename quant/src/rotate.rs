@@ -9,6 +9,11 @@
 //! becomes a tensor of its own, since the embedding takes no `diag(g)`. f64, tensors as f32 until written.
 //! Cost `n log n` per row for powers of two.
 //!
+//! `kind = "pca"` turns the stream into its principal axes: with `x` what norms read, over all blocks and tokens,
+//! `Σ x xᵀ / rms(x)² = Q diag(λ) Qᵀ`, λ falling. The least of them can then be cut off by `prune_hidden`: SliceGPT (Ashkboos et
+//! al. 2024, arXiv:2401.15024) with one Q for all blocks in place of one for each, since stock runtimes have no place for the
+//! matrices between different bases.
+//!
 //! Not here: rotations that a runtime would have to apply (R3, R4).
 
 use std::{
@@ -17,10 +22,10 @@ use std::{
 };
 
 use attar_ir::{
-    Cost, DimName, ModelContext, ModelEntry, ModelGraph, ModelPass, ModelPassDef, PassError,
-    ReadTensor, Side, Sizes, Transform, Work,
+    Block, Cost, DimName, ModelContext, ModelEntry, ModelGraph, ModelPass, ModelPassDef, Needs,
+    PassError, ReadTensor, Side, Sizes, Survey, Transform, Work,
 };
-use attar_tensor::linalg::Orthogonal;
+use attar_tensor::linalg::{Orthogonal, eigen_symmetric};
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -30,7 +35,7 @@ use crate::common::options;
 pub(crate) const DEF: ModelPassDef = ModelPassDef {
     name: "rotate",
     summary: "turn the residual stream and the value heads by orthogonal matrices merged into the weights",
-    paper: "Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406",
+    paper: "Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406; pca: Ashkboos et al. 2024, arXiv:2401.15024",
     example: "\
 [[step]]\n\
 pass = \"rotate\"\n\
@@ -41,7 +46,7 @@ scheme = { bits = 4, group_size = -1 }\n\
 ",
     build: |table| {
         let options = options(table)?;
-        Ok(Box::new(Rotate { options, known: Mutex::default() }))
+        Ok(Box::new(Rotate { options, known: Mutex::default(), seen: Mutex::default() }))
     },
     schema: || schemars::schema_for!(Options),
 };
@@ -54,12 +59,15 @@ enum Kind {
     Hadamard,
     /// Random orthogonal.
     Orthogonal,
+    /// The stream by its principal axes on the calibration text, falling; heads by Hadamard matrices.
+    Pca,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Options {
-    /// What the matrices are; both are drawn from the recipe's seed.
+    /// What the matrices are: `hadamard` (default), `orthogonal` (random, from the recipe's seed), or `pca`, the stream by its
+    /// principal axes on the calibration text, the least of which `prune_hidden` can then cut (SliceGPT with one basis).
     kind: Kind,
     /// Turn the residual stream (R1).
     stream: bool,
@@ -78,6 +86,8 @@ struct Rotate {
     options: Options,
     /// Matrices by order and seed: a random one takes a QR decomposition.
     known: Mutex<BTreeMap<(usize, u64), Arc<Orthogonal>>>,
+    /// What was seen of the stream, and its principal axes once all was.
+    seen: Mutex<(Vec<f64>, Option<Arc<Orthogonal>>)>,
 }
 
 /// What is done to one tensor.
@@ -102,10 +112,19 @@ impl Rotate {
     fn matrix(&self, n: usize, seed: u64) -> Arc<Orthogonal> {
         let mut known = self.known.lock().expect("nobody panics with it");
         let make = || match self.options.kind {
-            Kind::Hadamard => Orthogonal::hadamard(n, seed),
+            Kind::Hadamard | Kind::Pca => Orthogonal::hadamard(n, seed),
             Kind::Orthogonal => Orthogonal::dense(n, seed),
         };
         Arc::clone(known.entry((n, seed)).or_insert_with(|| Arc::new(make())))
+    }
+
+    /// The matrix of the stream.
+    fn of_stream(&self, context: &ModelContext<'_>) -> Result<Arc<Orthogonal>, PassError> {
+        if self.options.kind != Kind::Pca {
+            return Ok(self.matrix(context.graph.hidden, context.seed));
+        }
+        let seen = self.seen.lock().expect("nobody panics with it");
+        seen.1.clone().ok_or_else(|| stream_error("its principal axes were not looked for".into()))
     }
 
     fn turns(&self, graph: &ModelGraph, tensor: &str, head: bool) -> Turns {
@@ -144,6 +163,10 @@ impl Rotate {
         }
         turns
     }
+}
+
+fn stream_error(reason: String) -> PassError {
+    PassError::Numeric { site: "the residual stream".into(), reason }
 }
 
 /// Applies the matrix to rows of `values [rows, columns]`, `count` times side by side in each.
@@ -192,6 +215,47 @@ fn columns(q: &Orthogonal, count: usize, columns: usize, values: &mut [f32]) {
 }
 
 impl Transform for Rotate {
+    fn needs(&self) -> Needs {
+        let axes = self.options.kind == Kind::Pca && self.options.stream;
+        if axes { Needs::HESSIAN } else { Needs::empty() }
+    }
+
+    fn see(
+        &self,
+        context: &ModelContext<'_>,
+        block: &Block,
+        survey: &Survey,
+    ) -> Result<(), PassError> {
+        let n = context.graph.hidden;
+        let mut seen = self.seen.lock().expect("nobody panics with it");
+        let (sum, axes) = &mut *seen;
+        if block.index == 0 {
+            (*sum, *axes) = (vec![0.0; n * n], None);
+        }
+        for (input, stats) in survey.stats.inputs.iter().enumerate() {
+            let (Some(norm), Some(stats)) = (block.norm_of(input), stats) else { continue };
+            let hessian = stats.hessian.as_ref().expect("the pass asks for it");
+            // Without the norm's own weight.
+            let inverse = |&g: &f32| if g == 0.0 { 0.0 } else { 1.0 / f64::from(g) };
+            let inverse: Vec<f64> = survey.norms[norm].iter().map(inverse).collect();
+            for ((sum, row), of_row) in sum.chunks_mut(n).zip(hessian.outer_iter()).zip(&inverse) {
+                for ((sum, &h), of_column) in sum.iter_mut().zip(row).zip(&inverse) {
+                    *sum += f64::from(h) * of_row * of_column;
+                }
+            }
+        }
+        if block.attention.is_none() {
+            let sum = std::mem::take(sum);
+            let eigen =
+                eigen_symmetric(&sum, n).map_err(|error| stream_error(error.to_string()))?;
+            // Row k of the vectors is an axis; `x Q` are the coordinates along them.
+            let vectors = &eigen.vectors;
+            let rows = (0..n * n).map(|at| vectors[at % n * n + at / n]).collect();
+            *axes = Some(Arc::new(Orthogonal::given(n, rows)));
+        }
+        Ok(())
+    }
+
     fn entries(&self, graph: &ModelGraph) -> Vec<ModelEntry> {
         let turned = |what: &str, size: usize| ModelEntry {
             step: String::new(),
@@ -230,7 +294,6 @@ impl Transform for Rotate {
     ) -> Result<(), PassError> {
         let graph = context.graph;
         let turns = self.turns(graph, tensor, head);
-        let stream = || self.matrix(graph.hidden, context.seed);
         let of_block = |block: usize| {
             let dim = graph.blocks[block].attention.map_or(1, |attention| attention.head_dim);
             self.matrix(dim, context.seed.wrapping_add(1 + block as u64))
@@ -248,10 +311,10 @@ impl Transform for Rotate {
             }
         }
         if turns.reads_stream || turns.makes_row {
-            rows(&stream(), 1, width, values);
+            rows(&*self.of_stream(context)?, 1, width, values);
         }
         if turns.makes_stream {
-            columns(&stream(), 1, width, values);
+            columns(&*self.of_stream(context)?, 1, width, values);
         }
         if let Some((count, block)) = turns.reads_values {
             rows(&of_block(block), count, width, values);
@@ -286,7 +349,8 @@ impl ModelPass for Rotate {
     fn describe(&self, graph: &ModelGraph) -> String {
         let mut parts = Vec::new();
         if self.options.stream {
-            parts.push(format!("residual stream of {}", graph.hidden));
+            let axes = if self.options.kind == Kind::Pca { " to its principal axes" } else { "" };
+            parts.push(format!("residual stream of {}{axes}", graph.hidden));
         }
         if self.options.values {
             let dim = graph.blocks.first().and_then(|block| block.attention);
@@ -305,12 +369,13 @@ impl ModelPass for Rotate {
         let dense = n >> n.trailing_zeros().min(63);
         let each = match self.options.kind {
             Kind::Hadamard => (n.ilog2() as usize + 2 * dense) as f64,
-            Kind::Orthogonal => 2.0 * n as f64,
+            Kind::Orthogonal | Kind::Pca => 2.0 * n as f64,
         };
         let weights = graph.block_weights() + 2 * graph.vocab * graph.hidden;
-        let matrix = if self.options.kind == Kind::Orthogonal { n * n } else { dense * dense };
+        let matrix = if self.options.kind == Kind::Hadamard { dense * dense } else { n * n };
+        let axes = if self.options.kind == Kind::Pca { 9.0 * (n as f64).powi(3) } else { 0.0 };
         // Numbers, their decomposition, Q, and Q row by row.
-        Cost { flops: weights as f64 * each, peak_bytes: 32 * matrix, scratch_bytes: 0 }
+        Cost { flops: weights as f64 * each + axes, peak_bytes: 32 * matrix, scratch_bytes: 0 }
     }
 
     fn work(&self) -> Work<'_> {

@@ -408,6 +408,9 @@ impl Making<'_> {
     ) -> Result<Vec<ModelEntry>, Error> {
         let none = Slopes::new();
         let context = self.context(&none);
+        if self.step.calibrates() {
+            self.survey(&mut |block, survey| Ok(transform.see(&context, block, &survey)?))?;
+        }
         let read = |name: &str| self.read(name);
         let headers = self.headers();
         let bar = progress::bar(headers.len(), self.step.pass.name());
@@ -545,7 +548,11 @@ impl Making<'_> {
         writer: &mut SafetensorsWriter,
     ) -> Result<(Vec<usize>, Vec<ModelEntry>), Error> {
         let slopes = self.slopes()?;
-        let surveys = self.survey(pass)?;
+        let mut surveys = Vec::new();
+        self.survey(&mut |_, survey| {
+            surveys.push(survey);
+            Ok(())
+        })?;
         let mut failed = None;
         let mut loss = |kept: &[usize]| {
             self.loss(kept).map_err(|error| {
@@ -600,13 +607,15 @@ impl Making<'_> {
         Ok((layers, entries))
     }
 
-    /// Every block of the original model: its statistics, and how little it turns the stream.
-    fn survey(&self, pass: &dyn Choose) -> Result<Vec<Survey>, Error> {
+    /// Every block of the model as it is read, the epilogue last: its statistics, and how little it turns the stream.
+    fn survey(
+        &self,
+        visit: &mut dyn FnMut(&Block, Survey) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let spill = self.spill();
         let mut stream = self.embedded(&spill)?;
         let mut before = Stream::new(&stream.lengths(), stream.width(), Some(&spill))?;
         let graph = &self.decoder.graph;
-        let mut surveys = Vec::new();
         let bar = progress::bar(graph.blocks.len(), self.step.pass.name());
         for block in &graph.blocks {
             for window in 0..stream.windows() {
@@ -621,9 +630,10 @@ impl Making<'_> {
                 Some(spill.clone()),
             )?;
             let mut stats = BlockStats::empty(block.inputs.len());
-            if !pass.needs().is_empty() {
-                for input in 0..block.inputs.len() {
-                    stats.inputs[input] = Some(run.observe(input, &state, pass.needs())?);
+            for input in 0..block.inputs.len() {
+                let needs = self.step.needs(block, input);
+                if !needs.is_empty() {
+                    stats.inputs[input] = Some(run.observe(input, &state, needs)?);
                 }
             }
             run.finish(&state)?;
@@ -637,7 +647,8 @@ impl Making<'_> {
                     tokens += 1;
                 }
             }
-            surveys.push(Survey { stats, norms: state.norms, cosine: sum / tokens.max(1) as f64 });
+            let cosine = sum / tokens.max(1) as f64;
+            visit(block, Survey { stats, norms: state.norms, cosine })?;
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -647,14 +658,14 @@ impl Making<'_> {
             last.norms.iter().map(|norm| self.read(&norm.tensor)).collect::<Result<_, _>>()?;
         let state = BlockState::new(last.index, Vec::new(), norms);
         let mut stats = BlockStats::empty(last.inputs.len());
-        if !pass.needs().is_empty() {
+        let needs = self.step.needs(last, 0);
+        if !needs.is_empty() {
             let (decoder, spill) = (self.decoder, Some(spill));
             let mut run =
                 BlockRun::begin(decoder, last.index, self.checkpoint, &mut stream, spill)?;
-            stats.inputs[0] = Some(run.observe(0, &state, pass.needs())?);
+            stats.inputs[0] = Some(run.observe(0, &state, needs)?);
         }
-        surveys.push(Survey { stats, norms: state.norms, cosine: 1.0 });
-        Ok(surveys)
+        visit(last, Survey { stats, norms: state.norms, cosine: 1.0 })
     }
 
     /// Mean negative log-likelihood of the calibration windows under some of the blocks, nats.

@@ -445,7 +445,7 @@ impl<'a> Walk<'a> {
         // Tables are worked on in pieces of rows, in f32, beside the pages of the file.
         let pages = source.iter().map(TensorHeader::bytes).max().unwrap_or(0);
         let piece = pages + 2 * largest.min(4 * PIECE_ELEMENTS);
-        if !step.calibrates() {
+        if let crate::Work::Transform(_) = step.pass.work() {
             let widest = step.graph.blocks.iter().flat_map(|block| &block.sites);
             let widest = widest.map(|site| 4 * site.weights()).max().unwrap_or(0);
             self.add(Moment {
@@ -454,6 +454,8 @@ impl<'a> Walk<'a> {
                 solver: cost.peak_bytes,
                 ..Moment::default()
             });
+        }
+        if !step.calibrates() {
             return (self.memory, 0);
         }
         let corpus = corpus_bytes(self.facts.budget.corpus);

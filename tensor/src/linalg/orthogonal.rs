@@ -30,6 +30,15 @@ impl Orthogonal {
         Self::with(n, 1, seed)
     }
 
+    /// The matrix itself, row-major `[n, n]`, whose rows are orthonormal.
+    ///
+    /// # Panics
+    /// When `rows` is not square.
+    pub fn given(n: usize, rows: Vec<f64>) -> Self {
+        assert_eq!(rows.len(), n * n, "a square matrix");
+        Self { signs: vec![1.0; n], power: 1, dense: rows }
+    }
+
     fn with(n: usize, power: usize, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let signs = (0..n).map(|_| if rng.next_u64() >> 63 == 0 { 1.0 } else { -1.0 }).collect();
