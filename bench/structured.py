@@ -32,6 +32,8 @@ RECIPES = [
     *[(f"kv groups {groups:.2f}, {i}, {'update' if u else 'no update'}", step("prune_kv_groups", ratio=groups, importance=i, update=u)) for i in ("output", "activation", "magnitude", "taylor", "taylor_elements") for u in (True, False)],
     *[(f"query heads 0.5, {i}, {'update' if u else 'no update'}", step("prune_heads", ratio=0.5, importance=i, update=u)) for i in ("output", "activation", "magnitude", "taylor", "taylor_elements") for u in (True, False)],
     *[(f"hidden 0.125, {i}", step("prune_hidden", ratio=0.125, importance=i, multiple_of=16)) for i in ("activation", "taylor")],
+    ("hidden 0.25, activation", step("prune_hidden", ratio=0.25, multiple_of=16)),
+    *[(f"{kind}, hidden {ratio}", step("rotate", kind=kind, values=False) + step("prune_hidden", ratio=ratio, multiple_of=16)) for kind, ratio in (("pca", 0.125), ("pca", 0.25), ("hadamard", 0.25))],
     ("rotate", step("rotate")),
     ("gptq w3 g128", step("gptq") + scheme(3, 128)),
     ("rotate, gptq w3 g128", step("rotate") + step("gptq") + scheme(3, 128)),

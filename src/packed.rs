@@ -252,11 +252,11 @@ impl Opened {
         }))
     }
 
-    fn took(&self, kernel: &'static str, form: &str, bytes: usize) {
+    fn took(&self, kernel: &'static str, without_zeros: bool, bytes: usize) {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = kernels.entry(kernel).or_default();
         taken.linears += 1;
-        taken.without_zeros += usize::from(form == "2:4");
+        taken.without_zeros += usize::from(without_zeros);
         taken.bytes += bytes;
     }
 
@@ -410,7 +410,7 @@ impl Opened {
         let dense = Dense::new(view).ok_or_else(|| {
             fail(format!("has dtype {}, no float that a kernel reads", view.dtype()))
         })?;
-        self.took(dense.name(), "", dense.resident_bytes());
+        self.took(dense.name(), false, dense.resident_bytes());
         Ok(Box::new(Kernel(Box::new(dense))))
     }
 
@@ -426,7 +426,7 @@ impl Opened {
                 };
                 let (name, kernel) = attar_kernels::select_kernel(&packed, activations)
                     .map_err(|error| fail(error.to_string()))?;
-                self.took(name, kernel.form(), kernel.resident_bytes());
+                self.took(name, kernel.without_zeros(), kernel.resident_bytes());
                 Ok(Box::new(Kernel(kernel)))
             }
             None if self.resident => {

@@ -132,12 +132,12 @@ fn scales_learn_behind_codes_that_stay() {
     let scales = distill("train = \"scales\"\nbatch = 4\nepochs = 3\nrate = 5e-3");
     let gptq = |scheme: &str| format!("[[step]]\npass = \"gptq\"\nscheme = {{ {scheme} }}\n");
     for (layout, scheme, codes, most) in [
-        ("gptq", "bits = 2, group_size = 64", ".qweight", 0.95),
+        ("gptq", "bits = 2, group_size = 64", ".qweight", 0.93),
         (
             "compressed-tensors",
             "bits = 3, group_size = -1, symmetric = false",
             ".weight_packed",
-            0.99,
+            0.98,
         ),
     ] {
         let emit = format!("[[emit]]\nlayout = \"{layout}\"\n");

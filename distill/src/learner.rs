@@ -1,7 +1,7 @@
 //! A whole model that learns: its values in f32, which of them are trained and how, and what the forward sees.
 //!
-//! Trained are all values, norms and biases alone, the scales of codes that stay (PEQA), or low-rank adapters `W + (alpha / rank) B A` beside frozen
-//! linears (LoRA, Hu et al. 2021, arXiv:2106.09685), which [`Learner::value`] merges. With a quantization scheme the
+//! Trained are all values, norms and biases alone, the scales of codes that stay (PEQA), or low-rank adapters
+//! `W + (alpha / rank) B A` beside frozen linears (LoRA, Hu et al. 2021, arXiv:2106.09685), which [`Learner::value`] merges. With a quantization scheme the
 //! forward sees every block linear rounded to it, and the gradient goes through the rounding as if it were not there
 //! (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432; LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
 //! Memory, bytes per weight: 16 where a weight is trained itself, 4 where it is frozen, and 4 more where the forward
@@ -255,7 +255,8 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// Reads every tensor of a model, `codes` giving by the name of a weight what is quantized already. Adapters begin as zero: A is random by `seed`, B is zero.
+    /// Reads every tensor of a model, `codes` giving by the name of a weight what is quantized already. Adapters begin as
+    /// zero: A is random by `seed`, B is zero.
     ///
     /// # Errors
     /// A tensor that cannot be read or holds NaN or infinity.

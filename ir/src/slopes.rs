@@ -46,13 +46,6 @@ impl SlopeQuery {
         let blocks = graph.blocks.iter().map(|block| block.forward_flops(tokens, context));
         4.0 * blocks.sum::<f64>() + 3.0 * graph.epilogue.forward_flops(tokens, context)
     }
-
-    /// Bytes beside the weights of a block and the streams when a window of `tokens` tokens is at work: the gradient, what a
-    /// forward leaves for the backward, and what both work in.
-    pub fn bytes(block: &Block, tokens: usize) -> usize {
-        let gradient: usize = block.sites.iter().map(|site| 4 * site.weights()).sum();
-        gradient + tape_bytes(block, tokens) + space_bytes(block, tokens)
-    }
 }
 
 /// Bytes that a forward of `tokens` tokens of a decoder block leaves for its backward: queries, keys, values, what

@@ -84,7 +84,8 @@ pub trait TrainSession {
     /// Tells how far training is.
     fn progress(&self, progress: TrainProgress);
 
-    /// Writes a tensor of the result (of a linear with codes its scales), `values` in the order of its elements. Those not written stay as they were.
+    /// Writes a tensor of the result (of a linear with codes its scales), `values` in the order of its elements. Those not
+    /// written stay as they were.
     ///
     /// # Errors
     /// When the disk refuses.

@@ -123,13 +123,13 @@ pub trait Prepared: std::fmt::Debug + Send + Sync {
     /// Bytes held in memory; one token reads all of them once.
     fn resident_bytes(&self) -> usize;
 
-    /// What is special about how the weights lie, e.g. `2:4` where zeros are left away; empty where nothing is.
-    fn form(&self) -> &'static str {
-        ""
+    /// True when the weights lie without their zeros, two of four codes at most being stored.
+    fn without_zeros(&self) -> bool {
+        false
     }
 
-    /// The same weight with the zeros that this form leaves away: what the choice is measured against.
-    fn other_form(&self) -> Option<Box<dyn Prepared>> {
+    /// The same weight with the zeros that are left away: what the choice is measured against.
+    fn with_zeros(&self) -> Option<Box<dyn Prepared>> {
         None
     }
 

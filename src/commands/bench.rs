@@ -89,8 +89,9 @@ fn lines(
         let prepared = kernel.prepare(packed)?;
         let chosen = choose(kernels, packed, kernel.activations())
             .is_some_and(|chosen| chosen.name() == kernel.name());
-        let other = prepared.other_form().map(|other| ("zeros", false, other));
-        let own = (prepared.form(), chosen, prepared);
+        let other = prepared.with_zeros().map(|other| ("zeros", false, other));
+        let form = if prepared.without_zeros() { "2:4" } else { "" };
+        let own = (form, chosen, prepared);
         for (form, chosen, prepared) in std::iter::once(own).chain(other) {
             let mut copies = vec![prepared];
             // Without copies a small weight would be read from a cache.

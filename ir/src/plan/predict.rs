@@ -188,7 +188,10 @@ pub(super) fn within(facts: &Facts<'_>) -> Result<Prediction, PlanErrors> {
             scratch_bytes = scratch_bytes.max(made + scratch);
         }
         let (own, scratch) = Walk::new(facts, limits).run();
-        own.moments.into_iter().for_each(|moment| memory.add(moment));
+        let waiting = Walk::new(facts, limits).waiting();
+        for moment in own.moments {
+            memory.add(Moment { block: moment.block + waiting, ..moment });
+        }
         scratch_bytes = scratch_bytes.max(made + scratch);
         if let Some(step) = facts.last {
             let (own, scratch) = Walk::new(facts, limits).model(step);
@@ -376,6 +379,23 @@ impl<'a> Walk<'a> {
         norms + block.sites.iter().zip(quantized).map(site).sum::<usize>() + self.corrections(block)
     }
 
+    /// Blocks that wait, done, until scales are trained behind all of them.
+    fn waiting(&self) -> usize {
+        let graph = self.facts.graph;
+        let of = |block: &Block| {
+            let is_made = |site: usize| {
+                let targets = |step: &PlanStep| {
+                    step.contract.produces.numeric == Some(Numeric::Quantized)
+                        && step.targets[block.index].iter().any(|target| target.site == site)
+                };
+                self.facts.steps.iter().any(targets)
+            };
+            let quantized: Vec<bool> = (0..block.sites.len()).map(is_made).collect();
+            self.weights(block, &quantized)
+        };
+        self.facts.last.map_or(0, |_| graph.blocks.iter().map(of).sum())
+    }
+
     /// Corrections beside the weights of a block, f32. Factors are smaller than the weight that they stand for.
     fn corrections(&self, block: &Block) -> usize {
         let Facts { steps, passes, .. } = *self.facts;
@@ -499,42 +519,6 @@ impl<'a> Walk<'a> {
             self.scratch_beside(block, 0);
         }
         (self.memory, slopes_on_scratch.max(self.scratch + stream - kept))
-    }
-
-    /// Slopes of the loss that a pass on the whole model asks for: a block with its gradient and its activations, or the
-    /// head; returns the bytes of the streams on scratch.
-    fn slopes(&mut self, step: &ModelStep, piece: usize) -> usize {
-        let graph = &step.graph;
-        if step.pass.slopes(graph).is_none() {
-            return 0;
-        }
-        let Facts { tokens, context, .. } = *self.facts;
-        let context = context.min(tokens.max(1));
-        let streams = SlopeQuery::streams(graph);
-        let each = 4 * tokens * graph.hidden;
-        let kept = if each <= self.limits.stream / streams { streams * each } else { 0 };
-        let what = format!("{}: slopes", step.label);
-        let window = 4 * context * graph.hidden;
-        let head = Packing::bytes(graph.vocab, graph.hidden);
-        let rows = SlopeQuery::LOGIT_ROWS.min(context);
-        let mut add = |block: &Block, activations: usize| {
-            let weights = self.weights(block, &vec![false; block.sites.len()]);
-            self.add(Moment {
-                what: what.clone(),
-                block_index: Some(block.index),
-                block: weights,
-                stream: kept,
-                activations: activations + 3 * window,
-                tensors: piece,
-                ..Moment::default()
-            });
-        };
-        // The head lies packed beside its own rows.
-        add(&graph.epilogue, head + 4 * rows * (graph.vocab + 2 * graph.hidden));
-        for block in &graph.blocks {
-            add(block, SlopeQuery::bytes(block, context));
-        }
-        streams * each - kept
     }
 
     fn run(mut self) -> (Memory, usize) {

@@ -142,12 +142,12 @@ impl Prepared for CpuLinear {
         self.tiles.resident_bytes()
     }
 
-    fn form(&self) -> &'static str {
-        if self.tiles.shape.sparse { "2:4" } else { "" }
+    fn without_zeros(&self) -> bool {
+        self.tiles.shape.sparse
     }
 
-    fn other_form(&self) -> Option<Box<dyn Prepared>> {
-        let tiles = self.tiles.other_form()?;
+    fn with_zeros(&self) -> Option<Box<dyn Prepared>> {
+        let tiles = self.tiles.with_zeros()?;
         Some(Box::new(Self { tiles, kernel: self.kernel }))
     }
 

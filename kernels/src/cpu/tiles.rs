@@ -251,7 +251,7 @@ impl Tiles {
     }
 
     /// The same with the zeros; `None` where they are there.
-    pub(crate) fn other_form(&self) -> Option<Self> {
+    pub(crate) fn with_zeros(&self) -> Option<Self> {
         if !self.shape.sparse {
             return None;
         }
