@@ -28,22 +28,26 @@ macro_rules! unroll {
 /// first has too few slots for lines on their way to keep memory busy. Every line has to be asked for,
 /// those of the scales too.
 const AHEAD: usize = 2048;
+/// The same of each of [`SIDE`] tiles.
+const AHEAD_EACH: usize = 1024;
+/// Tiles that are multiplied by one token side by side: memory is busier with several streams than with one.
+pub(crate) const SIDE: usize = 4;
 
-/// Asks for what comes `AHEAD` bytes behind `at`.
+/// Asks for what comes `ahead` bytes behind `at`.
 #[inline(always)]
-fn ask(at: *const u8, bytes: usize) {
+fn ask(at: *const u8, ahead: usize, bytes: usize) {
     let mut line = 0;
     while line < bytes {
         // SAFETY: a prefetch reads nothing and never faults; the processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD + line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(ahead + line).cast()) };
         line += 64;
     }
 }
 
 /// Checks once what the loops below rely on.
-fn check(shape: &Shape, tile: &[u8], form: u8) {
+fn check(shape: &Shape, tiles: &[u8], count: usize, form: u8) {
     assert_eq!(shape.form(), form, "the kernel is for this form");
-    assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
+    assert_eq!(tiles.len(), count * shape.tile_bytes(), "tiles are whole");
 }
 
 /// For each lane the zero points of a row in four bytes: what codes that are not stored are, and what those that are
@@ -221,77 +225,103 @@ pub(crate) unsafe fn scales(shape: &Shape, middle: __m512, at: *const u8) -> (__
     }
 }
 
-/// The 16 rows of a tile times `M` tokens of bytes. With `PER_TOKEN` all scales of a token are one.
+/// The 16 rows of each of `T` neighbouring tiles times `M` tokens of bytes, `out[tile * M + token]`. With `PER_TOKEN` all
+/// scales of a token are one.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
+pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool, const T: usize>(
     shape: &Shape,
-    tile: &[u8],
+    tiles: &[u8],
     input: ByteChunk<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    check(shape, tile, BITS);
+    check(shape, tiles, T, BITS);
     assert_eq!(input.q.len(), shape.places() * M);
     assert_eq!(input.scales.len(), shape.blocks() * M);
     assert_eq!(input.sums.len(), shape.groups() * M);
     let block_bytes = block_bytes(BITS);
     let behind = shape.scale_bytes() + shape.offset_bytes();
+    let stride = shape.tile_bytes();
     let middle = _mm512_set1_ps(shape.middle());
-    let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
-    let mut totals = [_mm512_setzero_ps(); M];
+    let (mut at, mut q, mut a) = (tiles.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
+    // Bytes of each tile from `at` on. Behind its end the tile `T` tiles further on is wanted next.
+    let mut left = stride;
+    let ahead = |left: usize| match T {
+        1 => AHEAD,
+        _ if left > AHEAD_EACH => AHEAD_EACH,
+        _ => AHEAD_EACH + (T - 1) * stride,
+    };
+    let mut totals = [[_mm512_setzero_ps(); M]; T];
     for group in 0..shape.groups() {
-        let mut sums = [_mm512_setzero_ps(); M];
-        let mut dots = [_mm512_setzero_si512(); M];
+        let mut sums = [[_mm512_setzero_ps(); M]; T];
+        let mut dots = [[_mm512_setzero_si512(); M]; T];
+        let mut filled = [_mm512_setzero_si512(); T];
         let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
-        // SAFETY: by the checks above scales stand behind the blocks of the group.
-        let filling = unsafe { filling::<BITS>(shape, at.add(blocks as usize * block_bytes)) };
+        let scales_at = blocks as usize * block_bytes;
+        unroll!(s in [0 1 2 3] { if s < T {
+            // SAFETY: by the checks above scales stand behind the blocks of the group.
+            filled[s] = unsafe { filling::<BITS>(shape, at.add(s * stride + scales_at)) };
+        } });
         while blocks > 0 {
             blocks -= 1;
-            if M == 1 {
-                ask(at, block_bytes);
-            }
-            // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `q` and
+            let ahead = ahead(left);
+            // SAFETY: by the checks above each tile holds `block_bytes` for each block, and `q` and
             // `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
             unsafe {
-                let weights = quads::<BITS>(at, filling);
-                unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
-                    let mut dot = if PER_TOKEN { dots[t] } else { _mm512_setzero_si512() };
-                    unroll!(quad in [0 1 2 3 4 5 6 7] {
-                        let x = q.add((quad * M + t) * 4).cast::<i32>().read_unaligned();
-                        dot = _mm512_dpbusd_epi32(dot, weights[quad], _mm512_set1_epi32(x));
-                    });
-                    if PER_TOKEN {
-                        dots[t] = dot;
-                    } else {
-                        let scale = _mm512_set1_ps(*a.add(t));
-                        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sums[t]);
+                unroll!(s in [0 1 2 3] { if s < T {
+                    let at = at.add(s * stride);
+                    if M == 1 {
+                        ask(at, ahead, block_bytes);
                     }
+                    let weights = quads::<BITS>(at, filled[s]);
+                    unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+                        let mut dot = if PER_TOKEN { dots[s][t] } else { _mm512_setzero_si512() };
+                        unroll!(quad in [0 1 2 3 4 5 6 7] {
+                            let x = q.add((quad * M + t) * 4).cast::<i32>().read_unaligned();
+                            dot = _mm512_dpbusd_epi32(dot, weights[quad], _mm512_set1_epi32(x));
+                        });
+                        if PER_TOKEN {
+                            dots[s][t] = dot;
+                        } else {
+                            let scale = _mm512_set1_ps(*a.add(t));
+                            sums[s][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sums[s][t]);
+                        }
+                    } });
                 } });
                 at = at.add(block_bytes);
                 q = q.add(BLOCK * M);
                 a = a.add(M);
             }
+            left -= block_bytes;
         }
-        if M == 1 {
-            ask(at, 128);
-        }
-        // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
-        let (scale, offset) = unsafe { scales(shape, middle, at) };
-        unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
-            if PER_TOKEN {
-                let scale = _mm512_set1_ps(input.scales[t]);
-                sums[t] = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), scale);
+        let ahead = ahead(left);
+        unroll!(s in [0 1 2 3] { if s < T {
+            // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
+            let at = unsafe { at.add(s * stride) };
+            if M == 1 {
+                ask(at, ahead, 128);
             }
-            let x = _mm512_set1_ps(input.sums[group * M + t]);
-            totals[t] = if shape.offset == Offset::Minimum {
-                _mm512_fnmadd_ps(offset, x, _mm512_fmadd_ps(sums[t], scale, totals[t]))
-            } else {
-                _mm512_fmadd_ps(_mm512_fnmadd_ps(offset, x, sums[t]), scale, totals[t])
-            };
+            // SAFETY: as above.
+            let (scale, offset) = unsafe { scales(shape, middle, at) };
+            unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
+                if PER_TOKEN {
+                    let scale = _mm512_set1_ps(input.scales[t]);
+                    sums[s][t] = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[s][t]), scale);
+                }
+                let x = _mm512_set1_ps(input.sums[group * M + t]);
+                totals[s][t] = if shape.offset == Offset::Minimum {
+                    _mm512_fnmadd_ps(offset, x, _mm512_fmadd_ps(sums[s][t], scale, totals[s][t]))
+                } else {
+                    _mm512_fmadd_ps(_mm512_fnmadd_ps(offset, x, sums[s][t]), scale, totals[s][t])
+                };
+            } });
         } });
-        // SAFETY: as above; at most one past the end of the tile.
+        // SAFETY: as above; at most one past the end of the first tile.
         at = unsafe { at.add(behind) };
+        left -= behind;
     }
-    store(&totals, out);
+    unroll!(s in [0 1 2 3] { if s < T {
+        store(&totals[s], &mut out[s * M..]);
+    } });
 }
 
 #[inline]
@@ -380,7 +410,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
     input: FloatChunk<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    check(shape, tile, BITS);
+    check(shape, tile, 1, BITS);
     assert_eq!(input.x.len(), shape.places() * M);
     let block_bytes = block_bytes(BITS);
     let behind = shape.scale_bytes() + shape.offset_bytes();
@@ -395,7 +425,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
         while blocks > 0 {
             blocks -= 1;
             if M == 1 {
-                ask(at, block_bytes);
+                ask(at, AHEAD, block_bytes);
             }
             // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `x` holds 32
             // floats of each of the `M` tokens for each block.
@@ -416,7 +446,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
             }
         }
         if M == 1 {
-            ask(at, 128);
+            ask(at, AHEAD, 128);
         }
         // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
         let (scale, offset) = unsafe { scales(shape, middle, at) };
@@ -449,7 +479,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
     mut to: *mut f32,
     stride: usize,
 ) {
-    check(shape, tile, BITS);
+    check(shape, tile, 1, BITS);
     let block_bytes = block_bytes(BITS);
     let (middle, table) = (_mm512_set1_ps(shape.middle()), centred::<BITS>());
     let mut at = tile.as_ptr();
@@ -486,7 +516,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
 /// Writes the codes of a tile as bytes, quad after quad.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) fn unpack<const BITS: u8>(shape: &Shape, tile: &[u8], to: &mut [u8]) {
-    check(shape, tile, BITS);
+    check(shape, tile, 1, BITS);
     assert_eq!(to.len(), shape.places() * ROWS);
     let (mut at, mut to) = (0, to.as_chunks_mut::<{ QUADS * QUAD }>().0.iter_mut());
     for group in 0..shape.groups() {

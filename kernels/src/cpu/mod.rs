@@ -266,15 +266,44 @@ impl CpuLinear {
             };
             let input = Bytes::new(shape, (x, m), self.chunk(), activations, isa);
             let output = Output { start: out.as_mut_ptr(), rows };
+            #[cfg(target_arch = "x86_64")]
+            if m == 1 && isa == Isa::Avx512 {
+                self.multiply_side_by_side(&input, output);
+                continue;
+            }
             self.for_each_tile(|tile| {
                 for &chunk in &input.chunks {
                     let mut values = [[0.0f32; ROWS]; CHUNK];
-                    self.fast(tile, input.chunk(shape, chunk), chunk.count, &mut values);
+                    self.fast::<1>(tile, input.chunk(shape, chunk), chunk.count, &mut values);
                     // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
                     unsafe { output.store(tile, chunk, &values) };
                 }
             });
         }
+    }
+
+    /// One token of bytes by several tiles at a time.
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_side_by_side(&self, input: &Bytes, output: Output) {
+        const SIDE: usize = avx512::SIDE;
+        let (shape, chunk) = (&self.tiles.shape, input.chunks[0]);
+        let (x, tiles) = (input.chunk(shape, chunk), shape.tiles());
+        (0..tiles.div_ceil(SIDE)).into_par_iter().for_each(|task| {
+            let first = task * SIDE;
+            let mut values = [[0.0f32; ROWS]; CHUNK];
+            let count = SIDE.min(tiles - first);
+            if count == SIDE {
+                self.fast::<SIDE>(first, x, 1, &mut values);
+            } else {
+                for tile in 0..count {
+                    self.fast::<1>(first + tile, x, 1, &mut values[tile..]);
+                }
+            }
+            for (tile, values) in values[..count].iter().enumerate() {
+                // SAFETY: `out` is `[1, rows]`, and each tile is one task's.
+                unsafe { output.store(first + tile, chunk, std::slice::from_ref(values)) };
+            }
+        });
     }
 
     /// True when so many tokens of bytes are for AMX.
@@ -382,8 +411,15 @@ impl CpuLinear {
         }
     }
 
-    fn fast(&self, tile: usize, x: ByteChunk<'_>, count: usize, out: &mut [[f32; ROWS]; CHUNK]) {
-        let (shape, tile) = (&self.tiles.shape, self.tiles.tile(tile));
+    /// `T` tiles from `first` on by `count` tokens, `out[tile * count + token]`. Several tiles take AVX-512.
+    fn fast<const T: usize>(
+        &self,
+        first: usize,
+        x: ByteChunk<'_>,
+        count: usize,
+        out: &mut [[f32; ROWS]],
+    ) {
+        let (shape, tiles) = (&self.tiles.shape, self.tiles.tiles(first, T));
         let per_token = self.kernel.activations == Activations::Int8PerToken;
         match self.kernel.isa {
             #[cfg(target_arch = "x86_64")]
@@ -393,9 +429,9 @@ impl CpuLinear {
                         // SAFETY: `prepare` made sure that this machine has the instruction set.
                         unsafe {
                             if $bits == 8 && per_token {
-                                avx512::fast::<$bits, $m, { $bits == 8 }>(shape, tile, x, out);
+                                avx512::fast::<$bits, $m, { $bits == 8 }, T>(shape, tiles, x, out);
                             } else {
-                                avx512::fast::<$bits, $m, false>(shape, tile, x, out);
+                                avx512::fast::<$bits, $m, false, T>(shape, tiles, x, out);
                             }
                         }
                     };
@@ -409,16 +445,16 @@ impl CpuLinear {
                         // SAFETY: as above.
                         unsafe {
                             if $bits == 8 && per_token {
-                                avx2::fast::<$bits, $m, { $bits == 8 }>(shape, tile, x, out);
+                                avx2::fast::<$bits, $m, { $bits == 8 }>(shape, tiles, x, out);
                             } else {
-                                avx2::fast::<$bits, $m, false>(shape, tile, x, out);
+                                avx2::fast::<$bits, $m, false>(shape, tiles, x, out);
                             }
                         }
                     };
                 }
                 with_constants!(shape.form(), count, call, [1 2 4]);
             }
-            _ => out[0] = scalar::fast(shape, tile, x, per_token),
+            _ => out[0] = scalar::fast(shape, tiles, x, per_token),
         }
     }
 

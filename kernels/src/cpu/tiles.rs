@@ -282,8 +282,13 @@ impl Tiles {
     }
 
     pub(crate) fn tile(&self, tile: usize) -> &[u8] {
+        self.tiles(tile, 1)
+    }
+
+    /// `count` tiles from `first` on.
+    pub(crate) fn tiles(&self, first: usize, count: usize) -> &[u8] {
         let bytes = self.shape.tile_bytes();
-        &self.data[tile * bytes..(tile + 1) * bytes]
+        &self.data[first * bytes..(first + count) * bytes]
     }
 
     pub(crate) fn resident_bytes(&self) -> usize {
