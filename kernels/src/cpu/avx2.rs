@@ -24,27 +24,31 @@ const HALF: usize = ROWS / 2;
 /// first has too few slots for lines on their way to keep memory busy. Every line has to be asked for,
 /// those of the scales too.
 const AHEAD: usize = 2048;
+/// The same of each of [`SIDE`] tiles.
+const AHEAD_EACH: usize = 1024;
+/// Tiles that are multiplied by one token side by side: memory is busier with several streams than with one.
+pub(crate) const SIDE: usize = 2;
 
 /// Writes a block once for each number, so that arrays of registers are indexed by constants.
 macro_rules! unroll {
     ($i:ident in [$($n:literal)*] $body:block) => {{ $({ let $i: usize = $n; $body })* }};
 }
 
-/// Asks for what comes `AHEAD` bytes behind `at`.
+/// Asks for what comes `ahead` bytes behind `at`.
 #[inline(always)]
-fn ask(at: *const u8, bytes: usize) {
+fn ask(at: *const u8, ahead: usize, bytes: usize) {
     let mut line = 0;
     while line < bytes {
         // SAFETY: a prefetch reads nothing and never faults; the processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD + line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(ahead + line).cast()) };
         line += 64;
     }
 }
 
 /// Checks once what the loops below rely on.
-fn check(shape: &Shape, tile: &[u8], form: u8) {
+fn check(shape: &Shape, tiles: &[u8], count: usize, form: u8) {
     assert_eq!(shape.form(), form, "the kernel is for this form");
-    assert_eq!(tile.len(), shape.tile_bytes(), "a tile is whole");
+    assert_eq!(tiles.len(), count * shape.tile_bytes(), "tiles are whole");
 }
 
 /// Eight floats of the type of the scales, from row `row` on.
@@ -283,62 +287,77 @@ unsafe fn half_block<const BITS: u8, const M: usize>(
     }
 }
 
-/// The 16 rows of a tile times `M` tokens of bytes. With `PER_TOKEN` all scales of a token are one.
+/// The 16 rows of each of `T` neighbouring tiles times `M` tokens of bytes, `out[tile * M + token]`. With `PER_TOKEN` all
+/// scales of a token are one.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
+pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool, const T: usize>(
     shape: &Shape,
-    tile: &[u8],
+    tiles: &[u8],
     input: ByteChunk<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    check(shape, tile, BITS);
+    check(shape, tiles, T, BITS);
     assert_eq!(input.q.len(), shape.places() * M);
     assert_eq!(input.scales.len(), shape.blocks() * M);
     assert_eq!(input.sums.len(), shape.groups() * M);
-    if M <= 2 {
+    if T == SIDE {
+        halves::<BITS, M, PER_TOKEN, 4>(shape, tiles, input, 0, out);
+    } else if M <= 2 {
         // Both halves at once: one pass over the tile.
-        halves::<BITS, M, PER_TOKEN, 2>(shape, tile, input, 0, out);
+        halves::<BITS, M, PER_TOKEN, 2>(shape, tiles, input, 0, out);
     } else {
-        halves::<BITS, M, PER_TOKEN, 1>(shape, tile, input, 0, out);
-        halves::<BITS, M, PER_TOKEN, 1>(shape, tile, input, HALF, out);
+        halves::<BITS, M, PER_TOKEN, 1>(shape, tiles, input, 0, out);
+        halves::<BITS, M, PER_TOKEN, 1>(shape, tiles, input, HALF, out);
     }
 }
 
-/// `HALVES` halves of a tile from row `first` on.
+/// `HALVES` halves of tiles from row `first` on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: usize>(
     shape: &Shape,
-    tile: &[u8],
+    tiles: &[u8],
     input: ByteChunk<'_>,
     first: usize,
     out: &mut [[f32; ROWS]],
 ) {
     let block_bytes = block_bytes(BITS);
-    let (mut at, mut q, mut a) = (tile.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
+    let stride = shape.tile_bytes();
+    let (mut at, mut q, mut a) = (tiles.as_ptr(), input.q.as_ptr(), input.scales.as_ptr());
+    // Bytes of each tile from `at` on. Behind its end the tile `SIDE` tiles further on is wanted next.
+    let mut left = stride;
+    let ahead = |left: usize| match HALVES {
+        ..=2 => AHEAD,
+        _ if left > AHEAD_EACH => AHEAD_EACH,
+        _ => AHEAD_EACH + (SIDE - 1) * stride,
+    };
     let mut totals = [[_mm256_setzero_ps(); M]; HALVES];
     for group in 0..shape.groups() {
         let mut sums = [[_mm256_setzero_ps(); M]; HALVES];
         let mut all = [[_mm256_setzero_si256(); M]; HALVES];
         let mut blocks = shape.group_blocks[group + 1] - shape.group_blocks[group];
         let mut fillings = [_mm256_setzero_si256(); HALVES];
-        unroll!(h in [0 1] { if h < HALVES {
+        let scales_at = blocks as usize * block_bytes;
+        unroll!(h in [0 1 2 3] { if h < HALVES {
             // SAFETY: by the checks of the caller scales stand behind the blocks of the group.
             fillings[h] = unsafe {
-                filling::<BITS>(shape, at.add(blocks as usize * block_bytes), first + h * HALF)
+                let at = at.add(h / 2 * stride + scales_at);
+                filling::<BITS>(shape, at, first + h % 2 * HALF)
             };
         } });
         while blocks > 0 {
             blocks -= 1;
-            if M == 1 {
-                ask(at, block_bytes);
-            }
-            // SAFETY: by the checks of the caller the tile holds `block_bytes` for each block, and `q`
+            let ahead = ahead(left);
+            // SAFETY: by the checks of the caller each tile holds `block_bytes` for each block, and `q`
             // and `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
             unsafe {
-                unroll!(h in [0 1] { if h < HALVES {
+                unroll!(h in [0 1 2 3] { if h < HALVES {
+                    let at = at.add(h / 2 * stride);
+                    if M == 1 && h % 2 == 0 {
+                        ask(at, ahead, block_bytes);
+                    }
                     let mut dots = if PER_TOKEN { all[h] } else { [_mm256_setzero_si256(); M] };
-                    half_block::<BITS, M>(at, first + h * HALF, q, fillings[h], &mut dots);
+                    half_block::<BITS, M>(at, first + h % 2 * HALF, q, fillings[h], &mut dots);
                     if PER_TOKEN {
                         all[h] = dots;
                     } else {
@@ -353,13 +372,17 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
                 q = q.add(BLOCK * M);
                 a = a.add(M);
             }
+            left -= block_bytes;
         }
-        if M == 1 {
-            ask(at, 128);
-        }
-        unroll!(h in [0 1] { if h < HALVES {
+        let ahead = ahead(left);
+        unroll!(h in [0 1 2 3] { if h < HALVES {
             // SAFETY: scales and offsets stand behind the blocks of a group.
-            let (scale, offset) = unsafe { scales(shape, at, first + h * HALF) };
+            let at = unsafe { at.add(h / 2 * stride) };
+            if M == 1 && h % 2 == 0 {
+                ask(at, ahead, 128);
+            }
+            // SAFETY: as above.
+            let (scale, offset) = unsafe { scales(shape, at, first + h % 2 * HALF) };
             unroll!(t in [0 1 2 3] { if t < M {
                 if PER_TOKEN {
                     let scale = _mm256_set1_ps(input.scales[t]);
@@ -374,8 +397,9 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
                 };
             } });
         } });
-        // SAFETY: as above; at most one past the end of the tile.
+        // SAFETY: as above; at most one past the end of the first tile.
         at = unsafe { at.add(shape.scale_bytes() + shape.offset_bytes()) };
+        left -= shape.scale_bytes() + shape.offset_bytes();
     }
     store(&totals, first, out);
 }
@@ -387,9 +411,10 @@ fn store<const M: usize, const HALVES: usize>(
     first: usize,
     out: &mut [[f32; ROWS]],
 ) {
-    unroll!(h in [0 1] { if h < HALVES {
+    unroll!(h in [0 1 2 3] { if h < HALVES {
         unroll!(t in [0 1 2 3] { if t < M {
-            let to = &mut out[t][first + h * HALF..first + (h + 1) * HALF];
+            let row = first + h % 2 * HALF;
+            let to = &mut out[h / 2 * M + t][row..row + HALF];
             // SAFETY: the store writes eight floats, which `to` has.
             unsafe { _mm256_storeu_ps(to.as_mut_ptr(), totals[h][t]) };
         } });
@@ -490,7 +515,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
     input: FloatChunk<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    check(shape, tile, BITS);
+    check(shape, tile, 1, BITS);
     assert_eq!(input.x.len(), shape.places() * M);
     let block_bytes = block_bytes(BITS);
     let middle = _mm256_set1_ps(shape.middle());
@@ -509,7 +534,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
             while block < blocks {
                 let (at, x) = (at.add(block * block_bytes), x.add(block * BLOCK * M));
                 if M == 1 {
-                    ask(at, block_bytes);
+                    ask(at, AHEAD, block_bytes);
                 }
                 unroll!(h in [0 1] {
                     macro_rules! add {
@@ -529,7 +554,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
             }
             x = x.add(blocks * BLOCK * M);
             if M == 1 {
-                ask(behind, 128);
+                ask(behind, AHEAD, 128);
             }
             unroll!(h in [0 1] {
                 let (scale, offset) = scales(shape, behind, h * HALF);
@@ -568,7 +593,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
     mut to: *mut f32,
     stride: usize,
 ) {
-    check(shape, tile, BITS);
+    check(shape, tile, 1, BITS);
     let block_bytes = block_bytes(BITS);
     let middle = _mm256_set1_ps(shape.middle());
     let mut at = tile.as_ptr();

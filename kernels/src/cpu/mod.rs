@@ -266,15 +266,14 @@ impl CpuLinear {
             };
             let input = Bytes::new(shape, (x, m), self.chunk(), activations, isa);
             let output = Output { start: out.as_mut_ptr(), rows };
-            #[cfg(target_arch = "x86_64")]
-            if m == 1 && isa == Isa::Avx512 {
+            if m == 1 {
                 self.multiply_side_by_side(&input, output);
                 continue;
             }
             self.for_each_tile(|tile| {
                 for &chunk in &input.chunks {
                     let mut values = [[0.0f32; ROWS]; CHUNK];
-                    self.fast::<1>(tile, input.chunk(shape, chunk), chunk.count, &mut values);
+                    self.fast((tile, 1), input.chunk(shape, chunk), chunk.count, &mut values);
                     // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
                     unsafe { output.store(tile, chunk, &values) };
                 }
@@ -283,20 +282,26 @@ impl CpuLinear {
     }
 
     /// One token of bytes by several tiles at a time.
-    #[cfg(target_arch = "x86_64")]
     fn multiply_side_by_side(&self, input: &Bytes, output: Output) {
-        const SIDE: usize = avx512::SIDE;
+        let side = match self.kernel.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::SIDE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::SIDE,
+            _ => 1,
+        };
         let (shape, chunk) = (&self.tiles.shape, input.chunks[0]);
         let (x, tiles) = (input.chunk(shape, chunk), shape.tiles());
-        (0..tiles.div_ceil(SIDE)).into_par_iter().for_each(|task| {
-            let first = task * SIDE;
+        let least = TASK_BYTES.div_ceil(side * shape.tile_bytes().max(1));
+        (0..tiles.div_ceil(side)).into_par_iter().with_min_len(least).for_each(|task| {
+            let first = task * side;
             let mut values = [[0.0f32; ROWS]; CHUNK];
-            let count = SIDE.min(tiles - first);
-            if count == SIDE {
-                self.fast::<SIDE>(first, x, 1, &mut values);
+            let count = side.min(tiles - first);
+            if count == side {
+                self.fast((first, side), x, 1, &mut values);
             } else {
                 for tile in 0..count {
-                    self.fast::<1>(first + tile, x, 1, &mut values[tile..]);
+                    self.fast((first + tile, 1), x, 1, &mut values[tile..]);
                 }
             }
             for (tile, values) in values[..count].iter().enumerate() {
@@ -411,15 +416,16 @@ impl CpuLinear {
         }
     }
 
-    /// `T` tiles from `first` on by `count` tokens, `out[tile * count + token]`. Several tiles take AVX-512.
-    fn fast<const T: usize>(
+    /// `side` tiles from `first` on by `count` tokens, `out[tile * count + token]`: one tile, or one token and as many
+    /// tiles as the instruction set takes side by side.
+    fn fast(
         &self,
-        first: usize,
+        (first, side): (usize, usize),
         x: ByteChunk<'_>,
         count: usize,
         out: &mut [[f32; ROWS]],
     ) {
-        let (shape, tiles) = (&self.tiles.shape, self.tiles.tiles(first, T));
+        let (shape, tiles) = (&self.tiles.shape, self.tiles.tiles(first, side));
         let per_token = self.kernel.activations == Activations::Int8PerToken;
         match self.kernel.isa {
             #[cfg(target_arch = "x86_64")]
@@ -428,10 +434,21 @@ impl CpuLinear {
                     ($bits:literal, $m:literal) => {
                         // SAFETY: `prepare` made sure that this machine has the instruction set.
                         unsafe {
-                            if $bits == 8 && per_token {
-                                avx512::fast::<$bits, $m, { $bits == 8 }, T>(shape, tiles, x, out);
-                            } else {
-                                avx512::fast::<$bits, $m, false, T>(shape, tiles, x, out);
+                            const SIDE: usize = if $m == 1 { avx512::SIDE } else { 1 };
+                            const BYTES: bool = $bits == 8;
+                            match (BYTES && per_token, side == 1) {
+                                (true, true) => {
+                                    avx512::fast::<$bits, $m, BYTES, 1>(shape, tiles, x, out)
+                                }
+                                (true, false) => {
+                                    avx512::fast::<$bits, $m, BYTES, SIDE>(shape, tiles, x, out)
+                                }
+                                (false, true) => {
+                                    avx512::fast::<$bits, $m, false, 1>(shape, tiles, x, out)
+                                }
+                                (false, false) => {
+                                    avx512::fast::<$bits, $m, false, SIDE>(shape, tiles, x, out)
+                                }
                             }
                         }
                     };
@@ -444,10 +461,21 @@ impl CpuLinear {
                     ($bits:literal, $m:literal) => {
                         // SAFETY: as above.
                         unsafe {
-                            if $bits == 8 && per_token {
-                                avx2::fast::<$bits, $m, { $bits == 8 }>(shape, tiles, x, out);
-                            } else {
-                                avx2::fast::<$bits, $m, false>(shape, tiles, x, out);
+                            const SIDE: usize = if $m == 1 { avx2::SIDE } else { 1 };
+                            const BYTES: bool = $bits == 8;
+                            match (BYTES && per_token, side == 1) {
+                                (true, true) => {
+                                    avx2::fast::<$bits, $m, BYTES, 1>(shape, tiles, x, out)
+                                }
+                                (true, false) => {
+                                    avx2::fast::<$bits, $m, BYTES, SIDE>(shape, tiles, x, out)
+                                }
+                                (false, true) => {
+                                    avx2::fast::<$bits, $m, false, 1>(shape, tiles, x, out)
+                                }
+                                (false, false) => {
+                                    avx2::fast::<$bits, $m, false, SIDE>(shape, tiles, x, out)
+                                }
                             }
                         }
                     };
