@@ -34,10 +34,10 @@ pub fn measure(bytes: usize) -> Roofline {
     let threads = rayon::current_num_threads();
     let part = (bytes / threads).next_multiple_of(4096).max(4096);
     let mut read = f64::MAX;
-    for ahead in [None, Some(2048), Some(4096)] {
+    for ask in [None, Some((2048, 1)), Some((2048, 4)), Some((4096, 4))] {
         for _ in 0..REPEAT {
             let started = Instant::now();
-            let parts = buffer.par_chunks(part).map(|part| sum(part, ahead));
+            let parts = buffer.par_chunks(part).map(|part| sum(part, ask));
             // The words are whatever they are; their sum wraps.
             let sum = parts.reduce(|| 0, u64::wrapping_add);
             read = read.min(started.elapsed().as_secs_f64());
@@ -61,12 +61,13 @@ pub fn measure(bytes: usize) -> Roofline {
     }
 }
 
-/// Sums a stream, asking for memory `ahead` of it.
-fn sum(part: &[u8], ahead: Option<usize>) -> u64 {
+/// Sums a stream, asking for memory so many bytes ahead of it: for every line into the second-level cache, or for one in
+/// four into the first (the processor asks for the others itself).
+fn sum(part: &[u8], ask: Option<(usize, usize)>) -> u64 {
     match isa_in_use() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the instruction set is in use, so this machine has it.
-        Isa::Avx2 | Isa::Avx512 => unsafe { x86::sum(part, ahead) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { x86::sum(part, ask) },
         _ => {
             let words = part.as_chunks::<8>().0.iter();
             words.fold(0, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
@@ -116,21 +117,27 @@ fn plain() -> u64 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        _MM_HINT_T1, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi64, _mm256_fmadd_ps,
-        _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_ps,
-        _mm256_setzero_si256, _mm256_storeu_si256, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
-        _mm512_set1_epi8, _mm512_set1_ps, _mm512_setzero_si512,
+        _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi64,
+        _mm256_fmadd_ps, _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_set1_epi8,
+        _mm256_set1_ps, _mm256_setzero_si256, _mm256_storeu_si256, _mm512_dpbusd_epi32,
+        _mm512_fmadd_ps, _mm512_set1_epi8, _mm512_set1_ps, _mm512_setzero_si512,
     };
     use std::hint::black_box;
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn sum(part: &[u8], ahead: Option<usize>) -> u64 {
+    pub(super) fn sum(part: &[u8], ask: Option<(usize, usize)>) -> u64 {
         let mut sums = [_mm256_setzero_si256(); 8];
         for chunk in part.as_chunks::<256>().0 {
-            if let Some(ahead) = ahead {
-                for line in 0..4 {
-                    let at = chunk.as_ptr().wrapping_add(ahead + 64 * line);
-                    _mm_prefetch::<_MM_HINT_T1>(at.cast());
+            match ask {
+                None => {}
+                Some((ahead, 1)) => {
+                    _mm_prefetch::<_MM_HINT_T0>(chunk.as_ptr().wrapping_add(ahead).cast());
+                }
+                Some((ahead, lines)) => {
+                    for line in 0..lines {
+                        let at = chunk.as_ptr().wrapping_add(ahead + 64 * line);
+                        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+                    }
                 }
             }
             for (i, sum) in sums.iter_mut().enumerate() {
