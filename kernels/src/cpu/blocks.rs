@@ -1,5 +1,6 @@
 //! The plain kernel of block types: rows stay packed in memory, a tile of them is decoded to f32 at a time
-//! and handed to the matrix product. Correct for every type and unhurried.
+//! and handed to the matrix product. Correct for every type and unhurried; types that [`Tiles::hold`](super::tiles::Tiles::hold)
+//! have the kernels of tiles too.
 
 use attar_tensor::linalg::gemm_nt;
 use attar_tensor::{LayoutError, PackedLinear, QuantScheme};

@@ -108,6 +108,9 @@ impl Kernel for CpuKernel {
     }
 
     fn supports(&self, scheme: QuantScheme, _: usize, _: usize) -> bool {
+        if let Some(block) = scheme.block() {
+            return self.activations != Activations::Int8PerToken && Tiles::hold(block);
+        }
         match self.activations {
             Activations::F32 | Activations::Int8 => true,
             Activations::Int8PerToken => scheme.bits == 8 && scheme.symmetric,
@@ -117,7 +120,12 @@ impl Kernel for CpuKernel {
     fn prepare(&self, packed: &PackedLinear) -> Result<Box<dyn Prepared>, LayoutError> {
         // Every call below relies on this check.
         assert!(self.supported(), "{} does not run on this machine", self.name());
-        let tiles = Tiles::new(&layout::unpack(packed)?, self.leaves_zeros());
+        let tiles = if packed.scheme.block().is_some() {
+            let blocks = layout::layout_of(packed)?.unpack_blocks(packed)?;
+            Tiles::of_blocks(&blocks, self.leaves_zeros())
+        } else {
+            Tiles::new(&layout::unpack(packed)?, self.leaves_zeros())
+        };
         Ok(Box::new(CpuLinear { tiles, kernel: *self }))
     }
 }

@@ -27,7 +27,8 @@
 //! zero point is in the middle, else zero points as bytes (up to 4 bits) or 16-bit words (8 bits: a zero
 //! point may be 256). With float minima (`w = scale * code - minimum`) they are of the type of the scales.
 
-use attar_tensor::QuantizedLinear;
+use attar_tensor::blocks::{Levels, Minimum};
+use attar_tensor::{BlockQuantized, BlockType, QuantizedLinear};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -169,7 +170,6 @@ pub(crate) enum Offsets<'a> {
     /// Zero points `[out_features, groups]`.
     Zeros(&'a [u16]),
     /// Minima `[out_features, groups]`.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the block formats come with GGUF"))]
     Minima(&'a [f32]),
 }
 
@@ -191,6 +191,39 @@ impl Tiles {
             scales: &weight.scales,
             offsets: Offsets::Zeros(&weight.zeros),
             group_of: &group_of,
+        })
+    }
+
+    /// True when tiles hold weights of a block type in as many bits: codes of 4 or 8 bits, a scale for each 32 of them.
+    pub(crate) fn hold(block: BlockType) -> bool {
+        matches!(block.bits(), 4 | 8)
+            && matches!(block.levels(), Levels::Linear { .. })
+            && block.sub_size() == BLOCK
+    }
+
+    /// Rearranges blocks of a type that tiles [`Tiles::hold`], whose lengths have been checked.
+    pub(crate) fn of_blocks(weight: &BlockQuantized, sparse: bool) -> Self {
+        let (subs, groups) = (weight.block.subs(), weight.codes.len() / BLOCK);
+        let both: Vec<(f32, f32)> =
+            (0..groups).map(|at| weight.scale_min(at / subs, at % subs)).collect();
+        let scales: Vec<f32> = both.iter().map(|&(scale, _)| scale).collect();
+        let minima: Vec<f32> = both.iter().map(|&(_, min)| min).collect();
+        let zeros = match weight.block.levels() {
+            Levels::Linear { zero } => vec![zero as u16; groups],
+            Levels::Codebook(_) => unreachable!("tiles hold integers"),
+        };
+        Self::from_affine(&Affine {
+            sparse,
+            bits: weight.block.bits(),
+            out_features: weight.out_features,
+            in_features: weight.in_features,
+            codes: &weight.codes,
+            scales: &scales,
+            offsets: match weight.block.minimum() {
+                Minimum::None => Offsets::Zeros(&zeros),
+                _ => Offsets::Minima(&minima),
+            },
+            group_of: &|column| column / BLOCK,
         })
     }
 

@@ -354,7 +354,10 @@ impl Layout for Ggml {
     }
 
     fn kernels(&self) -> Vec<Box<dyn Kernel>> {
-        vec![Box::new(BlockKernel)]
+        // Those of types that tiles do not hold support nothing here.
+        let mut kernels: Vec<Box<dyn Kernel>> = vec![Box::new(BlockKernel)];
+        kernels.extend(crate::cpu::kernels());
+        kernels
     }
 
     fn tolerance(&self) -> Tolerance {
