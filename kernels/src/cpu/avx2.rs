@@ -353,7 +353,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
             unsafe {
                 unroll!(h in [0 1 2 3] { if h < HALVES {
                     let at = at.add(h / 2 * stride);
-                    if M == 1 && h % 2 == 0 {
+                    if h % 2 == 0 {
                         ask(at, ahead, block_bytes);
                     }
                     let mut dots = if PER_TOKEN { all[h] } else { [_mm256_setzero_si256(); M] };
@@ -378,7 +378,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
         unroll!(h in [0 1 2 3] { if h < HALVES {
             // SAFETY: scales and offsets stand behind the blocks of a group.
             let at = unsafe { at.add(h / 2 * stride) };
-            if M == 1 && h % 2 == 0 {
+            if h % 2 == 0 {
                 ask(at, ahead, 128);
             }
             // SAFETY: as above.
@@ -533,9 +533,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
             let mut block = 0;
             while block < blocks {
                 let (at, x) = (at.add(block * block_bytes), x.add(block * BLOCK * M));
-                if M == 1 {
-                    ask(at, AHEAD, block_bytes);
-                }
+                ask(at, AHEAD, block_bytes);
                 unroll!(h in [0 1] {
                     macro_rules! add {
                         ($place:expr, $weights:expr) => {{
@@ -553,9 +551,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                 block += 1;
             }
             x = x.add(blocks * BLOCK * M);
-            if M == 1 {
-                ask(behind, AHEAD, 128);
-            }
+            ask(behind, AHEAD, 128);
             unroll!(h in [0 1] {
                 let (scale, offset) = scales(shape, behind, h * HALF);
                 unroll!(t in [0 1 2 3] { if t < M {

@@ -28,10 +28,16 @@ macro_rules! unroll {
 /// first has too few slots for lines on their way to keep memory busy. Every line has to be asked for,
 /// those of the scales too.
 const AHEAD: usize = 2048;
-/// The same of each of [`SIDE`] tiles.
+/// The same of each of several tiles.
 const AHEAD_EACH: usize = 1024;
-/// Tiles that are multiplied by one token side by side: memory is busier with several streams than with one.
-pub(crate) const SIDE: usize = 4;
+/// Tiles that are multiplied by so many tokens side by side: memory is busier with several streams than with one.
+pub(crate) const fn side(tokens: usize) -> usize {
+    match tokens {
+        ..=2 => 4,
+        3..=4 => 2,
+        _ => 1,
+    }
+}
 
 /// Asks for what comes `ahead` bytes behind `at`.
 #[inline(always)]
@@ -269,9 +275,7 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool, const 
             unsafe {
                 unroll!(s in [0 1 2 3] { if s < T {
                     let at = at.add(s * stride);
-                    if M == 1 {
-                        ask(at, ahead, block_bytes);
-                    }
+                    ask(at, ahead, block_bytes);
                     let weights = quads::<BITS>(at, filled[s]);
                     unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
                         let mut dot = if PER_TOKEN { dots[s][t] } else { _mm512_setzero_si512() };
@@ -297,9 +301,7 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool, const 
         unroll!(s in [0 1 2 3] { if s < T {
             // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
             let at = unsafe { at.add(s * stride) };
-            if M == 1 {
-                ask(at, ahead, 128);
-            }
+            ask(at, ahead, 128);
             // SAFETY: as above.
             let (scale, offset) = unsafe { scales(shape, middle, at) };
             unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {
@@ -424,9 +426,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
         let filling = unsafe { filling::<BITS>(shape, at.add(blocks as usize * block_bytes)) };
         while blocks > 0 {
             blocks -= 1;
-            if M == 1 {
-                ask(at, AHEAD, block_bytes);
-            }
+            ask(at, AHEAD, block_bytes);
             // SAFETY: by the checks above the tile holds `block_bytes` for each block, and `x` holds 32
             // floats of each of the `M` tokens for each block.
             unsafe {
@@ -445,9 +445,7 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                 x = x.add(BLOCK * M);
             }
         }
-        if M == 1 {
-            ask(at, AHEAD, 128);
-        }
+        ask(at, AHEAD, 128);
         // SAFETY: scales and offsets stand behind the blocks of a group, by the checks above.
         let (scale, offset) = unsafe { scales(shape, middle, at) };
         unroll!(t in [0 1 2 3 4 5 6 7] { if t < M {

@@ -274,8 +274,8 @@ impl CpuLinear {
             };
             let input = Bytes::new(shape, (x, m), self.chunk(), activations, isa);
             let output = Output { start: out.as_mut_ptr(), rows };
-            if m == 1 {
-                self.multiply_side_by_side(&input, output);
+            if let &[chunk] = &input.chunks[..] {
+                self.multiply_side_by_side(input.chunk(shape, chunk), chunk, output);
                 continue;
             }
             self.for_each_tile(|tile| {
@@ -289,32 +289,36 @@ impl CpuLinear {
         }
     }
 
-    /// One token of bytes by several tiles at a time.
-    fn multiply_side_by_side(&self, input: &Bytes, output: Output) {
-        let side = match self.kernel.isa {
+    /// Tiles that the kernel takes side by side for so many tokens of bytes.
+    fn side(&self, count: usize) -> usize {
+        match (self.kernel.isa, count) {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::SIDE,
+            (Isa::Avx512, _) => avx512::side(count),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::SIDE,
+            (Isa::Avx2, 1) => avx2::SIDE,
             _ => 1,
-        };
-        let (shape, chunk) = (&self.tiles.shape, input.chunks[0]);
-        let (x, tiles) = (input.chunk(shape, chunk), shape.tiles());
+        }
+    }
+
+    /// Few tokens of bytes by several tiles at a time.
+    fn multiply_side_by_side(&self, x: ByteChunk<'_>, chunk: Chunk, output: Output) {
+        let (shape, count) = (&self.tiles.shape, chunk.count);
+        let (side, tiles) = (self.side(count), shape.tiles());
         let least = TASK_BYTES.div_ceil(side * shape.tile_bytes().max(1));
         (0..tiles.div_ceil(side)).into_par_iter().with_min_len(least).for_each(|task| {
             let first = task * side;
             let mut values = [[0.0f32; ROWS]; CHUNK];
-            let count = side.min(tiles - first);
-            if count == side {
-                self.fast((first, side), x, 1, &mut values);
+            let here = side.min(tiles - first);
+            if here == side {
+                self.fast((first, side), x, count, &mut values);
             } else {
-                for tile in 0..count {
-                    self.fast((first + tile, 1), x, 1, &mut values[tile..]);
+                for tile in 0..here {
+                    self.fast((first + tile, 1), x, count, &mut values[tile * count..]);
                 }
             }
-            for (tile, values) in values[..count].iter().enumerate() {
-                // SAFETY: `out` is `[1, rows]`, and each tile is one task's.
-                unsafe { output.store(first + tile, chunk, std::slice::from_ref(values)) };
+            for (tile, values) in values.chunks(count).take(here).enumerate() {
+                // SAFETY: `out` is `[m, rows]`, and each tile is one task's.
+                unsafe { output.store(first + tile, chunk, values) };
             }
         });
     }
@@ -442,7 +446,7 @@ impl CpuLinear {
                     ($bits:literal, $m:literal) => {
                         // SAFETY: `prepare` made sure that this machine has the instruction set.
                         unsafe {
-                            const SIDE: usize = if $m == 1 { avx512::SIDE } else { 1 };
+                            const SIDE: usize = avx512::side($m);
                             const BYTES: bool = $bits == 8;
                             match (BYTES && per_token, side == 1) {
                                 (true, true) => {
