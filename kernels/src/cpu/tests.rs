@@ -9,7 +9,9 @@ use crate::layout::{CtPacked, Layout};
 
 fn supported() -> Vec<CpuKernel> {
     let kinds = [Activations::F32, Activations::Int8, Activations::Int8PerToken];
-    let all = kinds.iter().flat_map(|&a| Isa::ALL.map(|isa| CpuKernel { isa, activations: a }));
+    let all = kinds
+        .iter()
+        .flat_map(|&a| Isa::ALL.iter().map(move |&isa| CpuKernel { isa, activations: a }));
     all.filter(Kernel::supported).collect()
 }
 
