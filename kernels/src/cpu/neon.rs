@@ -5,14 +5,15 @@
 //! integers. SDOT and prefetches have no stable intrinsics yet and are written as assembly.
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, uint8x16x2_t, vaddq_f32, vaddq_u8, vaddvq_s32,
+    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, uint8x16x2_t, vaddq_f32, vaddq_s32, vaddq_u8,
     vand_u8, vandq_u8, vcombine_u8, vcvt_f32_f16, vcvtq_f32_s32, vcvtq_f32_u32, vdup_n_u8,
-    vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32, vfmaq_n_f32, vfmsq_f32,
-    vget_high_u16, vget_low_u16, vgetq_lane_s32, vld1_u8, vld1_u16, vld1q_f32, vld1q_s8, vld1q_u8,
-    vmovl_u8, vmovl_u16, vmulq_f32, vmulq_n_f32, vnegq_f32, vorrq_u8, vqtbl1q_u8, vqtbl2q_u8,
-    vreinterpret_f16_u16, vreinterpretq_f32_u32, vreinterpretq_s8_u8, vreinterpretq_s32_u8,
-    vshl_n_u8, vshll_n_u16, vshlq_n_s32, vshlq_n_u8, vshr_n_u8, vshrq_n_s32, vshrq_n_u8, vst1q_f32,
-    vsubq_f32, vsubq_s32, vsubq_u8,
+    vdupq_laneq_s32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8, vextq_s32,
+    vfmaq_f32, vfmaq_laneq_f32, vfmaq_n_f32, vfmsq_f32, vget_high_u16, vget_low_u16, vld1_u8,
+    vld1_u16, vld1q_f32, vld1q_s8, vld1q_u8, vmovl_u8, vmovl_u16, vmulq_f32, vmulq_n_f32,
+    vnegq_f32, vorrq_u8, vpaddq_s32, vqtbl1q_u8, vqtbl2q_u8, vreinterpret_f16_u16,
+    vreinterpretq_f32_u32, vreinterpretq_s8_u8, vreinterpretq_s32_u8, vshl_n_u8, vshll_n_u16,
+    vshlq_n_s32, vshlq_n_u8, vshr_n_u8, vshrq_n_s32, vshrq_n_u8, vst1q_f32, vsubq_f32, vsubq_s32,
+    vsubq_u8,
 };
 use std::arch::asm;
 
@@ -97,6 +98,18 @@ pub(super) fn dot(mut sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x
     sums
 }
 
+/// Adds to `sums` the weights times lane `lane` of `x`, which is known once everything is inlined.
+#[inline]
+#[target_feature(enable = "neon")]
+fn fma_at(sums: float32x4_t, weights: float32x4_t, x: float32x4_t, lane: usize) -> float32x4_t {
+    match lane {
+        0 => vfmaq_laneq_f32::<0>(sums, weights, x),
+        1 => vfmaq_laneq_f32::<1>(sums, weights, x),
+        2 => vfmaq_laneq_f32::<2>(sums, weights, x),
+        _ => vfmaq_laneq_f32::<3>(sums, weights, x),
+    }
+}
+
 /// Checks once what the loops below rely on.
 fn check(shape: &Shape, tile: &[u8], form: u8) {
     assert_eq!(shape.form(), form, "the kernel is for this form");
@@ -122,30 +135,40 @@ unsafe fn floats(scale: ScaleType, at: *const u8, row: usize) -> float32x4_t {
     }
 }
 
-/// Scales, and zero points or minima, behind the blocks of a group, from row `row` on.
+/// Scales, and zero points or minima, behind the blocks of a group, of `R` quarters from quarter `first` on.
 ///
 /// # Safety
-/// `at` is where they begin, and `row + 4` is at most 16.
+/// `at` is where they begin, and `first + R` is at most 4.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn scales(shape: &Shape, at: *const u8, row: usize) -> (float32x4_t, float32x4_t) {
+unsafe fn scales<const R: usize>(
+    shape: &Shape,
+    at: *const u8,
+    first: usize,
+) -> [(float32x4_t, float32x4_t); R] {
+    let middle = vdupq_n_f32(shape.middle());
+    let mut both = [(middle, middle); R];
     // SAFETY: the caller's promise; no load needs alignment.
     unsafe {
         let behind = at.add(shape.scale_bytes());
-        let offset = match shape.offset {
-            Offset::Middle => vdupq_n_f32(shape.middle()),
-            Offset::Byte => {
-                // The lower half of eight that are read, or the upper one.
-                let zeros = vmovl_u8(vld1_u8(behind.add(row / 8 * 8)));
-                let four =
-                    if row.is_multiple_of(8) { vget_low_u16(zeros) } else { vget_high_u16(zeros) };
-                vcvtq_f32_u32(vmovl_u16(four))
-            }
-            Offset::Word => vcvtq_f32_u32(vmovl_u16(vld1_u16(behind.add(2 * row).cast()))),
-            Offset::Minimum => floats(shape.scale, behind, row),
-        };
-        (floats(shape.scale, at, row), offset)
+        unroll!(l in [0 1 2 3] { if l < R {
+            let row = (first + l) * LANES;
+            let offset = match shape.offset {
+                Offset::Middle => middle,
+                Offset::Byte => {
+                    // The lower half of eight that are read, or the upper one.
+                    let zeros = vmovl_u8(vld1_u8(behind.add(row / 8 * 8)));
+                    let low = row.is_multiple_of(8);
+                    let four = if low { vget_low_u16(zeros) } else { vget_high_u16(zeros) };
+                    vcvtq_f32_u32(vmovl_u16(four))
+                }
+                Offset::Word => vcvtq_f32_u32(vmovl_u16(vld1_u16(behind.add(2 * row).cast()))),
+                Offset::Minimum => floats(shape.scale, behind, row),
+            };
+            both[l] = (floats(shape.scale, at, row), offset);
+        } });
     }
+    both
 }
 
 /// Each of the first four bytes four times, each of the others likewise.
@@ -343,55 +366,6 @@ macro_rules! each_quad {
     }};
 }
 
-/// Adds to `dots` the products of `R` quarters of a block, from quarter `first` on, with `M` tokens.
-///
-/// # Safety
-/// `at` begins a whole block of `BITS`, `q` 32 bytes for each of the tokens; `first + R` is at most 4.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn block<const BITS: u8, const M: usize, const R: usize>(
-    at: *const u8,
-    first: usize,
-    q: *const i8,
-    sparse: &Sparse,
-    dots: &mut [[int32x4_t; R]; M],
-) {
-    // SAFETY: by the caller's promise all loads are within the block and the bytes of the tokens.
-    unsafe {
-        // Vector v holds 4 / M quads, token next to token.
-        let mut x = [vdupq_n_s8(0); 8];
-        unroll!(v in [0 1 2 3 4 5 6 7] { if v < 2 * M { x[v] = vld1q_s8(q.add(16 * v)); } });
-        macro_rules! add {
-            ($quad:expr, $l:expr, $codes:expr) => {{
-                let (quad, l, codes) = ($quad, $l, $codes);
-                // 128 less where codes use the sign's bit.
-                let codes = if BITS == 8 { veorq_u8(codes, vdupq_n_u8(128)) } else { codes };
-                unroll!(t in [0 1 2 3] { if t < M {
-                    let at = quad * M + t;
-                    dots[t][l] = dot_at(dots[t][l], vreinterpretq_s8_u8(codes), x[at / 4], at % 4);
-                } });
-            }};
-        }
-        each_quad!(BITS, R, first, at, sparse, add);
-        if BITS == 8 {
-            let mut less = vdupq_n_s32(0);
-            unroll!(v in [0 1 2 3 4 5 6 7] { if v < 2 * M {
-                less = dot(less, vdupq_n_s8(-128), x[v]);
-            } });
-            let (a, b) = (vgetq_lane_s32::<0>(less), vgetq_lane_s32::<1>(less));
-            let (c, d) = (vgetq_lane_s32::<2>(less), vgetq_lane_s32::<3>(less));
-            let less = match M {
-                1 => [vaddvq_s32(less), 0, 0, 0],
-                2 => [a + c, b + d, 0, 0],
-                _ => [a, b, c, d],
-            };
-            unroll!(t in [0 1 2 3] { if t < M { unroll!(l in [0 1 2 3] { if l < R {
-                dots[t][l] = vsubq_s32(dots[t][l], vdupq_n_s32(less[t]));
-            } }); } });
-        }
-    }
-}
-
 /// The 16 rows of a tile times `M` tokens of bytes. With `PER_TOKEN` all scales of a token are one.
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
@@ -405,22 +379,27 @@ pub(crate) fn fast<const BITS: u8, const M: usize, const PER_TOKEN: bool>(
     assert_eq!(input.scales.len(), shape.blocks() * M);
     assert_eq!(input.sums.len(), shape.groups() * M);
     if M <= 2 {
-        quarters::<BITS, M, PER_TOKEN, 4>(shape, tile, input, 0, out);
+        quarters::<BITS, M, PER_TOKEN, 4, 0>(shape, tile, input, out);
     } else {
         // Sums of more would not stay in registers.
-        quarters::<BITS, M, PER_TOKEN, 2>(shape, tile, input, 0, out);
-        quarters::<BITS, M, PER_TOKEN, 2>(shape, tile, input, 2, out);
+        quarters::<BITS, M, PER_TOKEN, 2, 0>(shape, tile, input, out);
+        quarters::<BITS, M, PER_TOKEN, 2, 2>(shape, tile, input, out);
     }
 }
 
-/// `R` quarters of a tile from quarter `first` on.
+/// `R` quarters of a tile from quarter `FIRST` on.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn quarters<const BITS: u8, const M: usize, const PER_TOKEN: bool, const R: usize>(
+fn quarters<
+    const BITS: u8,
+    const M: usize,
+    const PER_TOKEN: bool,
+    const R: usize,
+    const FIRST: usize,
+>(
     shape: &Shape,
     tile: &[u8],
     input: ByteChunk<'_>,
-    first: usize,
     out: &mut [[f32; ROWS]],
 ) {
     let block_bytes = block_bytes(BITS);
@@ -428,7 +407,7 @@ fn quarters<const BITS: u8, const M: usize, const PER_TOKEN: bool, const R: usiz
     let mut totals = [[vdupq_n_f32(0.0); R]; M];
     for group in 0..shape.groups() {
         let mut sums = [[vdupq_n_f32(0.0); R]; M];
-        let mut all = [[vdupq_n_s32(0); R]; M];
+        let mut dots = [[vdupq_n_s32(0); R]; M];
         let blocks = (shape.group_blocks[group + 1] - shape.group_blocks[group]) as usize;
         // SAFETY: by the checks of the caller scales stand behind the blocks of the group.
         let sparse = unsafe { Sparse::new::<BITS>(shape, at.add(blocks * block_bytes)) };
@@ -439,13 +418,38 @@ fn quarters<const BITS: u8, const M: usize, const PER_TOKEN: bool, const R: usiz
             // SAFETY: by the checks of the caller the tile holds `block_bytes` for each block, and `q`
             // and `a` hold 32 bytes and one scale of each of the `M` tokens for each block.
             unsafe {
-                if PER_TOKEN {
-                    block::<BITS, M, R>(at, first, q, &sparse, &mut all);
-                } else {
-                    let mut dots = [[vdupq_n_s32(0); R]; M];
-                    block::<BITS, M, R>(at, first, q, &sparse, &mut dots);
+                if !PER_TOKEN {
+                    dots = [[vdupq_n_s32(0); R]; M];
+                }
+                // Vector v holds 4 / M quads, token next to token.
+                let mut x = [vdupq_n_s8(0); 8];
+                unroll!(v in [0 1 2 3 4 5 6 7] { if v < 2 * M {
+                    x[v] = vld1q_s8(q.add(16 * v));
+                } });
+                macro_rules! add {
+                    ($quad:expr, $l:expr, $codes:expr) => {{
+                        let (quad, l, codes) = ($quad, $l, $codes);
+                        // 128 less where codes use the bit of the sign.
+                        let codes =
+                            if BITS == 8 { veorq_u8(codes, vdupq_n_u8(128)) } else { codes };
+                        let codes = vreinterpretq_s8_u8(codes);
+                        unroll!(t in [0 1 2 3] { if t < M {
+                            let at = quad * M + t;
+                            dots[t][l] = dot_at(dots[t][l], codes, x[at / 4], at % 4);
+                        } });
+                    }};
+                }
+                each_quad!(BITS, R, FIRST, at, sparse, add);
+                if BITS == 8 {
+                    let less = less::<M>(&x);
                     unroll!(t in [0 1 2 3] { if t < M { unroll!(l in [0 1 2 3] { if l < R {
-                        sums[t][l] = vfmaq_n_f32(sums[t][l], vcvtq_f32_s32(dots[t][l]), *a.add(t));
+                        dots[t][l] = vsubq_s32(dots[t][l], less[t]);
+                    } }); } });
+                }
+                if !PER_TOKEN {
+                    unroll!(t in [0 1 2 3] { if t < M { unroll!(l in [0 1 2 3] { if l < R {
+                        let dot = vcvtq_f32_s32(dots[t][l]);
+                        sums[t][l] = vfmaq_n_f32(sums[t][l], dot, *a.add(t));
                     } }); } });
                 }
                 at = at.add(block_bytes);
@@ -456,13 +460,14 @@ fn quarters<const BITS: u8, const M: usize, const PER_TOKEN: bool, const R: usiz
         if M == 1 {
             ask(at, 128);
         }
+        // SAFETY: scales and offsets stand behind the blocks of a group.
+        let of_rows = unsafe { scales::<R>(shape, at, FIRST) };
         unroll!(l in [0 1 2 3] { if l < R {
-            // SAFETY: scales and offsets stand behind the blocks of a group.
-            let (scale, offset) = unsafe { scales(shape, at, (first + l) * LANES) };
+            let (scale, offset) = of_rows[l];
             unroll!(t in [0 1 2 3] { if t < M {
                 let (mut sum, total) = (sums[t][l], totals[t][l]);
                 if PER_TOKEN {
-                    sum = vmulq_n_f32(vcvtq_f32_s32(all[t][l]), input.scales[t]);
+                    sum = vmulq_n_f32(vcvtq_f32_s32(dots[t][l]), input.scales[t]);
                 }
                 let x = vdupq_n_f32(input.sums[group * M + t]);
                 totals[t][l] = if shape.offset == Offset::Minimum {
@@ -475,7 +480,35 @@ fn quarters<const BITS: u8, const M: usize, const PER_TOKEN: bool, const R: usiz
         // SAFETY: as above; at most one past the end of the tile.
         at = unsafe { at.add(shape.scale_bytes() + shape.offset_bytes()) };
     }
-    store(&totals, first, out);
+    store(&totals, FIRST, out);
+}
+
+/// For each of `M` tokens -128 times the sum of its 32 bytes, in all lanes.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn less<const M: usize>(x: &[int8x16_t; 8]) -> [int32x4_t; 4] {
+    let mut less = vdupq_n_s32(0);
+    unroll!(v in [0 1 2 3 4 5 6 7] { if v < 2 * M {
+        less = dot(less, vdupq_n_s8(-128), x[v]);
+    } });
+    // A lane holds a token's part, and the next lane the next token's.
+    let none = vdupq_n_s32(0);
+    match M {
+        1 => {
+            let pairs = vpaddq_s32(less, less);
+            [vpaddq_s32(pairs, pairs), none, none, none]
+        }
+        2 => {
+            let both = vaddq_s32(less, vextq_s32::<2>(less, less));
+            [vdupq_laneq_s32::<0>(both), vdupq_laneq_s32::<1>(both), none, none]
+        }
+        _ => [
+            vdupq_laneq_s32::<0>(less),
+            vdupq_laneq_s32::<1>(less),
+            vdupq_laneq_s32::<2>(less),
+            vdupq_laneq_s32::<3>(less),
+        ],
+    }
 }
 
 #[inline]
@@ -542,8 +575,10 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
                         let (place, l, weights) = ($place, $l, $weights);
                         let chain = if M >= 4 { 0 } else { place % (4 / M) };
                         unroll!(t in [0 1 2 3] { if t < M {
-                            let x = *x.add(place * M + t);
-                            sums[t][chain][l] = vfmaq_n_f32(sums[t][chain][l], weights, x);
+                            // Four at a time, or every one would take a register of its own.
+                            let at = place * M + t;
+                            let x = vld1q_f32(x.add(at / 4 * 4));
+                            sums[t][chain][l] = fma_at(sums[t][chain][l], weights, x, at % 4);
                         } });
                     }};
                 }
@@ -555,9 +590,10 @@ pub(crate) fn exact<const BITS: u8, const M: usize>(
         if M == 1 {
             ask(at, 128);
         }
+        // SAFETY: scales and offsets stand behind the blocks of a group.
+        let of_rows = unsafe { scales::<WHOLE>(shape, at, 0) };
         unroll!(l in [0 1 2 3] {
-            // SAFETY: scales and offsets stand behind the blocks of a group.
-            let (scale, offset) = unsafe { scales(shape, at, l * LANES) };
+            let (scale, offset) = of_rows[l];
             unroll!(t in [0 1 2 3] { if t < M {
                 let [a, b, c, d] = sums[t];
                 let sum = if M >= 4 {
@@ -604,8 +640,7 @@ pub(crate) unsafe fn dequantize<const BITS: u8>(
         unsafe {
             let behind = at.add(blocks * block_bytes);
             let sparse = Sparse::new::<BITS>(shape, behind);
-            let mut of_rows = [(middle, middle); WHOLE];
-            unroll!(l in [0 1 2 3] { of_rows[l] = scales(shape, behind, l * LANES); });
+            let of_rows = scales::<WHOLE>(shape, behind, 0);
             for _ in 0..blocks {
                 macro_rules! write {
                     ($place:expr, $l:expr, $weights:expr) => {{
