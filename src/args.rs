@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     pub(crate) threads: Option<usize>,
     /// Instruction set of everything that is computed (default: the best of this CPU); manifests record it.
-    #[arg(long, global = true, value_name = "scalar|avx2|avx512|amx")]
+    #[arg(long, global = true, value_name = "scalar|neon|avx2|avx512|amx")]
     pub(crate) isa: Option<Level>,
 }
 

@@ -360,7 +360,7 @@ fn what_cannot_be_reproduced_says_what_differs() {
 #[test]
 fn instruction_sets_agree_and_are_recorded() {
     let dir = tempfile::tempdir().unwrap();
-    let has: Vec<&str> = ["scalar", "avx2", "avx512", "amx"]
+    let has: Vec<&str> = ["scalar", "neon", "avx2", "avx512", "amx"]
         .into_iter()
         .filter(|isa| attar(&["passes", "--isa", isa]).0 == 0)
         .collect();
@@ -411,7 +411,7 @@ fn instruction_sets_agree_and_are_recorded() {
     }
     let (code, _, error) = attar(&["passes", "--isa", "avx1024"]);
     assert!(code == 2 && error.contains("avx1024") && error.contains("avx2"), "{error}");
-    for isa in ["avx2", "avx512", "amx"].into_iter().filter(|isa| !has.contains(isa)) {
+    for isa in ["neon", "avx2", "avx512", "amx"].into_iter().filter(|isa| !has.contains(isa)) {
         let (code, _, error) = attar(&["passes", "--isa", isa]);
         assert!(code == 2 && error.contains("this CPU has no"), "{error}");
     }

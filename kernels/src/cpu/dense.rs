@@ -17,6 +17,17 @@ use crate::spec::{Prepared, check_sizes};
 /// Weights of one cache line in 16-bit types: what is read at once.
 const STEP: usize = 32;
 
+/// How far ahead memory is asked for.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const AHEAD: usize = 2048;
+/// Types of weights, as constants of vector code.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const BF16: u8 = 0;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const F16: u8 = 1;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const F32: u8 = 2;
+
 /// A dense linear.
 #[derive(Debug)]
 pub struct Dense {
@@ -44,6 +55,7 @@ impl Dense {
     pub fn name(&self) -> &'static str {
         match (self.isa, self.dtype) {
             (Isa::Scalar, _) => "cpu-scalar-dense",
+            (Isa::Neon, _) => "cpu-neon-dense",
             (Isa::Avx2, _) => "cpu-avx2-dense",
             (Isa::Avx512, _) => "cpu-avx512-dense",
         }
@@ -82,22 +94,31 @@ impl Dense {
         match (self.isa, self.dtype) {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the instruction set is in use, so this machine has it.
-            (Isa::Avx512, DType::BF16) => unsafe { x86::dot_avx512::<{ x86::BF16 }>(from, x) },
+            (Isa::Avx512, DType::BF16) => unsafe { x86::dot_avx512::<BF16>(from, x) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Avx512, DType::F16) => unsafe { x86::dot_avx512::<{ x86::F16 }>(from, x) },
+            (Isa::Avx512, DType::F16) => unsafe { x86::dot_avx512::<F16>(from, x) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Avx512, _) => unsafe { x86::dot_avx512::<{ x86::F32 }>(from, x) },
+            (Isa::Avx512, _) => unsafe { x86::dot_avx512::<F32>(from, x) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Avx2, DType::BF16) => unsafe { x86::dot_avx2::<{ x86::BF16 }>(from, x) },
+            (Isa::Avx2, DType::BF16) => unsafe { x86::dot_avx2::<BF16>(from, x) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Avx2, DType::F16) => unsafe { x86::dot_avx2::<{ x86::F16 }>(from, x) },
+            (Isa::Avx2, DType::F16) => unsafe { x86::dot_avx2::<F16>(from, x) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Avx2, _) => unsafe { x86::dot_avx2::<{ x86::F32 }>(from, x) },
+            (Isa::Avx2, _) => unsafe { x86::dot_avx2::<F32>(from, x) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            (Isa::Neon, DType::BF16) => unsafe { neon::dot::<BF16>(from, x) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            (Isa::Neon, DType::F16) => unsafe { neon::dot::<F16>(from, x) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            (Isa::Neon, _) => unsafe { neon::dot::<F32>(from, x) },
             _ => {
                 scratch.resize(self.in_features, 0.0);
                 self.widen(row, scratch);
@@ -109,7 +130,7 @@ impl Dense {
     /// Whether activations are taken apart for [`Dense::dot`]: a 32-bit lane holds two bf16, so that
     /// even and odd columns come out of it apart.
     fn deinterleaves(&self) -> bool {
-        self.isa != Isa::Scalar && self.dtype == DType::BF16
+        matches!(self.isa, Isa::Avx2 | Isa::Avx512) && self.dtype == DType::BF16
     }
 }
 
@@ -176,6 +197,20 @@ impl Prepared for Dense {
     }
 }
 
+/// What is left behind the whole steps.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn tail<const TYPE: u8>(from: &[u8], x: &[f32]) -> f32 {
+    let at = |i: usize| match TYPE {
+        BF16 => bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32(),
+        F16 => f16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32(),
+        _ => f32::from_le_bytes(from[4 * i..4 * i + 4].try_into().expect("four bytes")),
+    };
+    x.iter().enumerate().map(|(i, x)| x * at(i)).sum()
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
@@ -187,24 +222,7 @@ mod x86 {
         _mm512_set1_epi32, _mm512_setzero_ps, _mm512_slli_epi32,
     };
 
-    use half::{bf16, f16};
-
-    use super::STEP;
-
-    pub(super) const BF16: u8 = 0;
-    pub(super) const F16: u8 = 1;
-    pub(super) const F32: u8 = 2;
-    /// How far ahead memory is asked for.
-    const AHEAD: usize = 2048;
-
-    fn tail<const TYPE: u8>(from: &[u8], x: &[f32]) -> f32 {
-        let at = |i: usize| match TYPE {
-            BF16 => bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32(),
-            F16 => f16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32(),
-            _ => f32::from_le_bytes(from[4 * i..4 * i + 4].try_into().expect("four bytes")),
-        };
-        x.iter().enumerate().map(|(i, x)| x * at(i)).sum()
-    }
+    use super::{AHEAD, BF16, F16, F32, STEP, tail};
 
     /// A row of bf16, f16 or f32 times activations.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -330,7 +348,7 @@ mod tests {
                     .collect();
                 let weight = Tensor::from_f32(dtype, vec![rows, columns], &values).unwrap();
                 let x = rng.normals(33 * columns);
-                for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+                for &isa in Isa::ALL.iter().filter(|isa| isa.supported()) {
                     let mut dense = Dense::new(&weight.view()).unwrap();
                     dense.isa = isa;
                     for m in [1, 3, 33] {

@@ -34,6 +34,8 @@ mod buffer;
 pub mod dense;
 pub(crate) mod input;
 mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod roofline;
 mod scalar;
 mod tiles;
@@ -239,7 +241,7 @@ impl CpuLinear {
     fn chunk(&self) -> usize {
         match (self.kernel.isa, self.kernel.activations) {
             (Isa::Scalar, _) => 1,
-            (Isa::Avx2, _) => 4,
+            (Isa::Avx2 | Isa::Neon, _) => 4,
             (Isa::Avx512, _) => CHUNK,
         }
     }
@@ -424,7 +426,20 @@ impl CpuLinear {
                 }
                 with_constants!(shape.form(), count, call, [1 2 4]);
             }
-            _ => out[0] = scalar::exact(shape, tile, x),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        unsafe { neon::exact::<$bits, $m>(shape, tile, x, out) }
+                    };
+                }
+                with_constants!(shape.form(), count, call, [1 2 4]);
+            }
+            _ => {
+                assert_eq!(count, 1, "plain kernels take one token at a time");
+                out[0] = scalar::exact(shape, tile, x);
+            }
         }
     }
 
@@ -494,7 +509,26 @@ impl CpuLinear {
                 }
                 with_constants!(shape.form(), count, call, [1 2 4]);
             }
-            _ => out[0] = scalar::fast(shape, tiles, x, per_token),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: `prepare` made sure that this machine has the instruction set.
+                        unsafe {
+                            if $bits == 8 && per_token {
+                                neon::fast::<$bits, $m, { $bits == 8 }>(shape, tiles, x, out);
+                            } else {
+                                neon::fast::<$bits, $m, false>(shape, tiles, x, out);
+                            }
+                        }
+                    };
+                }
+                with_constants!(shape.form(), count, call, [1 2 4]);
+            }
+            _ => {
+                assert_eq!(count, 1, "plain kernels take one token at a time");
+                out[0] = scalar::fast(shape, tiles, x, per_token);
+            }
         }
     }
 
@@ -523,6 +557,17 @@ impl CpuLinear {
                     ($bits:literal, $m:literal) => {
                         // SAFETY: as above.
                         unsafe { avx2::dequantize::<$bits>(shape, tile, to, stride) }
+                    };
+                }
+                with_constants!(shape.form(), 1, call, [1]);
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                macro_rules! call {
+                    ($bits:literal, $m:literal) => {
+                        // SAFETY: the caller's promise, and `prepare` made sure that this machine has the
+                        // instruction set.
+                        unsafe { neon::dequantize::<$bits>(shape, tile, to, stride) }
                     };
                 }
                 with_constants!(shape.form(), 1, call, [1]);

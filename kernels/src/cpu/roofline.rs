@@ -25,7 +25,7 @@ pub struct Roofline {
 /// Repetitions; the fastest counts.
 const REPEAT: usize = 5;
 /// Steps of an arithmetic loop.
-const STEPS: usize = 2_000_000;
+const STEPS: usize = if cfg!(test) { 50_000 } else { 2_000_000 };
 
 /// Measures with a stream of `bytes`, which should exceed every cache.
 pub fn measure(bytes: usize) -> Roofline {
@@ -68,7 +68,11 @@ fn sum(part: &[u8], ask: Option<(usize, usize)>) -> u64 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the instruction set is in use, so this machine has it.
         Isa::Avx2 | Isa::Avx512 => unsafe { x86::sum(part, ask) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: the instruction set is in use, so this machine has it.
+        Isa::Neon => unsafe { neon::sum(part, ask) },
         _ => {
+            let _ = ask;
             let words = part.as_chunks::<8>().0.iter();
             words.fold(0, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
         }
@@ -83,6 +87,9 @@ fn products_f32() -> u64 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::fma_avx2(STEPS) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Isa::Neon => unsafe { neon::fma(STEPS) },
         _ => plain(),
     }
 }
@@ -97,6 +104,11 @@ fn products_int8() -> u64 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the instruction set is in use, so this machine has it.
         Isa::Avx2 | Isa::Avx512 => unsafe { x86::dot_avx2(STEPS) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon if isa::supported(Isa::Neon, Activations::Int8) => {
+            // SAFETY: the condition.
+            unsafe { neon::dot(STEPS) }
+        }
         _ => plain(),
     }
 }
@@ -112,6 +124,62 @@ fn plain() -> u64 {
     }
     std::hint::black_box(sums);
     32 * STEPS as u64
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::{
+        vaddq_u64, vaddvq_u64, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u64, vfmaq_f32,
+        vld1q_u8, vreinterpretq_u64_u8,
+    };
+    use std::hint::black_box;
+
+    use super::super::neon::{dot as dot_bytes, prefetch};
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn sum(part: &[u8], ask: Option<(usize, usize)>) -> u64 {
+        let mut sums = [vdupq_n_u64(0); 16];
+        for chunk in part.as_chunks::<256>().0 {
+            if let Some((ahead, lines)) = ask {
+                for line in 0..lines {
+                    prefetch(chunk.as_ptr().wrapping_add(ahead + 64 * line));
+                }
+            }
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: sixteen loads of 16 bytes are the chunk.
+                let v = unsafe { vld1q_u8(chunk.as_ptr().add(16 * i)) };
+                *sum = vaddq_u64(*sum, vreinterpretq_u64_u8(v));
+            }
+        }
+        sums.into_iter().fold(0, |total, sum| total.wrapping_add(vaddvq_u64(sum)))
+    }
+
+    /// Sixteen chains, of latency four on four pipes.
+    #[target_feature(enable = "neon")]
+    pub(super) fn fma(steps: usize) -> u64 {
+        let (a, b) = (vdupq_n_f32(black_box(0.999)), vdupq_n_f32(black_box(0.001)));
+        let mut sums = [vdupq_n_f32(1.0); 16];
+        for _ in 0..steps {
+            for sum in &mut sums {
+                *sum = vfmaq_f32(*sum, a, b);
+            }
+        }
+        black_box(sums);
+        16 * 8 * steps as u64
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn dot(steps: usize) -> u64 {
+        let (a, b) = (vdupq_n_s8(black_box(3)), vdupq_n_s8(black_box(-5)));
+        let mut sums = [vdupq_n_s32(0); 16];
+        for _ in 0..steps {
+            for sum in &mut sums {
+                *sum = dot_bytes(*sum, a, b);
+            }
+        }
+        black_box(sums);
+        16 * 32 * steps as u64
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -12,8 +12,10 @@ use pulp::Arch;
 /// An instruction set that code is written for, slowest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// No more than the compiler's baseline for this target (SSE2 on x86-64).
+    /// No more than the compiler's baseline for this target (SSE2 on x86-64), in plain code.
     Scalar,
+    /// aarch64: Advanced SIMD, which every such CPU has.
+    Neon,
     /// x86-64-v3: AVX2 and FMA.
     Avx2,
     /// x86-64-v4: AVX-512 F, BW, CD, DQ and VL.
@@ -26,6 +28,8 @@ pub enum Isa {
 pub enum Level {
     /// [`Isa::Scalar`].
     Scalar,
+    /// [`Isa::Neon`].
+    Neon,
     /// [`Isa::Avx2`].
     Avx2,
     /// [`Isa::Avx512`].
@@ -39,7 +43,7 @@ pub enum Level {
 #[non_exhaustive]
 pub enum IsaError {
     /// A name that is none.
-    #[error("no instruction set `{name}`; known are scalar, avx2, avx512 and amx")]
+    #[error("no instruction set `{name}`; known are scalar, neon, avx2, avx512 and amx")]
     Unknown {
         /// What was given.
         name: String,
@@ -63,13 +67,21 @@ pub enum IsaError {
 }
 
 impl Isa {
-    /// All of them, slowest first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    /// Those that this build has code for, slowest first.
+    #[cfg(target_arch = "x86_64")]
+    pub const ALL: &'static [Self] = &[Self::Scalar, Self::Avx2, Self::Avx512];
+    /// Those that this build has code for, slowest first.
+    #[cfg(target_arch = "aarch64")]
+    pub const ALL: &'static [Self] = &[Self::Scalar, Self::Neon];
+    /// Those that this build has code for, slowest first.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub const ALL: &'static [Self] = &[Self::Scalar];
 
     /// Name as reports write it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
         }
@@ -77,38 +89,28 @@ impl Isa {
 
     /// True when this CPU has it.
     pub fn supported(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => pulp::x86::V3::is_available(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => pulp::x86::V4::is_available(),
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
-        }
+        self.arch().is_some()
     }
 
     /// The dispatch token; `None` when this CPU lacks the instructions.
     fn arch(self) -> Option<Arch> {
         match self {
-            #[cfg(target_arch = "x86_64")]
             Self::Scalar => Some(Arch::Scalar),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => pulp::aarch64::Neon::try_new().map(Arch::Neon),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => pulp::x86::V3::try_new().map(Arch::V3),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => pulp::x86::V4::try_new().map(Arch::V4),
-            // Elsewhere the baseline is all there is, and pulp's best is that.
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Scalar => Some(Arch::new()),
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => None,
+            // Of another architecture.
+            _ => None,
         }
     }
 }
 
 impl Level {
-    /// All of them, slowest first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx];
+    /// All of them, on whatever architecture; slowest first.
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
 
     /// Name as `--isa` and manifests write it.
     pub const fn name(self) -> &'static str {
@@ -122,6 +124,7 @@ impl Level {
     pub const fn isa(self) -> Isa {
         match self {
             Self::Scalar => Isa::Scalar,
+            Self::Neon => Isa::Neon,
             Self::Avx2 => Isa::Avx2,
             Self::Avx512 | Self::Amx => Isa::Avx512,
         }

@@ -65,6 +65,7 @@ pub(super) struct Panels<'a> {
     /// Every panel has room for `KC` products, also where the depth ends before (`pack_rows`).
     pub(super) roomy: bool,
     /// bf16 per value, on tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "tiles are AMX's"))]
     pub(super) planes: usize,
 }
 
@@ -103,14 +104,6 @@ fn panel_of(column: usize, n: usize, lanes: usize) -> (usize, usize) {
 /// What the packing needs beyond `pulp::Simd`.
 trait Isa: Simd {
     /// Transposes an 8 x 8 block.
-    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
-    /// Asks for a cache line, in the nearest cache.
-    fn prefetch(self, at: &f32);
-    /// Asks for a cache line, in the second cache.
-    fn prefetch_far(self, at: &f32);
-}
-
-impl Isa for pulp::Scalar {
     #[inline(always)]
     fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
         let mut out = [[0.0; 8]; 8];
@@ -122,12 +115,21 @@ impl Isa for pulp::Scalar {
         out
     }
 
+    /// Asks for a cache line, in the nearest cache.
     #[inline(always)]
     fn prefetch(self, _: &f32) {}
 
+    /// Asks for a cache line, in the second cache.
     #[inline(always)]
     fn prefetch_far(self, _: &f32) {}
 }
+
+impl Isa for pulp::Scalar {}
+
+/// Memory is left to the processor's own prefetching: pulp has no instruction that asks for it, and this crate no
+/// `unsafe` for one.
+#[cfg(target_arch = "aarch64")]
+impl Isa for pulp::aarch64::Neon {}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -215,18 +217,20 @@ fn pack<I: Isa, const W: usize>(
     let start = i * op.stride + l0;
     let depth = dest.len();
     let mut done = 0;
-    if rows == W && W.is_multiple_of(8) {
+    if rows == W && W.is_multiple_of(if I::F32_LANES == 4 { 4 } else { 8 }) {
         done = depth / 8 * 8;
         for group in (0..W).step_by(8) {
+            // Four are left where vectors have four floats.
+            let count = 8.min(W - group);
             for l in (0..done).step_by(8) {
                 let mut block = [[0.0f32; 8]; 8];
-                for (r, row) in block.iter_mut().enumerate() {
+                for (r, row) in block.iter_mut().enumerate().take(count) {
                     let at = start + (group + r) * op.stride + l;
                     row.copy_from_slice(&op.data[at..at + 8]);
                 }
                 let block = isa.transpose(block);
                 for (to, column) in dest[l..l + 8].iter_mut().zip(&block) {
-                    to[group..group + 8].copy_from_slice(column);
+                    to[group..group + count].copy_from_slice(&column[..count]);
                 }
             }
         }
@@ -521,6 +525,7 @@ impl<I: Isa> WithSimd for Pack<'_, I> {
         match I::F32_LANES {
             16 => self.run::<16, 32, 48>(),
             8 => self.run::<8, 16, 24>(),
+            4 => self.run::<4, 8, 12>(),
             _ => self.run::<1, 2, 3>(),
         }
     }
@@ -539,6 +544,10 @@ impl Pack<'_, ()> {
             Arch::V3(isa) => {
                 Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
             }
+            #[cfg(target_arch = "aarch64")]
+            Arch::Neon(isa) => {
+                Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
+            }
             _ => {
                 let isa = pulp::Scalar::new();
                 Simd::vectorize(isa, Pack { isa, b, n, l0, depth, columns, room, dest });
@@ -554,6 +563,8 @@ fn lanes() -> usize {
         Arch::V4(_) => 16,
         #[cfg(target_arch = "x86_64")]
         Arch::V3(_) => 8,
+        #[cfg(target_arch = "aarch64")]
+        Arch::Neon(_) => 4,
         _ => 1,
     }
 }
@@ -707,6 +718,8 @@ impl<I: Isa> WithSimd for Entry<'_, I> {
             16 => product.run::<I, 8, 16, 32, 48>(isa, packed_a, packed_b),
             // 12 sums, 3 vectors of B and a broadcast of A in 16 registers.
             8 => product.run::<I, 4, 8, 16, 24>(isa, packed_a, packed_b),
+            // 24 sums, 3 vectors of B and two vectors of A, whose lanes are taken one by one, in 32 registers.
+            4 => product.run::<I, 8, 4, 8, 12>(isa, packed_a, packed_b),
             _ => product.run::<I, 4, 1, 2, 3>(isa, packed_a, packed_b),
         }
     }
@@ -750,6 +763,8 @@ pub(super) fn multiply(product: Product<'_>) {
         Arch::V4(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
         #[cfg(target_arch = "x86_64")]
         Arch::V3(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
+        #[cfg(target_arch = "aarch64")]
+        Arch::Neon(isa) => Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b }),
         _ => {
             let isa = pulp::Scalar::new();
             Simd::vectorize(isa, Entry { isa, product, packed_a, packed_b });
