@@ -143,6 +143,8 @@ def main():
         met = "" if ratio >= 1 else "  MISSED"
         print(f"{'m=%d w4 %dx%d' % (peer['m'], peer['rows'], peer['columns']):<28} {mine * 1e6:>10.2f} {'us':<5} "
               f"{ratio:>7.2f} {1:>7.2f}  {peer['peer']} ({peer['seconds'] * 1e6:.2f} us){met}")
+    for t in bars["few_tokens"]:
+        print(f"{'m=%d w4 %dx%d' % (t['m'], t['rows'], t['columns']):<28} {t['seconds'] * 1e6:>10.2f} us  {t['kernel']}")
     for what in missing:
         print(f"missing: {what}")
 

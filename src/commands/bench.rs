@@ -15,7 +15,7 @@ use crate::{Error, args::Bench, packed::Opened, progress};
 /// Passes over all copies at least.
 const PASSES: usize = 3;
 /// By how much the chosen kernel may seem slower than another one before it counts.
-const NOISE: f64 = 0.08;
+pub(super) const NOISE: f64 = 0.08;
 
 /// One kernel on one shape and number of tokens.
 #[derive(Debug, Serialize)]

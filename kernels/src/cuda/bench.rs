@@ -8,7 +8,7 @@ use cudarc::cublas::sys as cublas;
 
 use super::device::{Device, DeviceLinear};
 use super::driver::{CudaError, Gpu, GpuBuffer};
-use super::geometry::{CopyArgument, Half, copy_launch};
+use super::geometry::{CopyArgument, Half, MatmulLaunch, copy_launch};
 use super::packed::{CudaWeights, Places, ScaleKind};
 
 /// Replays of a graph; the median counts.
@@ -94,7 +94,7 @@ fn activations(half: Half, count: usize) -> Vec<u16> {
     block.iter().copied().cycle().take(count).collect()
 }
 
-/// Times `m` tokens.
+/// Times `m` tokens with every kernel that multiplies so many, the chosen one first.
 ///
 /// # Errors
 /// Whatever the driver says.
@@ -103,7 +103,7 @@ pub fn time_linear(
     weights: &CudaWeights,
     half: Half,
     m: usize,
-) -> Result<Timing, CudaError> {
+) -> Result<Vec<Timing>, CudaError> {
     let first = DeviceLinear::upload(gpu, weights)?;
     let mut linears = vec![first];
     for _ in 1..copies(gpu, weights.bytes()) {
@@ -118,29 +118,32 @@ pub fn time_linear(
         let order = first.order.as_ref().map(&copy).transpose()?;
         linears.push(DeviceLinear { codes, scales, zeros, order, ..*first });
     }
-    let launch = linears[0].matmul_launch(half, m);
-    let workspace = linears[0].workspace(gpu, &launch)?;
     let places = weights.places.places();
     let x = gpu.upload(bytemuck::cast_slice(&activations(half, m * places)))?;
     let out = gpu.zeros(2 * m * weights.rows)?;
-    let multiply =
-        |linear: &DeviceLinear<GpuBuffer>| linear.matmul(gpu, &launch, &workspace, (&x, &out, m));
-    // Once outside of the recording: attributes of the function are set here.
-    multiply(&linears[0])?;
-    gpu.wait()?;
-    let rounds = (32 / linears.len()).max(1);
-    let seconds =
-        gpu.time(REPEATS, || (0..rounds).try_for_each(|_| linears.iter().try_for_each(&multiply)))?;
-    Ok(Timing {
-        kernel: launch.launch.symbol.clone(),
-        bits: weights.bits,
-        half,
-        rows: weights.rows,
-        columns: weights.columns,
-        m,
-        seconds: seconds / (rounds * linears.len()) as f64,
-        weight_bytes: weights.bytes(),
-    })
+    let one = |launch: MatmulLaunch| {
+        let workspace = linears[0].workspace(gpu, &launch)?;
+        let multiply = |linear: &DeviceLinear<GpuBuffer>| {
+            linear.matmul(gpu, &launch, &workspace, (&x, &out, m))
+        };
+        // Once outside of the recording: attributes of the function are set here.
+        multiply(&linears[0])?;
+        gpu.wait()?;
+        let rounds = (32 / linears.len()).max(1);
+        let all = || (0..rounds).try_for_each(|_| linears.iter().try_for_each(&multiply));
+        let seconds = gpu.time(REPEATS, all)?;
+        Ok(Timing {
+            kernel: launch.launch.symbol.clone(),
+            bits: weights.bits,
+            half,
+            rows: weights.rows,
+            columns: weights.columns,
+            m,
+            seconds: seconds / (rounds * linears.len()) as f64,
+            weight_bytes: weights.bytes(),
+        })
+    };
+    linears[0].matmul_launches(half, m).into_iter().map(one).collect()
 }
 
 /// Times cuBLAS on dense bf16 weights of this shape, f32 sums; an error text when there is no cuBLAS.

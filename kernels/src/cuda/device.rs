@@ -100,8 +100,7 @@ impl<B> DeviceLinear<B> {
         })
     }
 
-    /// The launch that multiplies `m` tokens.
-    pub fn matmul_launch(&self, half: Half, m: usize) -> MatmulLaunch {
+    fn problem(&self, half: Half, m: usize) -> Problem {
         Problem {
             bits: self.bits,
             half,
@@ -111,7 +110,16 @@ impl<B> DeviceLinear<B> {
             m,
             generation: self.generation,
         }
-        .launch()
+    }
+
+    /// The launch that multiplies `m` tokens.
+    pub fn matmul_launch(&self, half: Half, m: usize) -> MatmulLaunch {
+        self.problem(half, m).launch()
+    }
+
+    /// Launches of all kernels that multiply `m` tokens, the chosen one first.
+    pub fn matmul_launches(&self, half: Half, m: usize) -> Vec<MatmulLaunch> {
+        self.problem(half, m).launches()
     }
 
     /// Memory for [`DeviceLinear::matmul`].
@@ -161,27 +169,27 @@ impl<B> DeviceLinear<B> {
         device.launch(&launch.launch, bytemuck::bytes_of(&argument), &links)
     }
 
-    /// Multiplies tokens that stand on the host: `x [m, columns]` and the result `[m, rows]` are bits of `half`.
+    /// Multiplies tokens that stand on the host by one of [`DeviceLinear::matmul_launches`]: `x [m, columns]` and the result
+    /// `[m, rows]` are bits of a half-precision type, that of the launch.
     ///
     /// # Errors
     /// Whatever the device says.
     pub fn multiply<D: Device<Buffer = B>>(
         &self,
         device: &D,
-        half: Half,
+        launch: &MatmulLaunch,
         x: &[u16],
         m: usize,
     ) -> Result<Vec<u16>, D::Error> {
         assert_eq!(x.len(), m * self.columns, "x is [m, columns]");
-        let launch = self.matmul_launch(half, m);
-        let workspace = self.workspace(device, &launch)?;
+        let workspace = self.workspace(device, launch)?;
         let out = device.upload(&vec![0xffu8; 2 * m * self.rows])?;
         let x = device.upload(bytemuck::cast_slice(x))?;
         let x = match &self.order {
             None => x,
             Some(order) => self.arrange(device, order, (&x, m))?,
         };
-        self.matmul(device, &launch, &workspace, (&x, &out, m))?;
+        self.matmul(device, launch, &workspace, (&x, &out, m))?;
         let bytes = device.download(&out)?;
         Ok(bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
     }

@@ -208,7 +208,7 @@ impl Problem {
                 symbol: self.symbol("stream", 8),
                 grid: [blocks.min(HOPPER_BLOCKS) as u32, 1, self.m.div_ceil(8) as u32],
                 threads: 32 * WARPS as u32,
-                shared: (WARPS * place) as u32,
+                shared: (32 + WARPS * place) as u32,
                 cluster: 1,
             },
             splits: 1,
@@ -219,12 +219,12 @@ impl Problem {
 
     /// More tokens on Hopper: `device/hopper.cuh`.
     fn hopper(&self) -> MatmulLaunch {
-        let tokens = [16, 32, 64].into_iter().find(|&tokens| self.m <= tokens).unwrap_or(128);
+        let tokens = [8, 16, 32, 64].into_iter().find(|&tokens| self.m <= tokens).unwrap_or(128);
         let rows = if tokens <= 64 { 4 * BLOCK_ROWS } else { 8 * BLOCK_ROWS };
         let folds = if self.whole_parts() { 1 } else { 4 };
         let bits = usize::from(self.bits);
         let stage = (256 * tokens + 16 * bits * rows + 6 * folds * rows).next_multiple_of(1024);
-        let count = (225 * 1024 / (stage + 16)).min(8);
+        let count = (225 * 1024 / (stage + 16)).min(if tokens <= 32 { 12 } else { 8 });
         let (tiles_m, tiles_n) = (self.m.div_ceil(tokens), self.rows.div_ceil(rows));
         let stages = self.chunks.div_ceil(2);
         // The largest cluster with which all tiles run at once, and with which each block has something to do.
@@ -237,7 +237,7 @@ impl Problem {
             launch: Launch {
                 symbol: self.symbol("hopper", tokens),
                 grid: [tiles_n as u32, splits as u32, tiles_m as u32],
-                threads: 384,
+                threads: if tokens <= 16 { 512 } else { 384 },
                 shared: (1024 + count * (stage + 16)) as u32,
                 cluster: splits as u32,
             },
@@ -252,6 +252,21 @@ impl Problem {
         format!("attar_{kind}_w{}_{}_{tokens}{fine}", self.bits, self.half.name())
     }
 
+    /// Every kernel that multiplies so many tokens, [`Problem::launch`] first.
+    ///
+    /// # Panics
+    /// When there is nothing to multiply.
+    pub fn launches(&self) -> Vec<MatmulLaunch> {
+        let chosen = self.launch();
+        let mut all = vec![chosen];
+        if self.generation == Generation::Hopper && self.m <= 8 {
+            let other = |launch: &MatmulLaunch| launch.launch.symbol != all[0].launch.symbol;
+            let more = [self.stream(), self.hopper()].into_iter().find(other);
+            all.extend(more);
+        }
+        all
+    }
+
     /// Kernel, grid and workspace.
     ///
     /// # Panics
@@ -260,7 +275,7 @@ impl Problem {
         assert!(self.m > 0 && self.rows > 0 && self.chunks > 0, "there is something to multiply");
         match (self.generation, self.m) {
             (Generation::Ampere, _) => {}
-            // Activations of more tokens cost the stream more than the tiles, unless those are few.
+            // Activations of more tokens cost the stream more than the tiles, unless those are few (measured before tiles of 8 tokens).
             (Generation::Hopper, ..=4) => return self.stream(),
             (Generation::Hopper, ..=8) if self.rows < 8192 => return self.stream(),
             (Generation::Hopper, _) => return self.hopper(),

@@ -8,7 +8,7 @@
 //!   unit of f32 per addition where a rounding would make half of one.
 
 use super::device::{Device, DeviceLinear};
-use super::geometry::Half;
+use super::geometry::{Half, MatmulLaunch};
 use super::packed::{CudaWeights, ScaleKind};
 use super::repack::{RepackError, repack};
 use crate::cases::{Input, Judge};
@@ -41,7 +41,7 @@ impl Prover {
         Self { judge: Judge::new(weight), columns, rows }
     }
 
-    /// Multiplies `m` tokens on the device and compares.
+    /// Multiplies `m` tokens on the device with the kernel that is chosen for them and compares.
     ///
     /// # Errors
     /// Whatever the device says.
@@ -52,9 +52,24 @@ impl Prover {
         (half, m, input): (Half, usize, Input),
         seed: u64,
     ) -> Result<(Proof, Vec<u16>), D::Error> {
+        let launch = linear.matmul_launch(half, m);
+        self.run_launch(device, (linear, &launch), (half, m, input), seed)
+    }
+
+    /// The same with one of the kernels that multiply so many tokens.
+    ///
+    /// # Errors
+    /// Whatever the device says.
+    pub fn run_launch<D: Device>(
+        &self,
+        device: &D,
+        (linear, launch): (&DeviceLinear<D::Buffer>, &MatmulLaunch),
+        (half, m, input): (Half, usize, Input),
+        seed: u64,
+    ) -> Result<(Proof, Vec<u16>), D::Error> {
         let x: Vec<u16> =
             (input.activations(m, self.columns, seed).into_iter()).map(|x| half.round(x)).collect();
-        let got = linear.multiply(device, half, &x, m)?;
+        let got = linear.multiply(device, launch, &x, m)?;
         let x: Vec<f32> = x.into_iter().map(|x| half.value(x)).collect();
         let reference = self.judge.expect(&x).reference;
         let bounds = self.judge.bounds(&x, crate::Activations::F32);
@@ -198,10 +213,15 @@ impl Table {
         name: &str,
     ) -> Result<(), D::Error> {
         for half in Half::ALL {
-            for (seed, input) in Input::ALL.into_iter().enumerate() {
-                let (proof, _) = prover.run(device, linear, (half, m, input), seed as u64)?;
-                let kernel = linear.matmul_launch(half, m).launch.symbol;
-                self.add(&kernel, proof, || format!("{name}, {m} tokens: {proof:?}"));
+            for launch in linear.matmul_launches(half, m) {
+                for (seed, input) in Input::ALL.into_iter().enumerate() {
+                    let run = (half, m, input);
+                    let (proof, _) =
+                        prover.run_launch(device, (linear, &launch), run, seed as u64)?;
+                    self.add(&launch.launch.symbol, proof, || {
+                        format!("{name}, {m} tokens: {proof:?}")
+                    });
+                }
             }
         }
         Ok(())
@@ -240,8 +260,12 @@ mod tests {
                 let (half, input) = (Half::ALL[(at + i) % 2], Input::ALL[(at / 2 + i) % 2]);
                 device.order.set((at + i) as u64 % 4);
                 let run = (half, m, input);
-                let (proof, _) = prover.run(&device, &linear, run, at as u64).unwrap();
-                assert!(proof.worst <= 1.0, "{case} {} m {m}: {proof:?}", half.name());
+                for launch in linear.matmul_launches(half, m) {
+                    let of = (&linear, &launch);
+                    let (proof, _) = prover.run_launch(&device, of, run, at as u64).unwrap();
+                    let kernel = &launch.launch.symbol;
+                    assert!(proof.worst <= 1.0, "{case} {kernel} m {m}: {proof:?}");
+                }
             }
         }
     }
@@ -253,7 +277,7 @@ mod tests {
 
     #[test]
     fn cases_on_the_shim_of_hopper() {
-        cases_on_the_shim(Generation::Hopper, 80);
+        cases_on_the_shim(Generation::Hopper, 96);
     }
 
     /// Shapes that the shared cases are too small for: several blocks of rows per block of threads, clusters, odd chunks.
@@ -262,11 +286,14 @@ mod tests {
         let Some(device) = shim::kernels() else { return };
         device.generation.set(Generation::Hopper);
         let base = cases::all()[0];
-        // 265 blocks of rows are one more than blocks of threads.
+        // 265 blocks of rows are one more than blocks of threads; cluster: that of the tiles of `hopper.cuh`.
         for (rows, columns, group, m, cluster) in [
             (8480, 64, 64, 2, 1),
-            (40, 2112, 64, 3, 1),
+            (8200, 1024, 128, 6, 2),
+            (40, 2112, 64, 3, 4),
+            (300, 1088, 32, 5, 2),
             (300, 1088, 32, 12, 2),
+            (150, 1024, 64, 20, 2),
             (150, 1024, 128, 40, 2),
             (300, 1536, 128, 100, 3),
         ] {
@@ -275,12 +302,28 @@ mod tests {
             let (weight, packed) = pack(&case);
             let prover = Prover::new(&weight);
             let linear = DeviceLinear::upload(&device, &packed).unwrap();
-            assert_eq!(linear.matmul_launch(Half::Bf16, m).launch.cluster, cluster, "{case} m {m}");
-            for order in 0..3 {
-                device.order.set(order);
-                let run = (Half::Bf16, m, Input::Gaussian);
-                let (proof, _) = prover.run(&device, &linear, run, 1).unwrap();
-                assert!(proof.worst <= 1.0, "{case} m {m} order {order}: {proof:?}");
+            let mut launches = linear.matmul_launches(Half::Bf16, m);
+            let tiles = launches.iter().rposition(|l| l.launch.symbol.contains("hopper")).unwrap();
+            assert_eq!(launches[tiles].launch.cluster, cluster, "{case} m {m}");
+            // All rows in two blocks: more turns than there is room for their sums.
+            if launches[0].launch.symbol.contains("stream") && rows < 8000 {
+                let mut two = launches[0].clone();
+                two.launch.grid[0] = 2;
+                launches.push(two);
+            }
+            // All columns in one block: more stages than it has room for, of the longest rows.
+            if columns == 2112 {
+                let mut one = launches[tiles].clone();
+                (one.splits, one.launch.grid[1], one.launch.cluster) = (1, 1, 1);
+                launches.push(one);
+            }
+            for launch in launches {
+                for order in if rows > 8000 { 2..3 } else { 0..3 } {
+                    device.order.set(order);
+                    let (run, of) = ((Half::Bf16, m, Input::Gaussian), (&linear, &launch));
+                    let (proof, _) = prover.run_launch(&device, of, run, 1).unwrap();
+                    assert!(proof.worst <= 1.0, "{case} {launch:?} order {order}: {proof:?}");
+                }
             }
         }
     }
@@ -294,15 +337,16 @@ mod tests {
         for generation in [Generation::Ampere, Generation::Hopper] {
             device.generation.set(generation);
             let linear = DeviceLinear::upload(&device, &packed).unwrap();
-            for m in [1, 12, 20, 40, 100] {
-                let splits = linear.matmul_launch(Half::F16, m).splits;
-                assert_eq!(splits > 1, generation == Generation::Ampere || m > 8, "{m}");
+            for (m, launch) in [1, 12, 20, 40, 100].into_iter().flat_map(|m| {
+                linear.matmul_launches(Half::F16, m).into_iter().map(move |launch| (m, launch))
+            }) {
+                assert_eq!(launch.splits > 1, !launch.launch.symbol.contains("stream"), "{m}");
                 let mut first = None;
                 for order in 0..5 {
                     device.order.set(order);
-                    let run = (Half::F16, m, Input::Outliers);
-                    let (proof, got) = prover.run(&device, &linear, run, 1).unwrap();
-                    assert!(proof.worst <= 1.0, "m {m}: {proof:?}");
+                    let (run, of) = ((Half::F16, m, Input::Outliers), (&linear, &launch));
+                    let (proof, got) = prover.run_launch(&device, of, run, 1).unwrap();
+                    assert!(proof.worst <= 1.0, "{launch:?}: {proof:?}");
                     assert_eq!(&got, first.get_or_insert(got.clone()), "m {m}, order {order}");
                 }
             }

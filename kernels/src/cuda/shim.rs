@@ -209,23 +209,38 @@ mod tests {
         std::fs::write(&path, source).unwrap();
         let ampere = ["ATTAR_ONLY=ATTAR_MATMUL(4, f16, F16)", "ATTAR_SIMT_AMPERE"];
         let hopper = [
-            "ATTAR_ONLY=ATTAR_STREAM(4, f16, F16) ATTAR_TILES(4, f16, F16, 16) ATTAR_TILES(4, f16, F16, 128)",
+            "ATTAR_ONLY=ATTAR_STREAM(4, f16, F16) ATTAR_TILES(4, f16, F16, 16) ATTAR_TILES(4, f16, F16, 64) ATTAR_TILES(4, f16, F16, 128)",
         ];
         let hopper_bug = name.starts_with("hopper");
         let definitions: &[&str] = if hopper_bug { &hopper } else { &ampere };
         let device = start(&path, definitions, name)?;
         let generation = if hopper_bug { Generation::Hopper } else { Generation::Ampere };
         device.generation.set(generation);
-        // On Hopper more stages for a block than there is room for.
-        let in_features = if hopper_bug { 1152 } else { 1024 };
+        // On Hopper 14 stages: more than any block has room for.
+        let in_features = if hopper_bug { 1728 } else { 1024 };
         let case = cases::Case { bits: 4, in_features, group: 32, ..cases::all()[0] };
         let (weight, packed) = pack(&case);
         let prover = Prover::new(&weight);
         let linear = DeviceLinear::upload(&device, &packed).unwrap();
+        // What warps multiply by themselves, all kernels of Hopper, those of Ampere.
+        let tokens: &[usize] = match hopper_bug {
+            true if name.starts_with("hopper-warps") => &[12],
+            true => &[3, 12, 40, 80],
+            false => &[3, 40],
+        };
         for order in 0..4 {
-            for m in if hopper_bug { [3, 12, 80] } else { [3, 40, 40] } {
+            for &m in tokens {
                 device.order.set(order);
-                match prover.run(&device, &linear, (Half::F16, m, Input::Gaussian), 1) {
+                let mut launch = linear.matmul_launch(Half::F16, m);
+                if hopper_bug {
+                    // All stages of a tile in one block, and all rows in turn.
+                    (launch.splits, launch.launch.grid[1], launch.launch.cluster) = (1, 1, 1);
+                    if m == 3 && (name.contains("turns") || name.contains("none")) {
+                        launch.launch.grid[0] = 1;
+                    }
+                }
+                let run = (Half::F16, m, Input::Gaussian);
+                match prover.run_launch(&device, (&linear, &launch), run, 1) {
                     Ok((proof, _)) if proof.worst > 1.0 => return Some(format!("{proof:?}")),
                     Ok(_) => {}
                     Err(error) => return Some(error.to_string()),
@@ -241,12 +256,16 @@ mod tests {
         let late = "    copies_wait<0>();\n    float* partial = p.partial + (long long)tile * p.splits * (8 ";
         let barrier = "    __syncthreads();\n    const int next = stage";
         let sums = "  __syncthreads();\n  float sum[NT];";
-        let full = "    barrier_wait(full + 8 * slot, parity);\n";
+        let full = "    barrier_wait(full + 8 * slot, (u32)n / S::COUNT & 1);\n";
         let arrive = "    if (lane == 0) barrier_arrive(empty + 8 * slot);\n";
         let registers = "fewer_registers<56>();";
         let landed = "      barrier_wait(barriers + 8 * slot, parity);\n";
+        let complete = "      barrier_wait(complete, phase);\n";
+        let added = "      if (lane == 0) barrier_arrive(added);\n";
         let made = "        products_wait<0>();\n";
-        let bugs: [(&str, &[(&str, &str)], &str); 13] = [
+        let before = "        products_wait<1>();\n        add(";
+        let free_early = format!("{full}{arrive}");
+        let bugs: [(&str, &[(&str, &str)], &str); 19] = [
             ("hopper-none", &[], "nothing"),
             ("hopper-no-wait", &[(full, "")], "never waited for"),
             ("hopper-never-free", &[(arrive, "")], "never come"),
@@ -256,7 +275,13 @@ mod tests {
                 "never come",
             ),
             ("hopper-stream-no-wait", &[(landed, "")], "never waited for"),
+            ("hopper-sums", &[(complete, "")], "Proof"),
+            ("hopper-turns-no-room", &[(added, "")], "never come"),
             ("hopper-products-not-made", &[(made, "")], "Proof"),
+            ("hopper-unit-not-made", &[(before, "        add(")], "Proof"),
+            ("hopper-warps-place", &[("((unit ^ k) << 4)", "(unit << 4)")], "Proof"),
+            ("hopper-warps-step", &[("(x ^ (s << 5))", "(x + (s << 5))")], "Proof"),
+            ("hopper-warps-free", &[(arrive, ""), (full, &free_early)], "Proof"),
             ("none", &[], "nothing"),
             ("no-wait", &[(wait, "")], "never waited for"),
             (

@@ -23,10 +23,10 @@
 
 #ifdef ATTAR_HOPPER
 #define ATTAR_TILES(bits, type, Type, n)                                                                                   \
-  ATTAR_KERNEL(attar_hopper_w##bits##_##type##_##n, AttarMatmul, 384, 1) { hopper<bits, Type, n, 1>(p); }              \
-  ATTAR_KERNEL(attar_hopper_w##bits##_##type##_##n##_fine, AttarMatmul, 384, 1) { hopper<bits, Type, n, 4>(p); }
+  ATTAR_KERNEL(attar_hopper_w##bits##_##type##_##n, AttarMatmul, n <= 16 ? 512 : 384, 1) { hopper<bits, Type, n, 1>(p); }      \
+  ATTAR_KERNEL(attar_hopper_w##bits##_##type##_##n##_fine, AttarMatmul, n <= 16 ? 512 : 384, 1) { hopper<bits, Type, n, 4>(p); }
 #define ATTAR_STREAM(bits, type, Type)                                                                                     \
-  ATTAR_KERNEL(attar_stream_w##bits##_##type##_8, AttarMatmul, 320, 2) { stream<bits, Type, 2>(p); }                   \
+  ATTAR_KERNEL(attar_stream_w##bits##_##type##_8, AttarMatmul, 256, 2) { stream<bits, Type, 2>(p); }                   \
   ATTAR_KERNEL(attar_stream_w##bits##_##type##_8_fine, AttarMatmul, 256, 2) { stream<bits, Type, 8>(p); }
 #else
 #define ATTAR_TILES(bits, type, Type, n)
@@ -40,6 +40,7 @@
   ATTAR_KERNEL(attar_gemm_w##bits##_##type##_64, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 8, 1>(p); }            \
   ATTAR_KERNEL(attar_gemm_w##bits##_##type##_128, AttarMatmul, 256, 1) { gemm<bits, Type, 8, 4, 2>(p); }           \
   ATTAR_STREAM(bits, type, Type)                                                                                     \
+  ATTAR_TILES(bits, type, Type, 8)                                                                                   \
   ATTAR_TILES(bits, type, Type, 16)                                                                                  \
   ATTAR_TILES(bits, type, Type, 32)                                                                                  \
   ATTAR_TILES(bits, type, Type, 64)                                                                                  \

@@ -1,21 +1,29 @@
 // Many tokens on compute capability 9.0: decoded weights in registers, activations in shared memory.
 //
-// A block has three warpgroups, of which the first two multiply: with up to 64 tokens the same 128 rows, stages in turn, whose sums
-// they add at the end; with 128 tokens each has 128 rows of its own. A warp decodes blocks of 32 rows. The four warps of the
-// last group fetch stages of 128 columns, in turn: codes, scales and zero points in bulk as they lie in memory; activations 16
+// A block has three warpgroups, four up to 16 tokens, of which all but the last multiply: with up to 64 tokens the same 128 rows,
+// stages in turn, whose sums they add at the end; with 128 tokens each has 128 rows of its own. A warp decodes blocks of 32 rows.
+// The four warps of the last group fetch stages of 128 columns, in turn: codes, scales and zero points in bulk as they lie in memory; activations 16
 // bytes at a time, unit u of a token and chunk at place u ^ (token & 7), tokens at multiples of 1024 bytes by eights (which is
 // what the tensor cores call K-major with a swizzle of 128 bytes). When its copies have landed, a stage's barrier knows.
 //
-// A unit of work is a tile of 16 rows of each warp, of 64 rows of a warpgroup, times one of FOLDS equal parts of a stage: its sums
-// become part of the totals, times the scale, when it ends. FOLDS is 1 when groups have a multiple of 128 columns, else 4.
-// With up to 64 tokens a unit is decoded while the tensor cores work on the one before. With 128 the registers hold one set of
-// sums; every step of 16 columns is decoded while the one before it is multiplied.
+// Sums become part of the totals, times the scale, at the end of each of FOLDS equal parts of a stage; FOLDS is 1 when groups have
+// a multiple of 128 columns, else 4.
+//
+// Up to 32 tokens every warp multiplies for itself, by mma.sync: N / 4 for each step of 16 columns, two tiles of 16 rows by N / 8
+// eights of tokens, which no sum ties to each other. A tensor core takes a product every 6 to 8 cycles, 2 N of them for a warp and
+// stage: 96 to 128 cycles with 8 tokens, 192 to 256 with 16, 384 to 512 with 32, where memory takes about 480 for a stage of 4
+// bits. (wgmma with weights in registers takes 40 cycles more than its share of the rate, 16 times for a stage.) A warp issues
+// 255 to 290, 290 to 320 and 340 to 375 instructions for a stage of 4 bits, its share of fetching about 55. Estimates; not timed.
+//
+// From 64 tokens on by wgmma. A unit of work is a tile of 16 rows of each warp, of 64 rows of a warpgroup, times a part of a
+// stage. With 64 tokens a unit is decoded while the tensor cores work on the one before. With 128 the registers hold one set
+// of sums; every step of 16 columns is decoded while the one before it is multiplied.
 //
 // With splits a cluster of blocks shares the columns: each leaves its sums in its own shared memory, and a block adds those of
 // all, in their order, for its share of the tokens.
 //
-// grid (ceil(rows / ROWS), splits, ceil(m / N)) with ROWS 128, or 256 for 128 tokens, clusters of (1, splits, 1), 384 threads,
-// shared 1024 + stages * (stage + 16).
+// grid (ceil(rows / ROWS), splits, ceil(m / N)) with ROWS 128, or 256 for 128 tokens, clusters of (1, splits, 1), 384 or 512
+// threads, shared 1024 + stages * (stage + 16).
 
 #ifdef ATTAR_HOPPER
 
@@ -24,10 +32,10 @@ template <int BITS, int N, int FOLDS>
 struct Stage {
   static const int ROWS = N <= 64 ? 128 : 256, BLOCKS = ROWS / BLOCK_ROWS;
   // Warpgroups that share the columns of the same rows; warps that multiply.
-  static const int SHARERS = N <= 64 ? 2 : 1, WARPS = SHARERS * BLOCKS;
+  static const int SHARERS = N <= 16 ? 3 : N <= 64 ? 2 : 1, WARPS = SHARERS * BLOCKS, THREADS = 32 * (WARPS + 4);
   static const int CODES = N * 256, SCALES = CODES + 512 * BITS * BLOCKS, ZEROS = SCALES + FOLDS * 4 * ROWS;
   static const int BYTES = (ZEROS + FOLDS * 2 * ROWS + 1023) / 1024 * 1024;
-  static const int FIT = 225 * 1024 / (BYTES + 16), COUNT = FIT < 8 ? FIT : 8;
+  static const int MOST = N <= 32 ? 12 : 8, FIT = 225 * 1024 / (BYTES + 16), COUNT = FIT < MOST ? FIT : MOST;
 };
 
 // A warp that fetches every fourth stage of a block.
@@ -122,9 +130,13 @@ struct HopperTile {
   const AttarMatmul& p;
   const int lane, warp;  // warp: block of rows within the tile
   float total[2][N / 8][4];
+  Offsets<BITS, T> offset[2];  // of weights without zero points
   typedef Stage<BITS, N, FOLDS> S;
 
-  __device__ __forceinline__ HopperTile(const AttarMatmul& p, int lane, int warp) : p(p), lane(lane), warp(warp) {}
+  __device__ __forceinline__ HopperTile(const AttarMatmul& p, int lane, int warp) : p(p), lane(lane), warp(warp) {
+    const u32 middle = BITS == 8 ? 0x00800080u : (1u << (BITS - 1)) * 0x01010101u, middles[2] = {middle, middle};
+    registers_offsets<BITS, T>(middles, offset);
+  }
 
   __device__ __forceinline__ void offsets(const u8* stage, int r, int fold, Offsets<BITS, T>& o) const {
     const u8* zeros = stage + S::ZEROS + fold * (2 * S::ROWS);
@@ -164,7 +176,65 @@ struct HopperTile {
       }
   }
 
-  // Up to 64 tokens: a unit is decoded while the one before it is multiplied.
+  // Up to 32 tokens: by warps. A step has its 16 columns in two units of a chunk, 2s and 2s + 1 with s = step & 3.
+  __device__ __forceinline__ void warps(const u8* stage) {
+    const int STEPS = 8 / FOLDS, LOADS = N == 32 ? 2 : 1;  // load_matrices of a step; with 8 tokens one is for two steps
+    // Matrices of a load: with 8 tokens units 2s .. 2s + 3, else units 2s, 2s + 1 of eight tokens, then of the next eight.
+    const int k = lane & 7, i = lane >> 3, unit = N == 8 ? i : i & 1, eight = N == 8 ? 0 : i >> 1;
+    const u32 x = shared_address(stage) + eight * 1024 + k * 128 + ((unit ^ k) << 4);
+    const u8* codes = stage + S::CODES + warp * (512 * BITS);
+    u32 w[2][2 * BITS], b[8][LOADS][4], raw[FOLDS][4];
+#pragma unroll
+    for (int chunk = 0; chunk < 2; chunk++) {
+      shared_codes<BITS>(codes + chunk * (256 * BITS), lane, w[chunk]);
+#pragma unroll
+      for (int s = 0; s < 4; s += N == 8 ? 2 : 1)
+#pragma unroll
+        for (int load = 0; load < LOADS; load++) load_matrices(b[4 * chunk + s][load], (x ^ (s << 5)) + chunk * (N * 128) + load * 2048);
+    }
+    float part[2][N / 8][4];
+#pragma unroll
+    for (int step = 0; step < 8; step++) {
+      if (step % STEPS == 0) {
+        const int fold = step / STEPS, row = warp * 32 + (lane >> 2) * 4;
+        load_scales(p.scale_kind, stage + S::SCALES + fold * (4 * S::ROWS) + row * (p.scale_kind == 2 ? 4 : 2), raw[fold]);
+        if (p.zeros) {
+          const u32* zeros = reinterpret_cast<const u32*>(stage + S::ZEROS + fold * (2 * S::ROWS) + row * (BITS == 8 ? 2 : 1));
+          const u32 four[2] = {zeros[0], BITS == 8 ? zeros[1] : 0};
+          registers_offsets<BITS, T>(four, offset);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+          for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) part[r][n][e] = 0.0f;
+      }
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        u32 a[4];
+        Codes<BITS, T>::decode(w[step >> 2], r, step >> 1 & 1, step & 1, offset[r], a);
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+          const u32(&right)[4] = b[N == 8 ? step & ~1 : step][n >> 1];
+          const int first = N == 8 ? 2 * (step & 1) : 2 * (n & 1);
+          T::mma(part[r][n], a, right[first], right[first + 1]);
+        }
+      }
+      if ((step + 1) % STEPS == 0) {
+        float scale[4];
+        four_scales(p.scale_kind, raw[step / STEPS], scale);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+          for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) total[r][n][e] += part[r][n][e] * scale[2 * r + (e >> 1)];
+      }
+    }
+  }
+
+  // 64 tokens: a unit is decoded while the one before it is multiplied.
   __device__ __forceinline__ void units(const u8* stage, u64 b) {
     const int STEPS = 8 / FOLDS;
     float part[2][N / 8][4];
@@ -272,26 +342,32 @@ __device__ __forceinline__ void hopper(const AttarMatmul& p) {
   const u32 full = shared_address(shared + S::COUNT * S::BYTES), empty = full + 8 * S::COUNT;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int first_token = blockIdx.z * N;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < S::COUNT; s++) {
-      barrier_begin(full + 8 * s, 32);
-      barrier_begin(empty + 8 * s, S::BLOCKS);
-    }
-    barriers_ready();
-  }
-  __syncthreads();
-  // Stages of this block.
-  const int all = (p.chunks + 1) / 2;
-  const int first = (int)((long long)all * blockIdx.y / p.splits);
-  const int count = (int)((long long)all * (blockIdx.y + 1) / p.splits) - first;
+  // The first stage of a block.
+  const auto first_of = [&](u32 split) { return (int)((p.chunks + 1) / 2 * split / (u32)p.splits); };
   if (warp >= S::WARPS) {
-    // Three warpgroups were given 168 registers a thread: 56 + 2 * 224 = 3 * 168. More would never be granted.
     fewer_registers<56>();
-    Fetcher<BITS, N, FOLDS> fetcher(p, 2 * (first + warp - S::WARPS), first_token, lane);
-    for (int n = warp - S::WARPS; n < count; n += 4) {
-      const int slot = n % S::COUNT;
-      if (n >= S::COUNT) barrier_wait(empty + 8 * slot, (n / S::COUNT - 1) & 1);
-      fetcher.stage(shared + slot * S::BYTES, full + 8 * slot);
+    const int first = first_of(blockIdx.y), count = first_of(blockIdx.y + 1) - first;
+    int n = warp - S::WARPS;
+    if (lane == 0) {
+      for (int s = n; s < S::COUNT; s += 4) {
+        barrier_begin(full + 8 * s, 32);
+        barrier_begin(empty + 8 * s, S::BLOCKS);
+      }
+      barriers_ready();
+    }
+    __syncwarp();
+    Fetcher<BITS, N, FOLDS> fetcher(p, 2 * (first + n), first_token, lane);
+    // First what there is room for, to barriers that this warp began: nobody waits for the others before.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+      const int end = pass == 0 && count > S::COUNT ? S::COUNT : count;
+#pragma unroll 1
+      for (; n < end; n += 4) {
+        const int slot = (u32)n % S::COUNT;
+        if (n >= S::COUNT) barrier_wait(empty + 8 * slot, ((u32)n / S::COUNT - 1) & 1);
+        fetcher.stage(shared + slot * S::BYTES, full + 8 * slot);
+      }
+      if (pass == 0) __syncthreads();
     }
     // Blocks of a cluster wait for each other with all their threads.
     if (p.splits > 1) {
@@ -300,26 +376,27 @@ __device__ __forceinline__ void hopper(const AttarMatmul& p) {
     }
     return;
   }
-  more_registers<224>();
+  // A block of 3 or 4 warpgroups was given 168 or 128 registers a thread: 56 + 2 * 224 = 3 * 168, 56 + 3 * 152 = 4 * 128. More would
+  // never be granted.
+  more_registers<S::THREADS == 384 ? 224 : 152>();
+  __syncthreads();
+  const int count = first_of(blockIdx.y + 1) - first_of(blockIdx.y);
   HopperTile<BITS, T, N, FOLDS> tile(p, lane, warp % S::BLOCKS);
   tile.clear();
   const int sharer = SHARERS == 1 ? 0 : warp / S::BLOCKS;
-  int slot = SHARERS == 1 ? 0 : sharer, parity = 0;
-  for (int n = SHARERS == 1 ? 0 : sharer; n < count; n += SHARERS) {
+  for (int n = sharer; n < count; n += SHARERS) {
+    const int slot = (u32)n % S::COUNT;
     const u8* stage = shared + slot * S::BYTES;
-    barrier_wait(full + 8 * slot, parity);
-    copies_to_tensor_cores();
-    if (N <= 64)
+    barrier_wait(full + 8 * slot, (u32)n / S::COUNT & 1);
+    if (N > 32) copies_to_tensor_cores();
+    if constexpr (N <= 32)
+      tile.warps(stage);
+    else if constexpr (N == 64)
       tile.units(stage, operand_b(shared_address(stage)));
     else
       tile.steps(stage, operand_b(shared_address(stage)));
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * slot);
-    slot += SHARERS;
-    if (slot >= S::COUNT) {
-      slot -= S::COUNT;
-      parity ^= 1;
-    }
   }
   if (SHARERS == 1 && p.splits == 1) {
 #pragma unroll

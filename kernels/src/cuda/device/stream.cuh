@@ -5,10 +5,12 @@
 // that does not end with the rows: places for DEPTH stages, each with a barrier at which the copies of a stage arrive: codes
 // as they lie in memory, and 512 bytes of each token. Scales and zero points are loaded one stage ahead. Sums become part of
 // the totals, times the scale, after each of FOLDS equal parts of a stage: 2 when groups have a multiple of 128 columns, else
-// 8 (then scales are not loaded ahead). When all warps are done with 32 rows, their totals are added in the order of the
-// warps: the bits do not depend on time.
+// 8 (then scales are not loaded ahead). When all warps are done with 32 rows, one of them, each in turn, adds their totals in
+// the order of the warps: the bits do not depend on time. No other warp waits for that, unless it is two turns ahead.
 //
-// grid (x <= ceil(rows / 32), 1, ceil(m / 8)), 32 * warps threads, shared warps * StreamPlace::bytes(min(m, 8)).
+// The first copies start before anything else is worked out: 16 warps of a multiprocessor share its instructions.
+//
+// grid (x <= ceil(rows / 32), 1, ceil(m / 8)), 256 threads, shared 32 + 8 * StreamPlace::bytes(min(m, 8)).
 
 #ifdef ATTAR_HOPPER
 
@@ -24,22 +26,24 @@ template <int BITS, class T, int FOLDS>
 __device__ __forceinline__ void stream(const AttarMatmul& p) {
   typedef StreamPlace<BITS> S;
   ATTAR_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
+  const int WARPS = 8;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int all = (p.chunks + 3) / 4, blocks = (p.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int first = all * warp / warps, count = all * (warp + 1) / warps - first;  // stages of the warp
-  const int turns = (blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  const int first = (u32)(all * warp) / WARPS, count = (int)((u32)(all * (warp + 1)) / WARPS) - first;  // stages of the warp
   const int first_token = blockIdx.z * 8, tokens = p.m - first_token < 8 ? p.m - first_token : 8, room = p.m < 8 ? p.m : 8;
   const int stage_bytes = S::stage(room);
-  u8* mine = shared + warp * S::bytes(room);
+  // Barriers of the block: totals of even and odd turns complete, 8 bytes each, then the same added.
+  const u32 turn_barriers = shared_address(shared);
+  u8* mine = shared + 32 + warp * S::bytes(room);
   float* sums = reinterpret_cast<float*>(mine + 32);
   u8* stages = mine + 32 + 256 * room;
   const u32 barriers = shared_address(mine), places = shared_address(stages);
 
-  // The next stage to be fetched.
+  // The next stage to be fetched; none when next_block is behind the last.
   const u16* x = p.x + first_token * p.x_stride + (long long)first * (4 * CHUNK);
   const u8* next_codes = p.codes + ((long long)blockIdx.x * p.chunks + 4 * first) * (256 * BITS);
   const long long to_next_rows = ((long long)gridDim.x * p.chunks - 4 * count) * (256 * BITS);
-  int next = 0, fetched = 0;
+  int next = 0, next_block = count > 0 ? blockIdx.x : blocks;
   const int last_chunks = p.chunks - 4 * (first + count - 1) < 4 ? p.chunks - 4 * (first + count - 1) : 4;
   const auto fetch = [&](u32 to, u32 barrier) {
     if (elected()) {
@@ -51,12 +55,23 @@ __device__ __forceinline__ void stream(const AttarMatmul& p) {
         copy_bulk(to + S::X + token * S::TOKEN, x + token * p.x_stride + next * (4 * CHUNK), chunks * 128, barrier);
     }
     next_codes += 1024 * BITS;
-    fetched++;
     if (++next == count) {
       next = 0;
+      next_block += gridDim.x;
       next_codes += to_next_rows;
     }
   };
+  if (lane == 0) {
+    for (int s = 0; s < S::DEPTH; s++) barrier_begin(barriers + 8 * s, 1);
+    if (warp == 0) {
+      for (int s = 0; s < 4; s++) barrier_begin(turn_barriers + 8 * s, s < 2 ? WARPS : 1);
+    }
+    barriers_ready();
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int n = 0; n < S::DEPTH; n++)
+    if (next_block < blocks) fetch(places + n * stage_bytes, barriers + 8 * n);
 
   // Scales and zero points of the lane's rows of the next part that is loaded, and how many parts of its group are left.
   // A single group may have any size: there is none behind it.
@@ -91,15 +106,6 @@ __device__ __forceinline__ void stream(const AttarMatmul& p) {
     }
   };
 
-  if (lane == 0) {
-    for (int s = 0; s < S::DEPTH; s++) barrier_begin(barriers + 8 * s, 1);
-    barriers_ready();
-  }
-  __syncwarp();
-  const int stage_count = count * turns;
-#pragma unroll 1
-  for (int n = 0; n < S::DEPTH; n++)
-    if (n < stage_count) fetch(places + n * stage_bytes, barriers + 8 * n);
   // Lanes without a token take the last one's: what comes of it is written nowhere.
   const int token = (lane & 7) < tokens ? lane & 7 : tokens - 1;
   const u32 lane_x = places + S::X + token * S::TOKEN + (lane >> 3) * 16;
@@ -111,8 +117,9 @@ __device__ __forceinline__ void stream(const AttarMatmul& p) {
     load(ahead[0]);
     load(ahead[1]);
   }
+  __syncthreads();  // the block's barriers have begun
   int at = 0, slot = 0, parity = 0;  // at: bytes from place to place
-  for (int turn = 0; turn < turns; turn++) {
+  for (int turn = 0, block = blockIdx.x; block < blocks; turn++, block += gridDim.x) {
     float total[2][4];
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -172,26 +179,36 @@ __device__ __forceinline__ void stream(const AttarMatmul& p) {
       if (FOLDS > 2 && here < 4)
         for (int q = 2 * here; q < 8; q++) load(now[0]);
       __syncwarp();
-      if (fetched < stage_count) fetch(places + at, barriers + 8 * slot);
+      if (next_block < blocks) fetch(places + at, barriers + 8 * slot);
       at += stage_bytes;
       if (++slot == S::DEPTH) {
         at = slot = 0;
         parity ^= 1;
       }
     }
-    // [token][row]; the other half belongs to the rows before, which may still be read.
-    const int side = (turn & 1) * 32 * room;
+    const u32 complete = turn_barriers + 8 * (turn & 1), added = complete + 16, phase = turn >> 1 & 1;
+    const int side = (turn & 1) * 32 * room;  // [token][row]; the other half belongs to the rows before, which may not be added yet
+    if (turn > 1) barrier_wait(added, phase ^ 1);
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
         if (2 * t + (i & 1) < tokens) sums[side + (2 * t + (i & 1)) * 32 + 4 * g + 2 * r + (i >> 1)] = total[r][i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < 32 * tokens; i += blockDim.x) {
-      float sum = 0.0f;
-      for (int w = 0; w < warps; w++) sum += reinterpret_cast<const float*>(shared + w * S::bytes(room) + 32)[side + i];
-      const int out_row = (blockIdx.x + turn * gridDim.x) * 32 + (i & 31);
-      if (out_row < p.rows) p.out[(first_token + (i >> 5)) * p.out_stride + out_row] = T::of_float(sum);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(complete);
+    if (warp == turn % WARPS) {
+      barrier_wait(complete, phase);
+      const int out_row = block * 32 + lane;
+#pragma unroll 1
+      for (int out_token = 0; out_token < tokens; out_token++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+          sum += reinterpret_cast<const float*>(shared + 64 + w * S::bytes(room))[side + out_token * 32 + lane];
+        if (out_row < p.rows) p.out[(first_token + out_token) * p.out_stride + out_row] = T::of_float(sum);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(added);
     }
   }
 }
