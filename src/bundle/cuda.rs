@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use attar_kernels::cuda::{
-    Device as _, Generation, Gpu, Half, describe, images,
+    Description, Device as _, Generation, Gpu, Half, describe, images,
     packed::{CHUNK, CudaWeights, ScaleKind},
     proof::{Prover, UNITS},
     repack,
@@ -50,8 +50,12 @@ impl Needed {
         let mut entries = Vec::new();
         for half in Half::ALL {
             let g_idx = weight.g_idx.as_deref();
-            let found = describe(packed.layout.0, packed.scheme, shape, g_idx, (half, scale_kind));
-            let ranges = found.ok_or("a layout that is repacked has kernels")?;
+            let of = |generation| {
+                let types = (half, scale_kind);
+                describe(packed.layout.0, packed.scheme, shape, g_idx, types, generation)
+                    .ok_or("a layout that is repacked has kernels")
+            };
+            let ranges = of(Generation::Ampere)?;
             let first = &ranges[0];
             let name = match half {
                 Half::F16 => "F16",
@@ -59,13 +63,9 @@ impl Needed {
             };
             self.macros.insert(format!("ATTAR_MATMUL({bits}, {}, {name})", half.name()));
             self.symbols.extend(first.repack.iter().map(|launch| launch.symbol.clone()));
-            let mut launches = Vec::new();
-            for range in &ranges {
-                self.symbols.insert(range.matmul.launch.symbol.clone());
-                let mut launch = serde_json::to_value(&range.matmul)?;
-                launch["tokens"] = json!(range.tokens);
-                launches.push(launch);
-            }
+            self.symbols.extend(ranges.iter().map(|range| range.matmul.launch.symbol.clone()));
+            let launches = launches_of(&ranges)?;
+            let launches_of_hopper = launches_of(&of(Generation::Hopper)?)?;
             let workspace = ranges.iter().map(|r| r.matmul.partial_bytes + 4 * r.matmul.counters);
             let (status, measured) = self.measure(packed, half, seed)?;
             let [codes_bytes, scales_bytes, zeros_bytes] = first.packed_bytes;
@@ -100,6 +100,13 @@ impl Needed {
                 },
                 "arrange": first.order.as_ref().map(|(_, _, arrange, _)| arrange),
                 "matmul": launches,
+                "sm_90a": {
+                    "cubin": "attar_sm_90a.cubin",
+                    "matmul": launches_of_hopper,
+                    "cluster": "blocks of a cluster along the second axis of the grid",
+                    // The product that `measured` speaks of ran the kernels of every GPU.
+                    "status": Status::Shim.name(),
+                },
                 "more_tokens": "every 128 tokens begun of the last range take one more of grid[2], and its \
                                 partial_bytes and counters once more",
                 "workspace_bytes": workspace.max(),
@@ -172,6 +179,16 @@ impl Needed {
         }
         Ok(names)
     }
+}
+
+/// Launches with the numbers of tokens that take them.
+fn launches_of(ranges: &[Description]) -> Result<Vec<Value>, Error> {
+    let one = |range: &Description| {
+        let mut launch = serde_json::to_value(&range.matmul)?;
+        launch["tokens"] = json!(range.tokens);
+        Ok(launch)
+    };
+    ranges.iter().map(one).collect()
 }
 
 /// The kernels `wanted` of a PTX text, with everything that stands before the first kernel.

@@ -53,8 +53,16 @@ pub struct Description {
 }
 
 /// Numbers of tokens that take the same kernel, first and last.
-pub const TOKEN_RANGES: [(usize, Option<usize>); 5] =
-    [(1, Some(8)), (9, Some(DECODE_TOKENS)), (17, Some(32)), (33, Some(64)), (65, None)];
+const fn token_ranges(generation: Generation) -> &'static [(usize, Option<usize>)] {
+    match generation {
+        Generation::Ampere => {
+            &[(1, Some(8)), (9, Some(DECODE_TOKENS)), (17, Some(32)), (33, Some(64)), (65, None)]
+        }
+        Generation::Hopper => {
+            &[(1, Some(4)), (5, Some(8)), (9, Some(16)), (17, Some(32)), (33, Some(64)), (65, None)]
+        }
+    }
+}
 
 /// Describes the kernels of a linear of this layout, one entry for each range of tokens, launches for the last number of the
 /// range (for 128 where it has no end). `None` when no kernel reads the layout.
@@ -64,6 +72,7 @@ pub fn describe(
     (rows, columns): (usize, usize),
     g_idx: Option<&[u32]>,
     (half, scales): (Half, ScaleKind),
+    generation: Generation,
 ) -> Option<Vec<Description>> {
     let reader = repack_of(layout)?;
     let bits = scheme.bits;
@@ -71,7 +80,7 @@ pub fn describe(
     let padded = rows.next_multiple_of(BLOCK_ROWS) * places.padded_groups();
     let codes = rows.div_ceil(BLOCK_ROWS) * places.chunks * 256 * usize::from(bits);
     let zeros = if scheme.symmetric { 0 } else { padded * zero_bytes(bits) };
-    let one = |tokens: (usize, Option<usize>)| {
+    let one = |&tokens: &(usize, Option<usize>)| {
         let m = tokens.1.unwrap_or(128);
         let order = places.order.as_ref().map(|_| {
             (
@@ -90,7 +99,7 @@ pub fn describe(
                 chunks: places.chunks,
                 group_halves: places.group_halves,
                 m,
-                generation: Generation::Ampere,
+                generation,
             }
             .launch(),
             matmul_argument_bytes: size_of::<MatmulArgument>(),
@@ -108,11 +117,13 @@ pub fn describe(
             status: Status::ValidatedOnShim,
         }
     };
-    Some(TOKEN_RANGES.into_iter().map(one).collect())
+    Some(token_ranges(generation).iter().map(one).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::cases;
     use crate::cuda::images::images;
@@ -121,9 +132,11 @@ mod tests {
     fn every_kernel_that_is_described_is_in_the_images() {
         let ptx = images().into_iter().find(|image| image.name == "ptx").unwrap();
         let ptx = String::from_utf8(ptx.bytes).unwrap();
+        let sm_90a = images().into_iter().find(|image| image.name == "sm_90a").unwrap().bytes;
         let has = |launch: &Launch| {
             assert!(ptx.contains(&format!(".entry {}(", launch.symbol)), "{}", launch.symbol);
         };
+        let mut seen = BTreeSet::new();
         for case in cases::all() {
             for layout in ["gptq", "gptq_v2", "awq", "compressed-tensors"] {
                 if layout == "awq" && case.bits != 4 {
@@ -132,20 +145,40 @@ mod tests {
                 let (shape, weight) = ((case.out_features, case.in_features), case.weight());
                 let g_idx = weight.g_idx.as_deref();
                 for half in Half::ALL {
-                    let scales = (half, ScaleKind::F16);
-                    for d in describe(layout, case.scheme(), shape, g_idx, scales).unwrap() {
+                    let of = |generation| {
+                        let scales = (half, ScaleKind::F16);
+                        describe(layout, case.scheme(), shape, g_idx, scales, generation).unwrap()
+                    };
+                    for d in of(Generation::Ampere) {
                         has(&d.matmul.launch);
                         d.repack.iter().for_each(has);
                         assert_eq!(d.order.is_some(), d.places != shape.1 || g_idx.is_some());
                         // What the smallest GPU of these generations allows a block.
                         assert!(d.matmul.launch.shared <= 99 << 10);
                     }
+                    for d in of(Generation::Hopper) {
+                        assert!(d.matmul.launch.shared <= 227 << 10);
+                        seen.insert(d.matmul.launch.symbol);
+                    }
                 }
             }
         }
+        for symbol in &seen {
+            let name = format!(".text.{symbol}\0");
+            let found = sm_90a.windows(name.len()).any(|bytes| bytes == name.as_bytes());
+            assert!(found, "{symbol} is in the image for 9.0a");
+        }
+        assert!(seen.len() > 40, "{}", seen.len());
         assert!(
-            describe("q4_0", cases::all()[0].scheme(), (1, 128), None, (Half::F16, ScaleKind::F16))
-                .is_none()
+            describe(
+                "q4_0",
+                cases::all()[0].scheme(),
+                (1, 128),
+                None,
+                (Half::F16, ScaleKind::F16),
+                Generation::Ampere
+            )
+            .is_none()
         );
     }
 }
