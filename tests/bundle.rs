@@ -188,6 +188,17 @@ fn a_bundle_is_whole_checked_and_judged() {
                 assert!(ptx.contains(&format!(".visible .entry {symbol}(")), "{symbol}");
             }
             assert!(launch["threads"].as_u64().unwrap() >= 32, "{kernel}");
+            let hopper = &kernel["sm_90a"];
+            let cubin = out.join("kernels").join(hopper["cubin"].as_str().unwrap());
+            let machine_code = fs::read(cubin).unwrap();
+            for launch in hopper["matmul"].as_array().unwrap() {
+                let symbol = launch["launch"]["symbol"].as_str().unwrap().as_bytes();
+                assert!(
+                    machine_code.windows(symbol.len()).any(|bytes| bytes == symbol),
+                    "{launch}"
+                );
+            }
+            assert_ne!(hopper["status"], "unmeasured");
             assert_ne!(kernel["status"], "unmeasured");
             continue;
         }

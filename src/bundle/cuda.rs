@@ -103,7 +103,6 @@ impl Needed {
                 "sm_90a": {
                     "cubin": "attar_sm_90a.cubin",
                     "matmul": launches_of_hopper,
-                    "cluster": "blocks of a cluster along the second axis of the grid",
                     // The product that `measured` speaks of ran the kernels of every GPU.
                     "status": Status::Shim.name(),
                 },

@@ -53,15 +53,8 @@ fn least(prepared: &dyn Prepared, m: usize, activations: Activations, peak: &Roo
     read.max(operations as f64 / rate) / 1e9
 }
 
-/// Seconds of one product, the fastest pass over all copies of at least `seconds`. On a thread of the pool, as in a model:
-/// to hand every product over to one would cost 10 us.
+/// Seconds of one product, the fastest pass over all copies of at least `seconds`.
 fn time(copies: &[Box<dyn Prepared>], m: usize, seconds: f64) -> f64 {
-    let mut best = f64::MAX;
-    rayon::scope(|_| best = time_here(copies, m, seconds));
-    best
-}
-
-fn time_here(copies: &[Box<dyn Prepared>], m: usize, seconds: f64) -> f64 {
     let (rows, columns) = (copies[0].out_features(), copies[0].in_features());
     let x = Rng::new(m as u64).normals(m * columns);
     let mut out = vec![0.0f32; m * rows];
@@ -111,7 +104,7 @@ fn lines(
                 // Many tokens are not bound by memory, and the plain kernels are slow.
                 let all = m <= 16 && !kernel.name().contains("scalar");
                 let copies = &copies[..if all { copies.len() } else { 1 }];
-                let seconds = time(copies, m, args.seconds);
+                let seconds = super::run::in_pool(|| Ok(time(copies, m, args.seconds)))?;
                 let operations = 2 * m * packed.out_features * packed.in_features;
                 lines.push(Line {
                     out_features: packed.out_features,

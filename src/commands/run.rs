@@ -177,7 +177,7 @@ pub(crate) fn tolerance(activations: Activations) -> f64 {
 
 /// Runs `work` on a thread of the pool: handing each product over to another thread costs more than a small
 /// one takes.
-fn in_pool<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+pub(crate) fn in_pool<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
     // An error that crosses threads is its text.
     Ok(rayon::scope(|_| work().map_err(|error| error.to_string()))?)
 }

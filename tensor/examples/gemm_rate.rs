@@ -1,5 +1,5 @@
 //! GFLOP/s of the GEMM and Gram update on one thread: `cargo run --release -p attar-tensor --example gemm_rate
-//! [scalar|avx2|avx512|amx]`.
+//! [scalar|neon|avx2|avx512|amx]`.
 #![allow(clippy::print_stdout, reason = "an example prints its result")]
 use attar_tensor::{
     linalg::{GramAccumulator, InverseFactor, PackedRows, gemm_nt, gemm_tn},

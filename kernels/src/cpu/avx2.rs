@@ -353,7 +353,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
             unsafe {
                 unroll!(h in [0 1 2 3] { if h < HALVES {
                     let at = at.add(h / 2 * stride);
-                    if h.is_multiple_of(2) {
+                    if first == 0 && h.is_multiple_of(2) {
                         ask(at, ahead, block_bytes);
                     }
                     let mut dots = if PER_TOKEN { all[h] } else { [_mm256_setzero_si256(); M] };
@@ -378,7 +378,7 @@ fn halves<const BITS: u8, const M: usize, const PER_TOKEN: bool, const HALVES: u
         unroll!(h in [0 1 2 3] { if h < HALVES {
             // SAFETY: scales and offsets stand behind the blocks of a group.
             let at = unsafe { at.add(h / 2 * stride) };
-            if h.is_multiple_of(2) {
+            if first == 0 && h.is_multiple_of(2) {
                 ask(at, ahead, 128);
             }
             // SAFETY: as above.

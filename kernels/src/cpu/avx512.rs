@@ -34,7 +34,7 @@ const AHEAD_EACH: usize = 1024;
 pub(crate) const fn side(tokens: usize) -> usize {
     match tokens {
         ..=2 => 4,
-        3..=4 => 2,
+        4 => 2,
         _ => 1,
     }
 }

@@ -50,7 +50,7 @@ impl Kernel for BlockKernel {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct BlockLinear {
     layout: &'static Ggml,
     bytes: Vec<u8>,
@@ -69,6 +69,10 @@ impl Prepared for BlockLinear {
 
     fn resident_bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    fn duplicate(&self) -> Option<Box<dyn Prepared>> {
+        Some(Box::new(self.clone()))
     }
 
     fn matmul(&self, x: &[f32], m: usize, out: &mut [f32]) {

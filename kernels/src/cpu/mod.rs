@@ -443,8 +443,8 @@ impl CpuLinear {
         }
     }
 
-    /// `side` tiles from `first` on by `count` tokens, `out[tile * count + token]`: one tile, or one token and as many
-    /// tiles as the instruction set takes side by side.
+    /// `side` tiles from `first` on by `count` tokens, `out[tile * count + token]`: one tile, or as many as the
+    /// instruction set takes side by side for so few tokens.
     fn fast(
         &self,
         (first, side): (usize, usize),

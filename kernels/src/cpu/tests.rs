@@ -77,6 +77,12 @@ fn fast_kernels_give_the_same_bits_everywhere() {
                 let linear = linear(kernel, &weight);
                 let mut all = vec![0.0f32; m * case.out_features];
                 linear.matmul(&x, m, &mut all);
+                // Few tokens are multiplied by several tiles at once.
+                for few in [2, 4, 8] {
+                    let mut got = vec![0.0f32; few * case.out_features];
+                    linear.matmul(&x[..few * case.in_features], few, &mut got);
+                    assert_eq!(got, all[..got.len()], "{} {few} {case}", kernel.name());
+                }
                 // One token at a time, too.
                 let mut one = vec![0.0f32; case.out_features];
                 linear.matmul(&x[18 * case.in_features..19 * case.in_features], 1, &mut one);

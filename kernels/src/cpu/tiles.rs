@@ -203,6 +203,7 @@ impl Tiles {
 
     /// Rearranges blocks of a type that tiles [`Tiles::hold`], whose lengths have been checked.
     pub(crate) fn of_blocks(weight: &BlockQuantized, sparse: bool) -> Self {
+        assert!(Self::hold(weight.block), "tiles do not hold {}", weight.block);
         let (subs, groups) = (weight.block.subs(), weight.codes.len() / BLOCK);
         let both: Vec<(f32, f32)> =
             (0..groups).map(|at| weight.scale_min(at / subs, at % subs)).collect();

@@ -58,9 +58,17 @@ const fn token_ranges(generation: Generation) -> &'static [(usize, Option<usize>
         Generation::Ampere => {
             &[(1, Some(8)), (9, Some(DECODE_TOKENS)), (17, Some(32)), (33, Some(64)), (65, None)]
         }
-        Generation::Hopper => {
-            &[(1, Some(4)), (5, Some(8)), (9, Some(16)), (17, Some(32)), (33, Some(64)), (65, None)]
-        }
+        // The memory of a block grows with the first eight tokens.
+        Generation::Hopper => &[
+            (1, Some(1)),
+            (2, Some(2)),
+            (3, Some(4)),
+            (5, Some(8)),
+            (9, Some(16)),
+            (17, Some(32)),
+            (33, Some(64)),
+            (65, None),
+        ],
     }
 }
 
@@ -127,6 +135,35 @@ mod tests {
     use super::*;
     use crate::cases;
     use crate::cuda::images::images;
+
+    #[test]
+    fn a_range_of_tokens_takes_one_kernel() {
+        for generation in [Generation::Ampere, Generation::Hopper] {
+            for rows in [256, 8191, 8192, 20000] {
+                let mut next = 1;
+                for &(first, last) in token_ranges(generation) {
+                    assert_eq!(first, next, "every number has a kernel");
+                    let symbol = |m: usize| {
+                        let (bits, half) = (4, Half::F16);
+                        let problem = Problem {
+                            bits,
+                            half,
+                            rows,
+                            chunks: 64,
+                            group_halves: 4,
+                            m,
+                            generation,
+                        };
+                        problem.launch().launch.symbol
+                    };
+                    for m in first..=last.unwrap_or(first + 200) {
+                        assert_eq!(symbol(m), symbol(first), "{generation:?} {rows} rows, {m}");
+                    }
+                    next = last.unwrap_or(0) + 1;
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_kernel_that_is_described_is_in_the_images() {
