@@ -76,7 +76,7 @@ def main():
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     result = dict(cpu=cpu, date=datetime.date.today().isoformat(), threads=a.threads, peer=a.peer, preload=bool(a.preload), tokens_per_second=rows,
                   bytes_per_token={"attar": last["attar"]["bytes_per_token"], **{name: total - embedding for name, _, _ in peers}}, kernels=last["attar"]["kernels"],
-                  isa=last["attar"]["isa"], peer_build={name: {k: last[name].get(k) for k in ("build_commit", "build_number", "cpu_info", "model_type")} for name, _, _ in peers}, also=a.also,
+                  isa=last["attar"]["isa"], peer_build={name: {k: last[name].get(k) for k in ("build_commit", "build_number", "cpu_info", "model_type")} for name, _, _ in peers}, also=[" ".join([name] + command[1:]) for name, command, _ in peers[1:]],
                   command=f"bench/decode.py --gguf {Path(a.gguf).name} --threads {a.threads} --rounds {a.rounds}")
     print(f"{cpu}, {a.threads} threads; best of {a.rounds}")
     best = {who: {what: max(values) for what, values in row.items()} for who, row in rows.items()}
