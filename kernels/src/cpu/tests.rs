@@ -1,5 +1,7 @@
 //! Every CPU kernel on every case, and what is promised about bits.
 
+use std::collections::BTreeMap;
+
 use attar_tensor::DType;
 use attar_tensor::rng::Rng;
 use rayon::prelude::*;
@@ -183,6 +185,7 @@ fn minima_are_subtracted() {
     let weight = case.weight();
     let minima: Vec<f32> = weight.scales.iter().map(|scale| scale * 8.0).collect();
     let x = Input::Gaussian.activations(17, case.in_features, 5);
+    let mut fast = BTreeMap::new();
     for kernel in supported() {
         if !kernel.supports(weight.scheme, case.in_features, 1) {
             continue;
@@ -211,6 +214,12 @@ fn minima_are_subtracted() {
             let bounds = judge.bounds(x, kernel.activations);
             let found = judge.compare(&got, &judge.expect(x), &bounds);
             assert!(found.worst < 1.0, "{} {found:?}", kernel.name());
+            if kernel.activations != Activations::F32 {
+                let bits: Vec<u32> = got.iter().map(|y| y.to_bits()).collect();
+                let first =
+                    fast.entry((kernel.activations.name(), m)).or_insert_with(|| bits.clone());
+                assert!(&bits == first, "{} m {m}", kernel.name());
+            }
         }
     }
 }
